@@ -1,0 +1,170 @@
+"""Dispatch: one public function, several backends, and a reason for every refusal.
+
+An `Op` holds backends in order of preference. Each backend is a function plus one predicate, ``reject(*args)``: None means
+that the backend runs this call, a text says why it does not. The same predicate answers three questions: which backend
+``"auto"`` takes, why a backend that was asked for by name cannot run, and what `Op.explain` prints.
+
+Every op is also registered with torch.library (schema, fake kernel, autograd), which is the way taken under torch.compile,
+with tensor subclasses and when a gradient is wanted. A plain inference call skips that boundary, which costs more than a
+small kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call; the message says why."""
+
+
+def never(*_: Any) -> None:
+    """The predicate of a backend that runs every valid call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A way to run an op: ``run(*args)`` computes, ``reject(*args)`` returns None or the reason why it cannot."""
+
+    name: str
+    run: Callable[..., Any]
+    reject: Callable[..., str | None] = never
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `Op.explain` found: the backend that ``auto`` takes and the reason of each backend that refuses."""
+
+    op: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: auto takes {self.chosen or 'nothing'}"]
+        lines += [f"  {name}: {'runs' if reason is None else reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+class Op:
+    """An operation with several backends.
+
+    Args:
+        name: Name of the op; it is registered as ``eff_kernels::<name>``.
+        schema: torch.library schema without the backend, such as ``"(Tensor x, Tensor weight, float eps) -> Tensor"``.
+        backends: In order of preference; the last is the reference.
+        fake: Like a backend's run, but only allocates the outputs (torch.library's fake kernel).
+        setup_context, backward: As for ``torch.library.register_autograd``; ``backward(ctx, *grads)`` returns one gradient
+            for each argument of the schema.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        backends: Sequence[Backend],
+        fake: Callable[..., Any],
+        *,
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        self._registered = torch.library.custom_op(
+            f"eff_kernels::{name}",
+            self._run_with_backend_last,
+            mutates_args=(),
+            schema=schema.replace(") ->", ", str backend) ->", 1),
+        )
+        self._registered.register_fake(lambda *args: fake(*args[:-1]))
+        if backward is not None:
+            self._registered.register_autograd(
+                lambda ctx, *grads: (*backward(ctx, *grads), None),
+                setup_context=None
+                if setup_context is None
+                else lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
+            )
+
+    def __call__(self, *args: Any, backend: str = "auto") -> Any:
+        """Run on the chosen backend; ``args`` are those of the schema, in order and complete."""
+        if torch.compiler.is_compiling() or _needs_torch_dispatch(args):
+            return self._registered(*args, backend)
+        return self.choose(*args, backend=backend).run(*args)
+
+    def choose(self, *args: Any, backend: str = "auto") -> Backend:
+        """Return the backend that runs this call.
+
+        Raises:
+            ValueError: no backend of that name.
+            BackendError: the named backend, or with ``"auto"`` every backend, refuses.
+        """
+        if backend == "auto":
+            for candidate in self.backends:
+                if candidate.reject(*args) is None:
+                    return candidate
+            raise BackendError(f"no backend of {self.name} runs this call.\n{self.explain(*args)}")
+        for candidate in self.backends:
+            if candidate.name == backend:
+                reason = candidate.reject(*args)
+                if reason is not None:
+                    raise BackendError(f"{self.name}: backend {backend!r} cannot run this call: {reason}")
+                return candidate
+        names = ", ".join(repr(b.name) for b in self.backends)
+        raise ValueError(f"{self.name}: unknown backend {backend!r}; use 'auto', {names}")
+
+    def explain(self, *args: Any) -> Explanation:
+        """Say for each backend whether it would run this call, and if not, why."""
+        reasons = {b.name: b.reject(*args) for b in self.backends}
+        chosen = next((name for name, reason in reasons.items() if reason is None), None)
+        return Explanation(self.name, chosen, reasons)
+
+    @property
+    def registered(self) -> Any:
+        """The op as torch.library knows it; its arguments are those of the schema and the backend's name."""
+        return self._registered
+
+    def _run_with_backend_last(self, *args: Any) -> Any:
+        return self.choose(*args[:-1], backend=args[-1]).run(*args[:-1])
+
+
+def triton_backend(module: str) -> Backend:
+    """Backend "triton" from a module that defines ``run`` and ``reject`` and is imported only once a call can use it.
+
+    Triton runs on GPUs; with ``TRITON_INTERPRET=1`` in the environment its interpreter also takes CPU tensors, for tests.
+    """
+
+    def load() -> ModuleType:
+        return importlib.import_module(module)
+
+    def reject(*args: Any) -> str | None:
+        tensor = next((a for a in args if isinstance(a, Tensor)), None)
+        if tensor is not None and not tensor.is_cuda and not triton_interprets():
+            return f"needs a CUDA or ROCm tensor, got one on {tensor.device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'eff-kernels[triton]'"
+        return load().reject(*args)
+
+    return Backend("triton", lambda *args: load().run(*args), reject)
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run under the interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
+    grad = torch.is_grad_enabled()
+    for a in args:
+        if isinstance(a, Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN):
+            return True
+    return False
