@@ -1,0 +1,31 @@
+"""Test tools for kernels: error budgets, sample inputs, the op test base and the benchmark recorder.
+
+`eff_kernels.testing.op_tests` needs pytest and is imported by its full name.
+"""
+
+from eff_kernels.testing.budget import assert_within_budget, compare, to_float64, within_budget
+from eff_kernels.testing.specs import (
+    NON_CONTIGUOUS,
+    ODD_SIZES,
+    Draw,
+    Spec,
+    padded_rows,
+    strided_columns,
+    swapped_dims,
+    tagged,
+)
+
+__all__ = [
+    "NON_CONTIGUOUS",
+    "ODD_SIZES",
+    "Draw",
+    "Spec",
+    "assert_within_budget",
+    "compare",
+    "padded_rows",
+    "strided_columns",
+    "swapped_dims",
+    "tagged",
+    "to_float64",
+    "within_budget",
+]
