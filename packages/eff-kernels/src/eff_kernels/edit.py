@@ -1,7 +1,7 @@
 """The one way to change a model: choose modules, change them, report what was done, and take it back.
 
-`select` finds modules by name or predicate. `Handle` remembers how to undo each change and restores the model bit for bit.
-`Report` lists what was changed and what was skipped with the reason; nothing is skipped silently.
+`select` finds modules by name or predicate. `Handle` remembers how to undo each change and restores the model bit for
+bit. `Report` lists what was changed and what was skipped with the reason; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
 def matches(name: str, pattern: str) -> bool:
     """Whether a module's dotted name fits a pattern.
 
-    ``re:...`` is a regular expression that must fit the whole name; a pattern with ``*``, ``?`` or ``[`` is a shell pattern
-    for the whole name; anything else must be the name or its last parts: ``"q_proj"`` fits ``"layers.0.attn.q_proj"``.
+    ``re:...`` is a regular expression that must fit the whole name; a pattern with ``*``, ``?`` or ``[`` is a shell
+    pattern for the whole name; anything else must be the name or its last parts: ``"q_proj"`` fits
+    ``"layers.0.attn.q_proj"``.
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None

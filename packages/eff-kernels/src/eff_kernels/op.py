@@ -1,12 +1,12 @@
 """Dispatch: one public function, several backends, and a reason for every refusal.
 
-An `Op` holds backends in order of preference. Each backend is a function plus one predicate, ``reject(*args)``: None means
-that the backend runs this call, a text says why it does not. The same predicate answers three questions: which backend
-``"auto"`` takes, why a backend that was asked for by name cannot run, and what `Op.explain` prints.
+An `Op` holds backends in order of preference. Each backend is a function plus one predicate, ``reject(*args)``: None
+means that the backend runs this call, a text says why it does not. The same predicate answers three questions: which
+backend ``"auto"`` takes, why a backend that was asked for by name cannot run, and what `Op.explain` prints.
 
-Every op is also registered with torch.library (schema, fake kernel, autograd), which is the way taken under torch.compile,
-with tensor subclasses and when a gradient is wanted. A plain inference call skips that boundary, which costs more than a
-small kernel.
+Every op is also registered with torch.library (schema, fake kernel, autograd), which is the way taken under
+torch.compile, with tensor subclasses and when a gradient is wanted. A plain inference call skips that boundary, which
+costs more than a small kernel.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Op:
         schema: torch.library schema without the backend, such as ``"(Tensor x, Tensor weight, float eps) -> Tensor"``.
         backends: In order of preference; the last is the reference.
         fake: Like a backend's run, but only allocates the outputs (torch.library's fake kernel).
-        setup_context, backward: As for ``torch.library.register_autograd``; ``backward(ctx, *grads)`` returns one gradient
-            for each argument of the schema.
+        setup_context, backward: As for ``torch.library.register_autograd``; ``backward(ctx, *grads)`` returns one
+            gradient for each argument of the schema.
     """
 
     def __init__(
@@ -138,9 +138,10 @@ class Op:
 
 
 def triton_backend(module: str) -> Backend:
-    """Backend "triton" from a module that defines ``run`` and ``reject`` and is imported only once a call can use it.
+    """Backend "triton" from a module with ``run`` and ``reject`` that is imported only once a call can use it.
 
-    Triton runs on GPUs; with ``TRITON_INTERPRET=1`` in the environment its interpreter also takes CPU tensors, for tests.
+    Triton runs on GPUs; with ``TRITON_INTERPRET=1`` in the environment its interpreter also takes CPU tensors, for
+    tests.
     """
 
     def load() -> ModuleType:
@@ -164,7 +165,7 @@ def triton_interprets() -> bool:
 
 def _needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
     grad = torch.is_grad_enabled()
-    for a in args:
+    for a in args:  # noqa: SIM110 - a generator would cost as much as the rest of the check
         if isinstance(a, Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN):
             return True
     return False

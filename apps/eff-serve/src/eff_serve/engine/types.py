@@ -18,15 +18,15 @@ class Sampling:
         min_tokens: End-of-text and ``stop_token_ids`` are not sampled before this many tokens.
         temperature: 0 is greedy.
         top_p, top_k, min_p: Truncation; 1, 0 and 0 switch each off.
-        repetition_penalty: Divides positive and multiplies negative logits of all tokens seen in prompt and output; 1 is off.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt and output; 1 is off.
         presence_penalty, frequency_penalty: Subtracted once / per occurrence for tokens of the output.
         logit_bias: Added to the logits, by token id.
         seed: Makes sampling repeatable, whatever else is in the batch. None takes entropy from the system.
         stop_token_ids: End generation like end-of-text.
         ignore_eos: Do not end at end-of-text.
-        logprobs: Number of most likely alternatives to report for each token (0: only the token's own); None reports none.
+        logprobs: How many of the likeliest alternatives to report for each token (0: only its own); None reports none.
         prompt_logprobs: The same for the prompt's tokens.
-        grammar: An llguidance grammar (JSON, from ``LLMatcher.grammar_from_json_schema`` and the like) that the output follows.
+        grammar: An llguidance grammar (JSON, from ``LLMatcher.grammar_from_json_schema`` and the like) for the output.
     """
 
     max_tokens: int
@@ -135,5 +135,5 @@ class Engine(Protocol):
         ...
 
     def stop(self, grace: float) -> None:
-        """Refuse new requests, let running ones end for up to ``grace`` seconds, then cancel them and join the thread."""
+        """Refuse new requests, give running ones ``grace`` seconds to end, then cancel them and join the thread."""
         ...

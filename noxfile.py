@@ -1,0 +1,171 @@
+"""Every check and measurement of the workspace, one command each; ``uvx nox -l`` lists them.
+
+A session gets its own environment from ``uv.lock``, holding only what the package under test declares and the named
+dependency groups, so that an import that nobody declared fails. uv links files from its cache, which makes an
+environment cheap in time and disk as long as the cache and this folder are on one file system.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2026.4"
+nox.options.default_venv_backend = "uv"
+nox.options.error_on_external_run = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+ROOT = Path(__file__).parent
+CPU = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": None}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder with tests: a member of the workspace, or the tests that cross members."""
+
+    folder: str
+    member: str | None
+    groups: tuple[str, ...]
+
+    def sync_args(self, *more_groups: str) -> list[str]:
+        """Arguments of ``uv sync`` that select this target, its extras and its dependency groups."""
+        package = [f"--package={self.member}", "--all-extras"] if self.member else []
+        return [*package, *(f"--group={g}" for g in (*self.groups, *more_groups))]
+
+
+MEMBERS = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproject.toml"))}
+MEMBERS |= {p.parent.name: p.parent for p in sorted(ROOT.glob("apps/*/pyproject.toml"))}
+# Groups beyond "test" that a target's tests use: other libraries to compare with, clients to talk to the server with.
+EXTRA_GROUPS = {"eff-quant": ("peers",), "eff-serve": ("serve-test",)}
+TARGETS = {
+    name.removeprefix("eff-"): Target(str(folder.relative_to(ROOT)), name, ("test", *EXTRA_GROUPS.get(name, ())))
+    for name, folder in MEMBERS.items()
+}
+TARGETS["workspace"] = Target("tests", None, ("test", "lint", "docs", "serve-test"))
+SOURCES = [str(folder.relative_to(ROOT) / "src") for folder in MEMBERS.values()]
+
+each_target = nox.parametrize("target", [nox.param(t, id=name) for name, t in TARGETS.items()])
+each_member = nox.parametrize("member", [nox.param(m, id=m.removeprefix("eff-")) for m in MEMBERS])
+
+
+def sync(session: nox.Session, *args: str) -> None:
+    """Make the session's environment exactly what ``uv.lock`` says for ``args``."""
+    venv = session.virtualenv.location
+    session.run_install(
+        *("uv", "sync", "--locked", "--no-default-groups", f"--python={venv}", *args),
+        env={"UV_PROJECT_ENVIRONMENT": venv, **CPU},
+        external=True,
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, rules, direction of imports, spelling, lock file. Needs no torch; seconds."""
+    sync(session, "--only-group=lint")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("lint-imports", env={"PYTHONPATH": ":".join(SOURCES)})
+    session.run("codespell", *session.posargs)
+    session.run("uv", "lock", "--check", external=True)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy in strict mode, over the sources of all members."""
+    sync(session, "--group=types")
+    session.run("mypy", *SOURCES, *session.posargs, env=CPU)
+
+
+@nox.session
+@each_target
+def tests(session: nox.Session, target: Target) -> None:
+    """Run the tests on the CPU, Triton kernels under its interpreter. Arguments after ``--`` go to pytest."""
+    sync(session, *target.sync_args())
+    session.run("pytest", target.folder, "--timeout=600", "-m", "not gpu", *session.posargs, env=CPU)
+
+
+@nox.session
+@each_target
+def tests_gpu(session: nox.Session, target: Target) -> None:
+    """Run the tests that need a GPU; fails where there is none. Exit code 5: the target has no such test."""
+    sync(session, *target.sync_args())
+    env = {**CPU, "TRITON_INTERPRET": None, "EFF_REQUIRE_GPU": "1"}
+    session.run("pytest", target.folder, "--timeout=600", "-m", "gpu", *session.posargs, env=env, success_codes=[0, 5])
+
+
+@nox.session(reuse_venv=False)
+@each_member
+def wheel(session: nox.Session, member: str) -> None:
+    """Install a built wheel with its declared dependencies alone: does it import, is it whole, do its tests pass?"""
+    shutil.rmtree(out := Path(session.create_tmp()) / "dist", ignore_errors=True)
+    files = {}
+    for name in sorted(closure(member)):
+        session.run_install(
+            *("uv", "build", "--wheel", "--no-sources", f"--package={name}", f"--out-dir={out}"), external=True
+        )
+        files[name] = str(next(out.glob(f"{name.replace('-', '_')}-*.whl")))
+    session.install(*files.values())
+    module = member.replace("-", "_")
+    session.run(
+        "python", "-I", "-c", f"import {module} as m; assert 'site-packages' in m.__file__, m.__file__", env=CPU
+    )
+    session.run("uv", "pip", "check", external=True)
+    extras = ",".join(read(member).get("optional-dependencies", {}))
+    groups = TARGETS[member.removeprefix("eff-")].groups
+    whole = f"{files.pop(member)}[{extras}]" if extras else files.pop(member)
+    session.install(whole, *files.values(), *(f"--group={g}" for g in groups))
+    folder = MEMBERS[member].relative_to(ROOT)
+    session.run("pytest", str(folder), "--timeout=600", "-m", "not gpu", *session.posargs, env=CPU)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into ``site/`` (a warning is an error), then run the code blocks of README and pages."""
+    target = TARGETS["workspace"]
+    sync(session, *target.sync_args())
+    session.run("zensical", "build", "--strict", "--clean")
+    session.run("pytest", "tests/docs", "--timeout=600", *session.posargs, env=CPU)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure: ``nox -s bench -- kernels|quant|serve [script] [its arguments]``; without a script, all of them."""
+    name, *rest = session.posargs or ["?"]
+    targets = {n: t for n, t in TARGETS.items() if t.member}
+    if name not in targets:
+        session.error(f"say what to measure: nox -s bench -- {'|'.join(targets)} [script] [arguments], got {name!r}")
+    scripts = dict(bench_scripts(ROOT / targets[name].folder))
+    chosen = list(scripts)
+    if rest and not rest[0].startswith("-"):
+        if rest[0] not in scripts:
+            session.error(f"{name} has no benchmark {rest[0]!r}; it has {', '.join(scripts)}")
+        chosen = [rest.pop(0)]
+    sync(session, *targets[name].sync_args("peers", "plots"))
+    for script in chosen:
+        session.run("python", scripts[script], *rest, env={"PYTHONDONTWRITEBYTECODE": None, "HF_HUB_OFFLINE": "1"})
+
+
+def bench_scripts(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield ``(name, path)`` of the benchmark scripts in a member's folder; a leading underscore marks a helper."""
+    for path in sorted((folder / "bench").rglob("*.py")):
+        if not path.name.startswith("_"):
+            yield path.stem, str(path.relative_to(ROOT))
+
+
+def read(member: str) -> dict:
+    """The ``[project]`` table of a member."""
+    return tomllib.loads((MEMBERS[member] / "pyproject.toml").read_text())["project"]
+
+
+def closure(member: str) -> set[str]:
+    """The member and all members that it needs, directly or through others."""
+    wanted = [r for r in read(member)["dependencies"] for m in MEMBERS if r.startswith(m)]
+    found = {member}
+    for requirement in wanted:
+        found |= closure(next(m for m in MEMBERS if requirement.startswith(m)))
+    return found
