@@ -4,6 +4,7 @@
 """
 
 from eff_kernels.testing.budget import assert_within_budget, compare, to_float64, within_budget
+from eff_kernels.testing.records import Provider, Record, Recorder, load_records, measure, ratio_table, rotating, same
 from eff_kernels.testing.specs import (
     NON_CONTIGUOUS,
     ODD_SIZES,
@@ -19,10 +20,18 @@ __all__ = [
     "NON_CONTIGUOUS",
     "ODD_SIZES",
     "Draw",
+    "Provider",
+    "Record",
+    "Recorder",
     "Spec",
     "assert_within_budget",
     "compare",
+    "load_records",
+    "measure",
     "padded_rows",
+    "ratio_table",
+    "rotating",
+    "same",
     "strided_columns",
     "swapped_dims",
     "tagged",

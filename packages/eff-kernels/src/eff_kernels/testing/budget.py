@@ -1,12 +1,12 @@
 """Error budgets: how far from the float64 result a kernel may be, derived from the data and never typed in.
 
-A kernel is right when its error against the result in float64 is at most ``factor`` times the error that the plain PyTorch
-reference makes in the same low precision, plus one rounding of the output's dtype:
+A kernel is right when its error against the result in float64 is at most ``factor`` times the error that the plain
+PyTorch reference makes in the same low precision, plus one rounding of the output's dtype:
 
     error(kernel) <= factor * (error(eager reference) + rounding)
 
-This holds for the largest error and for the root mean square relative to that of the result, so that neither one wrong value
-nor a small bias in all of them passes. Integers must be equal to those of the reference.
+This holds for the largest error and for the root mean square relative to that of the result, so that neither one wrong
+value nor a small bias in all of them passes. Integers must be equal to those of the reference.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def compare(
     if float(error.max()) > limit:
         index = [int(i) for i in finite.nonzero()[error.argmax()]]
         problems.append(
-            f"largest error {float(error.max()):.3e} is above {limit:.3e} at {index}: got {float(actual[tuple(index)]):.9g}, "
-            f"float64 {float(truth[tuple(index)]):.9g}, eager {float(eager[tuple(index)]):.9g}"
+            f"largest error {float(error.max()):.3e} is above {limit:.3e} at {index}: "
+            f"got {float(actual[tuple(index)]):.9g}, float64 {float(truth[tuple(index)]):.9g}, eager {float(eager[tuple(index)]):.9g}"
         )
     scale = max(_rms(exact), info.smallest_normal)
     rms, rms_limit = _rms(error) / scale, factor * (_rms(eager_error) + _rms(band)) / scale
@@ -91,7 +91,7 @@ def compare(
 
 
 def within_budget(actual: Any, eager: Any, truth: Any, *, factor: float = 2.0, integer_steps: int = 0) -> list[str]:
-    """`compare` for a tensor, or for each tensor of a tuple, list or NamedTuple; an empty list means that all is well."""
+    """`compare` for a tensor, or for each tensor of a tuple or list; an empty list means that all is well."""
     tensors = [_flatten(tree) for tree in (actual, eager, truth)]
     if len({len(flat) for flat in tensors}) > 1:
         return [f"{len(tensors[0])} outputs, the reference gives {len(tensors[1])}, in float64 {len(tensors[2])}"]
@@ -115,9 +115,10 @@ def assert_within_budget(
 
     Args:
         actual: Tensor, or tuple of tensors, that a kernel computed from ``args``.
-        reference_fn: The reference. It runs twice: on ``args`` as they are, and on `to_float64` of them; so it must compute
-            in float64 when its inputs are float64.
-        args, kwargs: Its arguments.
+        reference_fn: The reference. It runs twice: on ``args`` as they are, and on `to_float64` of them; so it must
+            compute in float64 when its inputs are float64.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         factor: How many times the eager reference's error and one rounding is allowed.
         integer_steps: For integer outputs, the difference that is allowed.
 
@@ -153,13 +154,13 @@ def _compare_integers(actual: Tensor, eager: Tensor, steps: int, name: str) -> s
     count = int((difference > steps).sum())
     index = [int(i) for i in (difference > steps).nonzero()[0]]
     return (
-        f"{name} ({eager.dtype}, {list(eager.shape)}): {count} of {eager.numel()} values differ by more than {steps}, the first "
-        f"at {index}: got {int(actual[tuple(index)])}, wanted {int(eager[tuple(index)])}"
+        f"{name} ({eager.dtype}, {list(eager.shape)}): {count} of {eager.numel()} values differ by more "
+        f"than {steps}, the first at {index}: got {int(actual[tuple(index)])}, wanted {int(eager[tuple(index)])}"
     )
 
 
 def _compare_non_finite(actual: Tensor, eager: Tensor, truth: Tensor, name: str) -> str | None:
-    """NaN and infinities must be where the eager reference has them; next to the largest finite number both are right."""
+    """NaN and infinities must be where the reference has them; next to the largest finite number both are right."""
     info = torch.finfo(eager.dtype)
     edge = torch.isfinite(truth) & (truth.abs() > info.max * (1 - 4 * info.eps))
     differs = (
@@ -171,6 +172,6 @@ def _compare_non_finite(actual: Tensor, eager: Tensor, truth: Tensor, name: str)
         return None
     index = [int(i) for i in differs.nonzero()[0]]
     return (
-        f"{name} ({eager.dtype}, {list(eager.shape)}): {int(differs.sum())} values differ from the reference in being NaN or "
-        f"infinite, the first at {index}: got {float(actual[tuple(index)])}, wanted {float(eager[tuple(index)])}"
+        f"{name} ({eager.dtype}, {list(eager.shape)}): {int(differs.sum())} values differ from the reference in "
+        f"being NaN or infinite, the first at {index}: got {float(actual[tuple(index)])}, wanted {float(eager[tuple(index)])}"
     )

@@ -8,8 +8,8 @@
         differentiable = ("x", "weight")
 
 Each check runs for every backend, spec and dtype. "cpu" and "reference" run on CPU tensors. "triton" runs on CUDA; with
-``TRITON_INTERPRET=1`` in the environment of the whole run, on CPU tensors under Triton's interpreter. That interpreter takes
-bfloat16 values for integers in arithmetic, so a kernel that does not widen them right after the load fails here.
+``TRITON_INTERPRET=1`` in the environment of the whole run, on CPU tensors under Triton's interpreter. That interpreter
+takes bfloat16 values for integers in arithmetic, so a kernel that does not widen them right after the load fails here.
 
 This module imports pytest; nothing else in eff_kernels does.
 """
@@ -65,16 +65,16 @@ class OpTests:
 
     Attributes:
         function: The public function (as ``staticmethod``).
-        reference: The reference in plain PyTorch, with the arguments of the op's schema; computes in float64 when its inputs
-            are float64 (as ``staticmethod``).
+        reference: The reference in plain PyTorch, with the arguments of the op's schema; computes in float64 when its
+            inputs are float64 (as ``staticmethod``).
         op: The `Op` behind the function.
         specs: Sample calls; at least one tagged "empty".
         dtypes: Of the inputs that a spec draws.
         differentiable: Names of the arguments that have a gradient; none for an op without backward.
         factor: See `eff_kernels.testing.budget`.
         integer_steps: Difference allowed in integer outputs.
-        may_refuse: For each backend, a regular expression of the reasons for which it may refuse a spec, in addition to what
-            the machine lacks. Any other refusal is a failure, so that a backend cannot drop out unseen.
+        may_refuse: For each backend, a regular expression of the reasons for which it may refuse a spec, in addition
+            to what the machine lacks. Any other refusal is a failure, so that a backend cannot drop out unseen.
         layouts: Which of `eff_kernels.testing.specs.NON_CONTIGUOUS` are tried.
         gradcheck: Whether the backward is the true derivative (a straight-through estimator is not).
     """

@@ -73,8 +73,8 @@ def tagged(specs: Iterable[Spec], *tags: str, without: Iterable[str] = ()) -> li
 def padded_rows(x: Tensor, margin: int = 3) -> Tensor:
     """The same values as a view whose rows lie apart: unit stride in the last dimension, NaN before, between and after.
 
-    A kernel that reads over the end of a row, or takes the row length for the row stride, then gives NaN. Integers get their
-    largest value instead.
+    A kernel that reads over the end of a row, or takes the row length for the row stride, then gives NaN. Integers get
+    their largest value instead.
     """
     if x.dim() == 0:
         return x
