@@ -1,0 +1,20 @@
+/* Row-wise int8 quantisation with outlier detection (LLM.int8(), sections 2 and 3), for int8_rows.c and int8_linear.c. */
+#pragma once
+#include "dot.h"
+
+/* Largest |x| below the threshold among the n entries of a row (NaN when an entry is NaN, or infinite without being an
+ * outlier: no code stands for it). Marks in `columns` those whose entry reaches the threshold, and sets `*found`.
+ * threshold 0: no entry is an outlier. */
+float eff_scan_row(const float *x, int64_t n, float threshold, uint8_t *columns, int *found);
+
+/* What becomes of outliers when a row is turned into codes. */
+typedef enum {
+  EFF_KEEP_ALL,     /* no outliers: every entry gets its code */
+  EFF_ZERO_COLUMNS, /* entries in outlier columns get code 0 */
+  EFF_ZERO_ENTRIES, /* entries that reach the threshold get code 0, their neighbours in the column keep theirs */
+} eff_outliers;
+
+/* codes = x * (127 / absmax), rounded half to even, followed by zeros up to `padded`. A row whose absmax is 0 or NaN gets
+ * codes of 0. */
+void eff_row_codes(const float *x, int64_t n, float absmax, eff_outliers mode, float threshold, const uint8_t *columns,
+                   eff_act *out, int64_t padded);
