@@ -76,7 +76,8 @@ def compare(
         index = [int(i) for i in finite.nonzero()[error.argmax()]]
         problems.append(
             f"largest error {float(error.max()):.3e} is above {limit:.3e} at {index}: "
-            f"got {float(actual[tuple(index)]):.9g}, float64 {float(truth[tuple(index)]):.9g}, eager {float(eager[tuple(index)]):.9g}"
+            f"got {float(actual[tuple(index)]):.9g}, float64 {float(truth[tuple(index)]):.9g}, "
+            f"eager {float(eager[tuple(index)]):.9g}"
         )
     scale = max(_rms(exact), info.smallest_normal)
     rms, rms_limit = _rms(error) / scale, factor * (_rms(eager_error) + _rms(band)) / scale
@@ -173,5 +174,6 @@ def _compare_non_finite(actual: Tensor, eager: Tensor, truth: Tensor, name: str)
     index = [int(i) for i in differs.nonzero()[0]]
     return (
         f"{name} ({eager.dtype}, {list(eager.shape)}): {int(differs.sum())} values differ from the reference in "
-        f"being NaN or infinite, the first at {index}: got {float(actual[tuple(index)])}, wanted {float(eager[tuple(index)])}"
+        f"being NaN or infinite, the first at {index}: got {float(actual[tuple(index)])}, "
+        f"wanted {float(eager[tuple(index)])}"
     )
