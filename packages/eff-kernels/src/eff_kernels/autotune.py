@@ -1,4 +1,4 @@
-"""What a Triton kernel module declares about its kernels: configurations to try on a GPU, cases to compile without one."""
+"""What a Triton kernel module declares about its kernels: configurations to tune over, cases to compile without a GPU."""
 
 from __future__ import annotations
 
