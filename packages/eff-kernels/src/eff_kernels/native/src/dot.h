@@ -57,7 +57,9 @@ typedef __m256i eff_wide;
 INLINE eff_acc eff_acc_zero(void) { return _mm256_setzero_si256(); }
 INLINE eff_wide eff_widen_weights(const int8_t *b) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)b)); }
 INLINE eff_acc eff_dot(eff_acc c, const eff_act *a, eff_wide b) {
-  return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)a), b));
+  c = _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)a), b));
+  __asm__ volatile("" : "+x"(c)); /* GCC would gather all products before the sums, for which there are not enough registers */
+  return c;
 }
 INLINE int32_t eff_sum(eff_acc v) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

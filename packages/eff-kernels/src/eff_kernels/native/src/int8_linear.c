@@ -28,6 +28,7 @@ typedef struct {
   int64_t outliers;
   int32_t *outlier_index; /* [outliers] */
   float *outlier_x; /* [m, outliers] */
+  float *outlier_w; /* [items, outliers, COLUMNS] */
 } job;
 
 static void scan_rows(void *ctx, int64_t r) {
@@ -58,19 +59,38 @@ static void split_rows(void *ctx, int64_t r) {
   }
 }
 
-INLINE void dot_columns(const int MR, const int first, const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb, int64_t k, int columns,
-                        int32_t *surplus, int32_t *c) {
-  int n = 0;
-#define STEP_N(NR) \
-  for (; n + NR <= columns; n += NR) eff_dot_block(MR, NR, first, a, lda, b + n * ldb, ldb, k, surplus + n, c + n, COLUMNS)
-  if (MR == 1) {
-    STEP_N(4);
-  } else {
-    STEP_N(3);
+/* One function per block shape: each gets its own registers. */
+#define DOT(MR, NR, FIRST)                                                                                                   \
+  static __attribute__((noinline)) void dot_##MR##x##NR##_##FIRST(const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb, \
+                                                                  int64_t k, int32_t *surplus, int32_t *c) {                 \
+    eff_dot_block(MR, NR, FIRST, a, lda, b, ldb, k, surplus, c, COLUMNS);                                                    \
   }
-  STEP_N(2);
-  STEP_N(1);
-#undef STEP_N
+DOT(1, 4, 1)
+DOT(1, 3, 0) DOT(2, 3, 0) DOT(3, 3, 0) DOT(1, 3, 1) DOT(2, 3, 1) DOT(3, 3, 1)
+DOT(1, 1, 0) DOT(1, 1, 1)
+
+/* Codes of the outlier columns of NR weight rows as floats: out[o, n]. Called while the rows are in the first-level cache. */
+INLINE void gather_weights(const job *j, const int8_t *b, int nr, float *out) {
+  for (int64_t o = 0; o < j->outliers; o++)
+    for (int n = 0; n < nr; n++) out[o * COLUMNS + n] = (float)b[n * j->k + j->outlier_index[o]];
+}
+
+/* One row of x: four weight rows at a time, and at once what their outlier columns add. */
+static int one_row(const job *j, const eff_act *a, const float *x_out, int64_t n0, int columns, int32_t *surplus, int32_t *sums,
+                   float *outlier_sums) {
+  int n = 0;
+  for (; n + 4 <= columns; n += 4) {
+    const int8_t *b = j->w + (n0 + n) * j->k;
+    dot_1x4_1(a, j->padded, b, j->k, j->k, surplus + n, sums + n);
+    float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+    for (int64_t o = 0; o < j->outliers; o++) {
+      const int8_t *w = b + j->outlier_index[o];
+      const float x = x_out[o];
+      s0 += x * (float)w[0], s1 += x * (float)w[j->k], s2 += x * (float)w[2 * j->k], s3 += x * (float)w[3 * j->k];
+    }
+    outlier_sums[n] = s0, outlier_sums[n + 1] = s1, outlier_sums[n + 2] = s2, outlier_sums[n + 3] = s3;
+  }
+  return n;
 }
 
 static void product_item(void *ctx, int64_t item) {
@@ -78,50 +98,48 @@ static void product_item(void *ctx, int64_t item) {
   const int64_t tiles = (j->n + COLUMNS - 1) / COLUMNS;
   const int64_t m0 = item / tiles * ROWS, n0 = item % tiles * COLUMNS;
   const int rows = (int)MIN(ROWS, j->m - m0), columns = (int)MIN(COLUMNS, j->n - n0);
+  const eff_act *codes = j->codes + m0 * j->padded;
+  const float *x_out = j->outlier_x + m0 * j->outliers;
   int32_t sums[ROWS * COLUMNS], surplus[COLUMNS];
+  float outlier_sums[COLUMNS] = {0};
   memset(sums, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);
-  for (int64_t k0 = 0; k0 < j->k; k0 += K_BLOCK) {
-    const int64_t k = rows == 1 ? j->k : MIN(K_BLOCK, j->k - k0);
-    const int8_t *b = j->w + n0 * j->k + k0;
-    const eff_act *a = j->codes + m0 * j->padded + k0;
-    for (int n = 0; n < columns; n += 3) { /* three weight rows stay in the first-level cache while all rows of x pass */
-      const int nr = rows == 1 ? columns : MIN(3, columns - n);
+  float *w_out = j->outliers ? j->outlier_w + item * j->outliers * COLUMNS : NULL;
+
+  const int done = rows == 1 ? one_row(j, codes, x_out, n0, columns, surplus, sums, outlier_sums) : 0;
+  for (int64_t k0 = 0; k0 < j->k && done < columns; k0 += K_BLOCK) {
+    const int64_t k = MIN(K_BLOCK, j->k - k0);
+    const eff_act *a = codes + k0;
+    int n = done;
+    for (; n + 3 <= columns; n += 3) { /* three weight rows stay in the first-level cache while all rows of x pass */
+      const int8_t *b = j->w + (n0 + n) * j->k + k0;
       int m = 0;
-      const int8_t *bn = b + n * j->k;
-#define STEP_M(MR, FIRST) \
-  dot_columns(MR, FIRST, a + m * j->padded, j->padded, bn, j->k, k, nr, surplus + n, sums + m * COLUMNS + n), m += MR
-      if (rows >= 3) STEP_M(3, 1);
-      for (; m + 3 <= rows;) STEP_M(3, 0);
-      if (m == 0 && rows == 2) STEP_M(2, 1);
-      else if (rows - m == 2) STEP_M(2, 0);
-      if (m == 0 && rows == 1) STEP_M(1, 1);
-      else if (rows - m == 1) STEP_M(1, 0);
-#undef STEP_M
-      if (rows == 1) break;
+#define ARGUMENTS a + m * j->padded, j->padded, b, j->k, k, surplus + n, sums + m * COLUMNS + n
+      if (rows >= 3) dot_3x3_1(ARGUMENTS), m = 3;
+      for (; m + 3 <= rows; m += 3) dot_3x3_0(ARGUMENTS);
+      if (rows - m == 2) m ? dot_2x3_0(ARGUMENTS) : dot_2x3_1(ARGUMENTS);
+      if (rows - m == 1) m ? dot_1x3_0(ARGUMENTS) : dot_1x3_1(ARGUMENTS);
+#undef ARGUMENTS
     }
-    if (rows == 1) break;
+    for (; n < columns; n++)
+      for (int m = 0; m < rows; m++)
+        (m ? dot_1x1_0 : dot_1x1_1)(a + m * j->padded, j->padded, j->w + (n0 + n) * j->k + k0, j->k, k, surplus + n,
+                                    sums + m * COLUMNS + n);
   }
+  if (j->outliers && done < columns) gather_weights(j, j->w + (n0 + done) * j->k, columns - done, w_out + done);
 
   float scale[COLUMNS], bias[COLUMNS] = {0}, out[COLUMNS];
-  for (int n = 0; n < columns; n++) scale[n] = j->w_absmax[n0 + n] / 16129.0f; /* 127^2 */
+  for (int n = 0; n < columns; n++) scale[n] = j->w_absmax[n0 + n];
   if (j->bias) eff_load_row(j->bias_dtype, eff_at(j->bias, j->bias_dtype, n0), bias, columns);
-  float *w_out = NULL; /* [outliers, COLUMNS]: dequantised weights of the outlier columns */
-  if (j->outliers) {
-    w_out = eff_scratch((size_t)j->outliers * COLUMNS * 4);
-    for (int64_t o = 0; o < j->outliers; o++)
-      for (int n = 0; n < COLUMNS; n++)
-        w_out[o * COLUMNS + n] =
-            n < columns ? (float)j->w[(n0 + n) * j->k + j->outlier_index[o]] * (j->w_absmax[n0 + n] / 127.0f) : 0.0f;
-  }
   for (int m = 0; m < rows; m++) {
-    const float s = j->x_absmax[m0 + m];
-    for (int n = 0; n < columns; n++) out[n] = (float)sums[m * COLUMNS + n] * (s * scale[n]) + bias[n];
-    const float *x_out = j->outlier_x + (m0 + m) * j->outliers;
-    for (int64_t o = 0; o < j->outliers; o++)
-      for (int n = 0; n < COLUMNS; n++) out[n] += x_out[o] * w_out[o * COLUMNS + n];
+    const float s = j->x_absmax[m0 + m] / 127.0f;
+    for (int64_t o = 0; o < j->outliers && done < columns; o++)
+      for (int n = done; n < columns; n++) outlier_sums[n] += x_out[m * j->outliers + o] * w_out[o * COLUMNS + n];
+    for (int n = 0; n < columns; n++) {
+      out[n] = ((float)sums[m * COLUMNS + n] * s + outlier_sums[n]) * (scale[n] / 127.0f) + bias[n];
+      outlier_sums[n] = 0.0f;
+    }
     eff_store_row(j->y_dtype, out, eff_at_mut(j->y, j->y_dtype, (m0 + m) * j->n + n0), columns);
   }
-  free(w_out);
 }
 
 /* y[m, n] (contiguous) = x[m, k] (rows x_stride apart) times w[n, k]^T. Returns 0, or 1 when memory ran out. */
@@ -140,17 +158,19 @@ EXPORT int eff_int8_linear(const void *x, int x_dtype, int64_t m, int64_t n, int
   const int row_threads = m * k < 65536 ? 1 : threads;
   eff_parallel_for(m, row_threads, scan_rows, &j);
   char *outliers = NULL;
+  const int64_t items = (m + ROWS - 1) / ROWS * ((n + COLUMNS - 1) / COLUMNS);
   if (j.found) {
     for (int64_t i = 0; i < k; i++) j.outliers += j.columns[i];
-    outliers = eff_scratch((size_t)(j.outliers * (m + 1)) * 4);
+    outliers = eff_scratch((size_t)(j.outliers * (m + 1 + items * COLUMNS)) * 4);
     if (!outliers) return free(scratch), 1;
     j.outlier_index = (int32_t *)outliers, j.outlier_x = (float *)outliers + j.outliers;
+    j.outlier_w = j.outlier_x + m * j.outliers;
     int64_t o = 0;
     for (int64_t i = 0; i < k; i++)
       if (j.columns[i]) j.outlier_index[o++] = (int32_t)i;
     eff_parallel_for(m, row_threads, split_rows, &j);
   }
-  eff_parallel_for((m + ROWS - 1) / ROWS * ((n + COLUMNS - 1) / COLUMNS), threads, product_item, &j);
+  eff_parallel_for(items, threads, product_item, &j);
   free(outliers), free(scratch);
   return 0;
 }

@@ -43,7 +43,7 @@ void eff_row_codes(const float *x, int64_t n, float absmax, eff_outliers mode, f
     for (; i < padded; i++) out[i] = eff_act_of(0);
     return;
   }
-  const float scale = 127.0f / absmax;
+  const float scale = 127.0f * (1.0f / absmax); /* in this order, as PyTorch divides a number by a tensor: bit-equal codes */
   const eff_vf limit = eff_splat(mode == EFF_ZERO_ENTRIES ? threshold : NAN);
   for (; i + EFF_LANES <= n; i += EFF_LANES) {
     eff_vf v = eff_vload(x + i);

@@ -14,7 +14,7 @@ typedef enum {
   EFF_ZERO_ENTRIES, /* entries that reach the threshold get code 0, their neighbours in the column keep theirs */
 } eff_outliers;
 
-/* codes = x * (127 / absmax), rounded half to even, followed by zeros up to `padded`. A row whose absmax is 0 or NaN gets
+/* codes = x * (127 * (1 / absmax)), rounded half to even, followed by zeros up to `padded`. A row whose absmax is 0 or NaN gets
  * codes of 0. */
 void eff_row_codes(const float *x, int64_t n, float absmax, eff_outliers mode, float threshold, const uint8_t *columns,
                    eff_act *out, int64_t padded);
