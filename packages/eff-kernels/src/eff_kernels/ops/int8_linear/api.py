@@ -1,0 +1,106 @@
+"""int8_linear: checks of the arguments, then dispatch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.ops.int8_linear import cpu, reference
+from eff_kernels.ops.int8_linear.backward import BACKWARD_OP
+from eff_kernels.ops.int8_quantize.api import check_float, check_threshold
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, absmax, bias = inputs[:4]
+    ctx.save_for_backward(weight, absmax)
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, absmax = ctx.saved_tensors
+    grad = grad.contiguous()
+    dx = BACKWARD_OP(grad, weight, absmax, ctx.x_dtype, backend=ctx.backend) if ctx.needs_input_grad[0] else None
+    dbias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return dx, None, None, dbias, None, None, None, None
+
+
+OP = Op(
+    "int8_linear",
+    "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold, bool per_token_outliers, str activation, "
+    "ScalarType out_dtype) -> Tensor",
+    [
+        Backend("cpu", cpu.int8_linear, cpu.reject),
+        triton_backend("eff_kernels.ops.int8_linear.triton"),
+        Backend("reference", reference.int8_linear),
+    ],
+    fake=lambda x, weight, absmax, bias, threshold, per_token_outliers, activation, out_dtype: x.new_empty(
+        (x.shape[0], weight.shape[0]), dtype=out_dtype
+    ),
+    setup_context=_remember,
+    backward=_backward,
+)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    *,
+    threshold: float = 0.0,
+    per_token_outliers: bool = False,
+    activation: Literal["dynamic", "none"] = "dynamic",
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply by an int8 weight: LLM.int8(), sections 2 and 3.
+
+    y = (codes @ weight^T) * rowmax / 127 * absmax / 127 + x[:, outliers] @ (weight[:, outliers] * absmax / 127)^T + bias
+
+    The activations are quantised row by row (see `int8_quantize_rows`), the integer products are exact, and the columns that
+    hold an activation of magnitude >= threshold are multiplied in floating point. Sums are float32, rounded once.
+    Differentiable in x and bias: dx = dy @ dequantised weight, so that adapters can be trained on a frozen int8 base.
+
+    Args:
+        x: Activations, [..., K]; any float dtype.
+        weight: Codes from -127 to 127, int8 [N, K].
+        absmax: Largest magnitude of each weight row, float32 [N] (``SCB`` of bitsandbytes): weight row n stands for
+            weight[n] * absmax[n] / 127.
+        bias: [N], any float dtype.
+        threshold: Magnitude from which activations count as outliers; 0 means that none does. With outliers a row's result
+            depends on the other rows: an outlier anywhere in a column takes the whole column out of the int8 product.
+        per_token_outliers: Take out only the outlying entries themselves, which makes each row independent of the others.
+        activation: "dynamic" quantises x; "none" leaves it as it is (weight-only; no outliers then).
+        out_dtype: Dtype of the result; that of ``x`` by default.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
+
+    Returns:
+        [..., N] of ``out_dtype``. A row of x with a NaN, or an infinity that is no outlier, gives a row of NaN.
+
+    Raises:
+        ValueError: shapes do not fit, ``threshold`` is negative or NaN, ``activation`` is unknown.
+        TypeError: ``weight`` is not int8, ``absmax`` not float32, or ``x`` or ``bias`` not of a float dtype.
+        BackendError: the named backend cannot run this call; the message says why.
+    """
+    if x.dim() == 0 or weight.dim() != 2 or x.size(-1) != weight.size(1):
+        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(x.shape)} and {list(weight.shape)}")
+    if weight.dtype != torch.int8:
+        raise TypeError(f"weight must be int8, got {weight.dtype}")
+    if absmax.dtype != torch.float32:
+        raise TypeError(f"absmax must be float32, got {absmax.dtype}")
+    n = weight.size(0)
+    if absmax.shape != (n,) or (bias is not None and bias.shape != (n,)):
+        seen = list(absmax.shape) if absmax.shape != (n,) or bias is None else list(bias.shape)
+        raise ValueError(f"absmax and bias must have shape [{n}], got {seen}")
+    check_float(x)
+    if bias is not None:
+        check_float(bias)
+    check_threshold(threshold)
+    if activation not in ("dynamic", "none"):
+        raise ValueError(f"activation must be 'dynamic' or 'none', got {activation!r}")
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    arguments = (weight, absmax, bias, float(threshold), per_token_outliers, activation, out_dtype or x.dtype)
+    return OP(rows, *arguments, backend=backend).view(*x.shape[:-1], n)

@@ -1,0 +1,88 @@
+"""int8_linear in compiled code: one call from float activations to float outputs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eff_kernels import native
+
+_BLOCK = 512  # weight rows that are dequantised at a time
+
+
+def reject(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    per_token_outliers: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> str | None:
+    """Why the compiled code cannot run this call."""
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got x on {x.device}"
+    if x.dtype not in native.DTYPE_CODES or out_dtype not in native.DTYPE_CODES:
+        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if activation != "dynamic":
+        return None
+    return native.unavailable()
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    per_token_outliers: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As the reference."""
+    if activation == "none":
+        return _weight_only(x, weight, absmax, bias, out_dtype)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and (bias.dtype not in native.DTYPE_CODES or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    m, k = x.shape
+    n = weight.size(0)
+    y = torch.empty(m, n, dtype=out_dtype)
+    failed = _kernel()(
+        x.data_ptr(), native.DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), absmax.data_ptr(),
+        None if bias is None else bias.data_ptr(), 0 if bias is None else native.DTYPE_CODES[bias.dtype],
+        threshold, per_token_outliers, y.data_ptr(), native.DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"int8_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")
+    return y
+
+
+def _weight_only(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Dequantise a block of weight rows at a time, so that the dense weight never exists."""
+    x = x.float()
+    parts = []
+    for n in range(0, weight.size(0), _BLOCK):
+        rows = weight[n : n + _BLOCK].float()
+        parts.append((x @ rows.t()) * (absmax[n : n + _BLOCK] / 127))
+    y = torch.cat(parts, 1) if parts else x.new_zeros(x.size(0), 0)
+    if bias is not None:
+        y += bias
+    return y.to(out_dtype)
+
+
+@functools.cache
+def _kernel() -> Callable[..., int]:
+    kernel = native.library().eff_int8_linear
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    kernel.argtypes = [p, i, n, n, n, n, p, p, p, i, ctypes.c_float, i, p, i, i]
+    kernel.restype = i
+    return kernel

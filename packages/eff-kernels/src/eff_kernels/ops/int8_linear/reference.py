@@ -1,0 +1,45 @@
+"""int8_linear in plain PyTorch (LLM.int8(), sections 2 and 3): the readable truth, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eff_kernels.ops.int8_quantize.reference import inverse_scale
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    per_token_outliers: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Y [T, N] of x [T, K] and weight [N, K]."""
+    x = x.float()
+    if activation == "none":
+        y = x @ (weight.float() * (absmax[:, None] / 127)).t()
+    else:
+        outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
+        # In 16 bits go the outliers alone (per token), or every entry of a column that has one.
+        taken = outlier if per_token_outliers else outlier.any(0).expand_as(outlier)
+        inlier = x.masked_fill(outlier, 0.0)
+        row_absmax = inlier.abs().amax(1) if x.size(1) else x.new_zeros(x.size(0))
+        row_absmax = torch.where(row_absmax.isfinite(), row_absmax, torch.nan)
+        codes = (inlier * inverse_scale(row_absmax)[:, None]).round().masked_fill(taken, 0.0).nan_to_num(0.0)
+        # float64 holds the integer sums exactly for every K that int32 can (float32 would not, from K = 1041 on).
+        sums = (codes.double() @ weight.double().t()).float()
+        columns = taken.any(0).nonzero().view(-1)
+        outlier_sums = (x * taken)[:, columns] @ weight[:, columns].float().t() if columns.numel() else 0.0
+        y = (sums * (row_absmax[:, None] / 127) + outlier_sums) * (absmax / 127)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+def int8_linear_backward(grad: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """dX [T, K] = dY [T, N] @ dequantised weight [N, K]; rounding of the activations counts as the identity."""
+    return ((grad.float() * (absmax / 127)) @ weight.float()).to(dtype)
