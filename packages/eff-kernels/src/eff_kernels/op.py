@@ -11,6 +11,7 @@ costs more than a small kernel.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -21,8 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class BackendError(RuntimeError):
@@ -65,7 +64,7 @@ class Op:
         backends: In order of preference; the last is the reference.
         fake: Like a backend's run, but only allocates the outputs (torch.library's fake kernel).
         setup_context, backward: As for ``torch.library.register_autograd``; ``backward(ctx, *grads)`` returns one
-            gradient for each argument of the schema.
+            gradient for each argument of the schema and finds the name of the forward's backend in ``ctx.backend``.
     """
 
     def __init__(
@@ -88,11 +87,14 @@ class Op:
         )
         self._registered.register_fake(lambda *args: fake(*args[:-1]))
         if backward is not None:
+
+            def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                ctx.backend = inputs[-1]
+                if setup_context is not None:
+                    setup_context(ctx, inputs[:-1], output)
+
             self._registered.register_autograd(
-                lambda ctx, *grads: (*backward(ctx, *grads), None),
-                setup_context=None
-                if setup_context is None
-                else lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
+                lambda ctx, *grads: (*backward(ctx, *grads), None), setup_context=remember
             )
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
@@ -137,25 +139,36 @@ class Op:
         return self.choose(*args[:-1], backend=args[-1]).run(*args[:-1])
 
 
-def triton_backend(module: str) -> Backend:
-    """Backend "triton" from a module with ``run`` and ``reject`` that is imported only once a call can use it.
+def triton_backend(module: str, *, run: str = "run", reject: str = "reject") -> Backend:
+    """Backend "triton" from a module that is imported only once a call can use it.
 
     Triton runs on GPUs; with ``TRITON_INTERPRET=1`` in the environment its interpreter also takes CPU tensors, for
     tests.
+
+    Args:
+        module: Dotted name of the module.
+        run: Name of the function in it that computes.
+        reject: Name of the function in it that says why it cannot.
     """
 
+    @functools.cache
     def load() -> ModuleType:
         return importlib.import_module(module)
 
-    def reject(*args: Any) -> str | None:
+    def refuses(*args: Any) -> str | None:
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
-        if tensor is not None and not tensor.is_cuda and not triton_interprets():
+        if tensor is not None and not tensor.is_cuda and not (tensor.is_cpu and triton_interprets()):
             return f"needs a CUDA or ROCm tensor, got one on {tensor.device.type}"
-        if importlib.util.find_spec("triton") is None:
+        if not _has_triton():
             return "triton is not installed; pip install 'eff-kernels[triton]'"
-        return load().reject(*args)
+        return getattr(load(), reject)(*args)
 
-    return Backend("triton", lambda *args: load().run(*args), reject)
+    return Backend("triton", lambda *args: getattr(load(), run)(*args), refuses)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def triton_interprets() -> bool:
@@ -164,8 +177,13 @@ def triton_interprets() -> bool:
 
 
 def _needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
+    """Whether a call is more than plain inference: a gradient, a tensor subclass, tracing, vmap."""
     grad = torch.is_grad_enabled()
-    for a in args:  # noqa: SIM110 - a generator would cost as much as the rest of the check
-        if isinstance(a, Tensor) and ((grad and a.requires_grad) or type(a) not in _PLAIN):
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is nn.Parameter:
+            if grad and a.requires_grad:
+                return True
+        elif isinstance(a, Tensor):
             return True
-    return False
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
