@@ -1,0 +1,211 @@
+/* Attention of one query per sequence over a key-value cache, contiguous or paged (flash decoding).
+ *
+ * An item of work is one key-value head of one sequence, and one split of its keys: all query heads of the group pass over a
+ * block of keys while it is in cache, so the cache is read from memory once and heads are never copied. Each item leaves an
+ * unnormalised sum with its maximum and weight; the splits of a head are then merged. */
+#include "eff.h"
+
+#define KEYS 64 /* keys per block */
+
+typedef struct {
+  const float *q; /* [batch, heads, d], scaled */
+  const void *k, *v;
+  eff_dtype dtype;
+  int64_t batch, heads, kv_heads, d;
+  int64_t page;               /* keys per page; the whole cache is one page when it is contiguous */
+  int64_t page_stride, head_stride, key_stride;
+  const int32_t *table;       /* [batch, max_pages]; NULL: page b belongs to sequence b */
+  int64_t max_pages;
+  const int32_t *lengths;
+  int64_t splits, keys_per_split;
+  float *partial; /* [batch, kv_heads, splits, group, d + 2]: sum, maximum, weight */
+  void *out;
+  eff_dtype out_dtype;
+} job;
+
+/* e^x for x <= 0, to about 2 ulp: 2^n * e^r with |r| <= ln(2) / 2. */
+INLINE eff_vf exp_nonpositive(eff_vf x) {
+  x = eff_vselect(x < eff_splat(-87.0f), eff_splat(-87.0f), x);
+  eff_vf t = x * eff_splat(1.44269504f) + eff_splat(12582912.0f);
+  eff_vi n = (eff_vi)t - 0x4b400000;
+  eff_vf r = t - eff_splat(12582912.0f);
+  r = (x - r * eff_splat(0.693359375f)) + r * eff_splat(2.12194440e-4f);
+  eff_vf p = eff_splat(1.9875691500e-4f);
+  p = p * r + eff_splat(1.3981999507e-3f);
+  p = p * r + eff_splat(8.3334519073e-3f);
+  p = p * r + eff_splat(4.1665795894e-2f);
+  p = p * r + eff_splat(1.6666665459e-1f);
+  p = p * r + eff_splat(5.0000001201e-1f);
+  p = p * r * r + r + eff_splat(1.0f);
+  return p * (eff_vf)((n + 127) << 23);
+}
+
+INLINE eff_vf load8(eff_dtype dtype, const void *p) {
+  if (dtype == EFF_F32) return eff_vload(p);
+  float f[EFF_LANES];
+  if (dtype == EFF_BF16) {
+#if defined(__AVX2__)
+    __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
+    return (eff_vf)wide;
+#else
+    eff_load_row(EFF_BF16, p, f, EFF_LANES);
+#endif
+  } else {
+    eff_load_row(EFF_F16, p, f, EFF_LANES);
+  }
+  return eff_vload(f);
+}
+
+/* scores[h, i] = q[h] . key i for NH query heads (d a multiple of 8). */
+INLINE void score_keys(eff_dtype dtype, const int NH, const float *q, const char *key, int64_t key_bytes, int64_t d, int keys,
+                       float *scores) {
+  for (int i = 0; i < keys; i++) {
+    const char *row = key + i * key_bytes;
+    eff_vf acc[4];
+    for (int h = 0; h < NH; h++) acc[h] = eff_splat(0.0f);
+    for (int64_t c = 0; c < d; c += EFF_LANES) {
+      eff_vf kv = load8(dtype, row + c * (int64_t)eff_size(dtype));
+#pragma GCC unroll 4
+      for (int h = 0; h < NH; h++) acc[h] += eff_vload(q + h * d + c) * kv;
+    }
+    for (int h = 0; h < NH; h++) scores[h * KEYS + i] = eff_vsum(acc[h]);
+  }
+}
+
+/* sum[h] += weights[h, i] * value i, eight features of NH heads at a time in registers. */
+INLINE void add_values(eff_dtype dtype, const int NH, const float *weights, const char *value, int64_t value_bytes, int64_t d, int keys,
+                       float *sum) {
+  for (int64_t c = 0; c < d; c += 2 * EFF_LANES) {
+    const int two = c + EFF_LANES < d;
+    eff_vf a[4], b[4];
+    for (int h = 0; h < NH; h++) a[h] = eff_vload(sum + h * d + c), b[h] = two ? eff_vload(sum + h * d + c + EFF_LANES) : a[h];
+    const char *column = value + c * (int64_t)eff_size(dtype);
+    for (int i = 0; i < keys; i++) {
+      eff_vf va = load8(dtype, column + i * value_bytes);
+      eff_vf vb = two ? load8(dtype, column + i * value_bytes + EFF_LANES * (int64_t)eff_size(dtype)) : va;
+#pragma GCC unroll 4
+      for (int h = 0; h < NH; h++) {
+        const eff_vf w = eff_splat(weights[h * KEYS + i]);
+        a[h] += w * va, b[h] += w * vb;
+      }
+    }
+    for (int h = 0; h < NH; h++) {
+      eff_vstore(sum + h * d + c, a[h]);
+      if (two) eff_vstore(sum + h * d + c + EFF_LANES, b[h]);
+    }
+  }
+}
+
+/* One block of keys for NH query heads: scores, running maximum and weight, values. */
+INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q, const char *key, const char *value, int keys, float *sum,
+                     float *top, float *weight) {
+  float scores[4 * KEYS];
+  const int64_t bytes = j->key_stride * (int64_t)eff_size(dtype);
+  score_keys(dtype, NH, q, key, bytes, j->d, keys, scores);
+  for (int h = 0; h < NH; h++) {
+    float *s = scores + h * KEYS, best = top[h];
+    for (int i = 0; i < keys; i++) best = s[i] > best ? s[i] : best;
+    for (int i = keys; i % EFF_LANES; i++) s[i] = -INFINITY;
+    const float shrink = top[h] == best ? 1.0f : expf(top[h] - best);
+    eff_vf total = eff_splat(0.0f);
+    for (int i = 0; i < keys; i += EFF_LANES) {
+      eff_vf raw = eff_vload(s + i) - eff_splat(best);
+      eff_vf e = exp_nonpositive(raw);
+      e = eff_vselect(raw >= eff_splat(-87.0f), e, eff_vselect(raw == raw, eff_splat(0.0f), raw)); /* NaN stays NaN */
+      eff_vstore(s + i, e);
+      total += e;
+    }
+    top[h] = best;
+    weight[h] = weight[h] * shrink + eff_vsum(total);
+    if (shrink != 1.0f)
+      for (int64_t c = 0; c < j->d; c++) sum[h * j->d + c] *= shrink;
+  }
+  add_values(dtype, NH, scores, value, bytes, j->d, keys, sum);
+}
+
+#define BLOCK(DTYPE, NH)                                                                                                         \
+  static __attribute__((noinline)) void block_##DTYPE##_##NH(const job *j, const float *q, const char *key, const char *value,   \
+                                                             int keys, float *sum, float *top, float *weight) {                  \
+    block_of(DTYPE, NH, j, q, key, value, keys, sum, top, weight);                                                               \
+  }
+#define BLOCKS(DTYPE) BLOCK(DTYPE, 1) BLOCK(DTYPE, 2) BLOCK(DTYPE, 3) BLOCK(DTYPE, 4)
+BLOCKS(EFF_F32) BLOCKS(EFF_BF16) BLOCKS(EFF_F16)
+typedef void (*block_fn)(const job *, const float *, const char *, const char *, int, float *, float *, float *);
+static const block_fn blocks[3][4] = {{block_EFF_F32_1, block_EFF_F32_2, block_EFF_F32_3, block_EFF_F32_4},
+                                      {block_EFF_BF16_1, block_EFF_BF16_2, block_EFF_BF16_3, block_EFF_BF16_4},
+                                      {block_EFF_F16_1, block_EFF_F16_2, block_EFF_F16_3, block_EFF_F16_4}};
+
+static void attend(void *ctx, int64_t item) {
+  job *j = ctx;
+  const int64_t group = j->heads / j->kv_heads, split = item % j->splits, kv = item / j->splits % j->kv_heads;
+  const int64_t b = item / j->splits / j->kv_heads, row = j->d + 2;
+  float *partial = j->partial + item * group * row;
+  float *sum = partial, *top = partial + group * j->d, *weight = top + group;
+  for (int64_t i = 0; i < group * j->d; i++) sum[i] = 0.0f;
+  for (int64_t h = 0; h < group; h++) top[h] = -INFINITY, weight[h] = 0.0f;
+  const int64_t end = MIN(j->lengths[b], (split + 1) * j->keys_per_split);
+  for (int64_t key = split * j->keys_per_split; key < end;) {
+    const int64_t in_page = key % j->page;
+    const int keys = (int)MIN(MIN(KEYS, end - key), j->page - in_page);
+    const int64_t page = j->table ? j->table[b * j->max_pages + key / j->page] : b;
+    const int64_t at = page * j->page_stride + kv * j->head_stride + in_page * j->key_stride;
+    for (int64_t h = 0; h < group; h += 4) {
+      const int nh = (int)MIN(4, group - h);
+      blocks[j->dtype][nh - 1](j, j->q + (b * j->heads + kv * group + h) * j->d, eff_at(j->k, j->dtype, at), eff_at(j->v, j->dtype, at),
+                               keys, sum + h * j->d, top + h, weight + h);
+    }
+    key += keys;
+  }
+}
+
+/* Merge the splits of each head: sum_s e^(top_s - top) sum_s / sum_s e^(top_s - top) weight_s. */
+static void merge(const job *j) {
+  const int64_t group = j->heads / j->kv_heads, row = j->d + 2;
+  float *out = eff_scratch((size_t)j->d * 4);
+  for (int64_t head = 0; head < j->batch * j->heads; head++) {
+    const int64_t h = head % group, first = head / group * j->splits;
+    float top = -INFINITY, weight = 0.0f;
+    memset(out, 0, (size_t)j->d * 4);
+    for (int64_t s = 0; s < j->splits; s++) {
+      const float t = j->partial[(first + s) * group * row + group * j->d + h];
+      top = t > top ? t : top;
+    }
+    for (int64_t s = 0; s < j->splits; s++) {
+      const float *partial = j->partial + (first + s) * group * row, w = partial[group * j->d + group + h];
+      if (w == 0.0f) continue; /* a split without keys; NaN is not 0 */
+      const float e = expf(partial[group * j->d + h] - top);
+      weight += w * e;
+      for (int64_t c = 0; c < j->d; c++) out[c] += e * partial[h * j->d + c];
+    }
+    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+    for (int64_t c = 0; c < j->d; c++) out[c] *= inverse;
+    eff_store_row(j->out_dtype, out, eff_at_mut(j->out, j->out_dtype, head * j->d), j->d);
+  }
+  free(out);
+}
+
+/* out[batch, heads, d] (contiguous) for q of the same shape; d a multiple of 8. Keys and values share dtype and strides; the
+ * last dimension is contiguous. `longest` is the largest of `lengths`. Returns 0, or 1 when memory ran out. */
+EXPORT int eff_decode_attention(const void *q, int q_dtype, const void *k, const void *v, int dtype, int64_t batch, int64_t heads,
+                                int64_t kv_heads, int64_t d, int64_t page, int64_t page_stride, int64_t head_stride, int64_t key_stride,
+                                const int32_t *table, int64_t max_pages, const int32_t *lengths, float scale, void *out, int threads) {
+  int64_t longest = 0, total = 0;
+  for (int64_t b = 0; b < batch; b++) longest = MAX(longest, lengths[b]), total += lengths[b];
+  if (total * kv_heads * d < 16384) threads = 1;
+  /* Enough splits for four items per thread, none shorter than 256 keys. */
+  int64_t splits = MAX(1, MIN((longest + 255) / 256, (4 * threads + batch * kv_heads - 1) / (batch * kv_heads)));
+  int64_t per_split = MAX(KEYS, ((longest + splits - 1) / splits + KEYS - 1) / KEYS * KEYS);
+  job j = {.k = k, .v = v, .dtype = (eff_dtype)dtype, .batch = batch, .heads = heads, .kv_heads = kv_heads, .d = d, .page = page,
+           .page_stride = page_stride, .head_stride = head_stride, .key_stride = key_stride, .table = table, .max_pages = max_pages,
+           .lengths = lengths, .splits = splits, .keys_per_split = per_split, .out = out, .out_dtype = (eff_dtype)q_dtype};
+  float *scratch = eff_scratch((size_t)(batch * heads * (d + splits * (d + 2))) * 4);
+  if (!scratch) return 1;
+  float *scaled = scratch;
+  eff_load_row((eff_dtype)q_dtype, q, scaled, batch * heads * d);
+  for (int64_t i = 0; i < batch * heads * d; i++) scaled[i] *= scale;
+  j.q = scaled, j.partial = scratch + batch * heads * d;
+  eff_parallel_for(batch * kv_heads * splits, threads, attend, &j);
+  merge(&j);
+  free(scratch);
+  return 0;
+}
