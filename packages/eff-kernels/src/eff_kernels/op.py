@@ -101,6 +101,10 @@ class Op:
         """Run on the chosen backend; ``args`` are those of the schema, in order and complete."""
         if torch.compiler.is_compiling() or _needs_torch_dispatch(args):
             return self._registered(*args, backend)
+        if backend == "auto":  # as in `choose`, without the calls that are dear beside a small kernel
+            for candidate in self.backends:
+                if candidate.reject(*args) is None:
+                    return candidate.run(*args)
         return self.choose(*args, backend=backend).run(*args)
 
     def choose(self, *args: Any, backend: str = "auto") -> Backend:

@@ -1,0 +1,1 @@
+"""Operations, one folder each: public function, reference, compiled CPU code, Triton kernels."""
