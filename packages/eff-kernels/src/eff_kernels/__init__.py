@@ -1,1 +1,31 @@
-"""Placeholder until the first module lands."""
+"""Transformer operations for PyTorch: a readable reference, a fast CPU path and Triton kernels behind one function each.
+
+Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models and takes the change back.
+"""
+
+from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
+from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
+from eff_kernels.ops.decode_attention import decode_attention
+from eff_kernels.ops.int8_linear import int8_linear
+from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Explanation",
+    "Handle",
+    "Int8Columns",
+    "Int8Rows",
+    "Op",
+    "Report",
+    "SkippedModulesError",
+    "decode_attention",
+    "fits",
+    "int8_linear",
+    "int8_quantize_columns",
+    "int8_quantize_rows",
+    "matches",
+    "replace_module",
+    "select",
+    "triton_backend",
+]
