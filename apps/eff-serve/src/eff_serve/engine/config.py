@@ -1,0 +1,125 @@
+"""The shape of a decoder, read from a transformers config.json; whatever our decoder does not do is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class UnsupportedModelError(ValueError):
+    """The lean decoder does not run this model; the message says which of its settings is in the way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Sizes and switches of a Llama-like decoder.
+
+    Attributes:
+        max_model_len: Most tokens of a sequence; with sliding-window attention the window, within which it is full attention.
+        inverse_frequencies: Rotary frequencies, [head_dim / 2], scaling included.
+        attention_factor: Factor of cos and sin.
+        eos_token_ids: Tokens that end a text.
+    """
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_model_len: int
+    tie_word_embeddings: bool
+    qk_norm: bool
+    inverse_frequencies: tuple[float, ...]
+    attention_factor: float
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> DecoderConfig:
+        """Read config.json and generation_config.json of a model folder.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            UnsupportedModelError: the architecture or one of its settings is not supported.
+        """
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = (config.get("architectures") or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise UnsupportedModelError(f"architecture {architecture} is not one of {', '.join(ARCHITECTURES)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModelError(f"hidden_act must be 'silu', got {config['hidden_act']!r}")
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        length = config["max_position_embeddings"]
+        windowed = config.get("sliding_window") and config.get("use_sliding_window", architecture.startswith("Mistral"))
+        frequencies, factor = _rotary(config, head_dim)
+        return cls(
+            architecture=architecture,
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            vocab_size=config["vocab_size"],
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            max_model_len=min(length, config["sliding_window"]) if windowed else length,
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            inverse_frequencies=tuple(frequencies.tolist()),
+            attention_factor=factor,
+            eos_token_ids=_eos(folder, config),
+        )
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at positions [T], each float32 [T, head_dim / 2]."""
+        angles = positions.float()[:, None] * torch.tensor(self.inverse_frequencies)
+        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+
+def _rotary(config: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
+    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(frequencies, scaling), 1.0
+    raise UnsupportedModelError(f"rope scaling {kind!r} is not one of 'default', 'linear', 'llama3'")
+
+
+def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / frequencies
+    periods = scaling["original_max_position_embeddings"] / wavelength
+    smooth = ((periods - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
+
+
+def _eos(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+    ids: set[int] = set()
+    path = folder / "generation_config.json"
+    for source in (config, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}):
+        value = source.get("eos_token_id")
+        ids.update([value] if isinstance(value, int) else value or [])
+    return frozenset(ids)

@@ -1,0 +1,191 @@
+"""A lean decoder for Llama-like models: fused projections, a paged key-value cache, nothing else between the kernels.
+
+Suffixes: T tokens, H query heads, G key-value heads, D head dimension, P pages, S keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, swiglu
+from torch import Tensor
+from torch.nn import functional
+
+from eff_serve.engine.config import DecoderConfig
+from eff_serve.engine.linear import FloatLinear, Linear, load_linear
+from eff_serve.engine.weights import Checkpoint
+
+PAGE = 32
+"""Keys per page: small enough to waste little memory, large enough to keep block tables short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one block."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model with its key-value cache of ``num_pages`` pages.
+
+    Args:
+        folder: Model folder (config.json and safetensors).
+        quantize: "int8" quantises the projections of a float checkpoint; None takes them as they are.
+        threshold: Outlier threshold of int8 layers; 0 takes no outliers out.
+        num_pages: Pages of `PAGE` keys in the cache, shared by all sequences.
+        on_layer: Called after each loaded layer, for progress.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: the folder does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        quantize: str | None = None,
+        threshold: float = 6.0,
+        num_pages: int,
+        on_layer: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.config = c = DecoderConfig.from_folder(folder)
+        checkpoint = Checkpoint(folder)
+        h, d = c.hidden_size, c.head_dim
+
+        def linear(names: list[str], sizes: list[int], k: int) -> Linear:
+            return load_linear(checkpoint, names, sizes, k, quantize=quantize, threshold=threshold)
+
+        self.layers = []
+        for i in range(c.num_layers):
+            block, attention, mlp = (f"model.layers.{i}{part}" for part in ("", ".self_attn", ".mlp"))
+            q_size, kv_size = c.num_heads * d, c.num_kv_heads * d
+            names = [f"{attention}.{p}_proj" for p in "qkv"]
+            self.layers.append(
+                Layer(
+                    attention_norm=checkpoint.floats(f"{block}.input_layernorm.weight", (h,)),
+                    qkv=linear(names, [q_size, kv_size, kv_size], h),
+                    q_norm=checkpoint.floats(f"{attention}.q_norm.weight", (d,)) if c.qk_norm else None,
+                    k_norm=checkpoint.floats(f"{attention}.k_norm.weight", (d,)) if c.qk_norm else None,
+                    output=linear([f"{attention}.o_proj"], [h], q_size),
+                    mlp_norm=checkpoint.floats(f"{block}.post_attention_layernorm.weight", (h,)),
+                    gate_up=linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], [c.intermediate_size] * 2, h),
+                    down=linear([f"{mlp}.down_proj"], [h], c.intermediate_size),
+                )
+            )
+            on_layer()
+        self.norm = checkpoint.floats("model.norm.weight", (h,))
+        self.embedding = checkpoint.floats("model.embed_tokens.weight", (c.vocab_size, h))
+        head = self.embedding if c.tie_word_embeddings else checkpoint.floats("lm_head.weight", (c.vocab_size, h))
+        self.head = FloatLinear(head)
+        self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
+        self.num_pages = num_pages
+        shape = (num_pages, c.num_kv_heads, PAGE, d)
+        self.keys = [torch.zeros(shape) for _ in range(c.num_layers)]
+        self.values = [torch.zeros(shape) for _ in range(c.num_layers)]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, the embedding included once."""
+        per_layer = sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        return per_layer + self.embedding.nbytes + (0 if self.config.tie_word_embeddings else self.head.nbytes)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> Tensor:
+        """Next-token logits [T, vocab] of T sequences that each add one token at its position.
+
+        Args:
+            tokens: int64 [T].
+            positions: int64 [T], the number of keys that each sequence already has.
+            block_table: int32 [T, max_pages], with room for the new key.
+        """
+        c = self.config
+        rows = torch.arange(tokens.size(0))
+        pages, offsets = block_table[rows, positions // PAGE].long(), positions % PAGE
+        lengths = (positions + 1).to(torch.int32)
+
+        def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+            self.keys[layer][pages, :, offsets] = k_TGD
+            self.values[layer][pages, :, offsets] = v_TGD
+            return decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=block_table)
+
+        # Tokens of different sequences: a batch of sequences of length one for the rotation.
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        hidden = self._blocks(
+            tokens, lambda x_TND: rope(x_TND.unsqueeze(2), cos, sin).view(tokens.size(0), -1, c.head_dim), attend
+        )
+        return self.head(hidden)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, start: int, pages: Tensor, *, all_logits: bool = False) -> Tensor:
+        """Add T tokens of one sequence that already has ``start`` keys; logits of the last token [1, vocab], or of all [T, vocab].
+
+        Args:
+            tokens: int64 [T].
+            start: Keys already in the cache.
+            pages: int64, the pages of the sequence, enough for start + T keys.
+            all_logits: Return the logits after every token.
+        """
+        c = self.config
+        end = start + tokens.size(0)
+        positions = torch.arange(start, end)
+        in_page, offsets = pages[positions // PAGE], positions % PAGE
+        used = pages[: -(-end // PAGE)]
+        # Query i may look at keys up to start + i; from the start on that is the causal mask which SDPA has built in.
+        mask = None if start == 0 else torch.arange(end)[None, :] <= positions[:, None]
+
+        def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+            self.keys[layer][in_page, :, offsets] = k_TGD
+            self.values[layer][in_page, :, offsets] = v_TGD
+            if start == 0:
+                keys, values = k_TGD.transpose(0, 1), v_TGD.transpose(0, 1)
+            else:
+                keys, values = (
+                    cache[layer][used].transpose(0, 1).flatten(1, 2)[:, :end] for cache in (self.keys, self.values)
+                )
+            out = functional.scaled_dot_product_attention(
+                q_THD.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+            return out[0].transpose(0, 1)
+
+        cos, sin = self.cos[None, start:end], self.sin[None, start:end]
+        hidden = self._blocks(tokens, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend)
+        return self.head(hidden if all_logits else hidden[-1:])
+
+    def _blocks(
+        self,
+        tokens: Tensor,
+        rotate: Callable[[Tensor], Tensor],
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """All layers and the last norm: hidden states [T, hidden]."""
+        c = self.config
+        count, q_heads, kv_heads, size = tokens.size(0), c.num_heads, c.num_kv_heads, c.intermediate_size
+        residual = self.embedding[tokens]
+        x = rms_norm(residual, self.layers[0].attention_norm, eps=c.rms_norm_eps)
+        for i, layer in enumerate(self.layers):
+            qkv_TND = layer.qkv(x).view(count, q_heads + 2 * kv_heads, c.head_dim)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = qkv_TND[:, :q_heads], qkv_TND[:, q_heads : q_heads + kv_heads]
+                q, k = rms_norm(q, layer.q_norm, eps=c.rms_norm_eps), rms_norm(k, layer.k_norm, eps=c.rms_norm_eps)
+                qk = rotate(torch.cat([q, k], 1))
+            else:
+                qk = rotate(qkv_TND[:, : q_heads + kv_heads])
+            mixed = attend(i, qk[:, :q_heads], qk[:, q_heads:], qkv_TND[:, q_heads + kv_heads :])
+            attended = layer.output(mixed.reshape(count, -1))
+            x, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps=c.rms_norm_eps)
+            gate_up = layer.gate_up(x)
+            mlp = layer.down(swiglu(gate_up[:, :size], gate_up[:, size:]))
+            norm = self.layers[i + 1].attention_norm if i + 1 < c.num_layers else self.norm
+            x, residual = add_rms_norm(mlp, residual, norm, eps=c.rms_norm_eps)
+        return x

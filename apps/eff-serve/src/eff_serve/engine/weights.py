@@ -1,0 +1,60 @@
+"""Reading a safetensors folder, one file or many shards, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """The weights of a folder are missing, damaged or of another model."""
+
+
+class Checkpoint:
+    """The tensors of a model folder by name; files are mapped into memory and read on demand.
+
+    Raises:
+        CheckpointError: there are no safetensors files, one is named but missing, or one is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        self._files = {}
+        for name in names:
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{folder} lacks the weight file {name}")
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from error
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            CheckpointError: it is missing or has another shape.
+        """
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{name} in {self.folder} must have shape {list(shape)}, got {list(tensor.shape)}")
+        return tensor
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The same in float32."""
+        return self.get(name, shape).to(torch.float32)
