@@ -7,6 +7,9 @@ PyTorch reference makes in the same low precision, plus one rounding of the outp
 
 This holds for the largest error and for the root mean square relative to that of the result, so that neither one wrong
 value nor a small bias in all of them passes. Integers must be equal to those of the reference.
+
+The errors of a handful of values say little about how large they can get: one of them may be right to the last bit by
+chance. Below 64 values the budget is therefore wider, by 8 / sqrt(number of values).
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ def compare(
     info = torch.finfo(eager.dtype)
     band = info.eps / 2 * exact.abs() + info.smallest_normal * info.eps
     problems = []
+    factor *= max(1.0, 8 / math.sqrt(int(finite.sum())))
     limit = factor * (float(eager_error.max()) + float(band.max()))
     if float(error.max()) > limit:
         index = [int(i) for i in finite.nonzero()[error.argmax()]]
