@@ -154,12 +154,19 @@ class Decoder:
                     cache[layer][used].transpose(0, 1).flatten(1, 2)[:, :end] for cache in (self.keys, self.values)
                 )
             out = functional.scaled_dot_product_attention(
-                q_THD.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+                q_THD.transpose(0, 1)[None],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=True,
             )
             return out[0].transpose(0, 1)
 
         cos, sin = self.cos[None, start:end], self.sin[None, start:end]
-        hidden = self._blocks(tokens, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend)
+        hidden = self._blocks(
+            tokens, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend
+        )
         return self.head(hidden if all_logits else hidden[-1:])
 
     def _blocks(

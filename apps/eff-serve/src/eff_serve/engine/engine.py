@@ -1,0 +1,254 @@
+"""Continuous batching: each step prefills a piece of one prompt and decodes one token for every running sequence.
+
+Sequences hold pages of the cache as they grow. When no page is free the youngest sequence gives its pages back and waits; it
+is computed anew later, from the same tokens and the same random state, so its text does not change.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eff_serve.engine.decoder import PAGE, Decoder
+from eff_serve.engine.grammar import GrammarMatcher
+from eff_serve.engine.pages import PagePool
+from eff_serve.engine.sampler import Sampler, score
+from eff_serve.engine.sequence import Sequence, TokenStream
+from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
+
+_log = logging.getLogger("eff_serve.engine")
+
+
+class BatchEngine:
+    """Runs many requests at once on a `Decoder`, on a thread of its own.
+
+    Args:
+        decoder: The model.
+        tokenizer_file: tokenizer.json, for grammars.
+        max_batch: Most sequences that run at once.
+        max_waiting: Most requests in line behind them.
+        max_waiting_tokens: Most prompt tokens in line.
+        chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        tokenizer_file: Path,
+        max_model_len: int | None = None,
+        max_batch: int = 16,
+        max_waiting: int = 64,
+        max_waiting_tokens: int = 65536,
+        chunk: int = 512,
+    ) -> None:
+        self.decoder = decoder
+        self.max_model_len = min(max_model_len or decoder.config.max_model_len, decoder.config.max_model_len)
+        if -(-self.max_model_len // PAGE) > decoder.num_pages:
+            raise ValueError(
+                f"a sequence of {self.max_model_len} tokens needs {-(-self.max_model_len // PAGE)} pages, "
+                f"the cache has {decoder.num_pages}; lower max_model_len or give the cache more memory"
+            )
+        self._tokenizer_file = tokenizer_file
+        self._max_batch, self._max_waiting, self._max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
+        self._chunk = chunk
+        self._pool = PagePool(decoder.num_pages)
+        self._waiting: collections.deque[Sequence] = collections.deque()
+        self._running: list[Sequence] = []
+        self._wake = threading.Condition()
+        self._draining = False
+        self._stop_at: float | None = None
+        self._seconds_per_request = 1.0  # running mean, for Retry-After
+        self._thread = threading.Thread(target=self._run, name="eff-engine", daemon=True)
+
+    def submit(self, prompt: list[int], sampling: Sampling) -> TokenStream:
+        """Put a request in line; see `Engine.submit`.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or has ids outside the vocabulary; the grammar is invalid.
+            QueueFullError: too many requests or too many prompt tokens are waiting.
+            DrainingError: `stop` was called.
+        """
+        vocab = self.decoder.config.vocab_size
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise ValueError(f"a prompt must hold at least one token id, all from 0 to {vocab - 1}")
+        if len(prompt) + sampling.max_tokens > self.max_model_len:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and {sampling.max_tokens} new ones exceed the {self.max_model_len} of the model"
+            )
+        eos = self.decoder.config.eos_token_ids
+        grammar = None
+        if sampling.grammar is not None:
+            grammar = GrammarMatcher(sampling.grammar, self._tokenizer_file, vocab, min(eos, default=0))
+        stream = TokenStream(self._notify)
+        sequence = Sequence(len(prompt), list(prompt), sampling, Sampler(sampling, eos), stream, grammar)
+        with self._wake:
+            if self._draining:
+                raise DrainingError("the server is shutting down and takes no new requests")
+            tokens = sum(s.pending for s in self._waiting)
+            idle = not self._waiting
+            if len(self._waiting) >= self._max_waiting or (
+                not idle and tokens + len(prompt) > self._max_waiting_tokens
+            ):
+                ahead = (len(self._waiting) + 1) / self._max_batch
+                raise QueueFullError(min(60.0, max(1.0, ahead * self._seconds_per_request)))
+            self._waiting.append(sequence)
+            self._wake.notify()
+        return stream
+
+    def stats(self) -> EngineStats:
+        """Counts at this moment."""
+        used = self._pool.num_pages - self._pool.free
+        return EngineStats(len(self._running), len(self._waiting), used / self._pool.num_pages)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def stop(self, grace: float) -> None:
+        """Refuse new requests, let running ones end for up to ``grace`` seconds, then cancel them and join the thread."""
+        with self._wake:
+            self._draining = True
+            self._stop_at = time.monotonic() + grace
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._waiting and not self._running and not self._draining:
+                    self._wake.wait()
+                expired = self._stop_at is not None and time.monotonic() >= self._stop_at
+                if self._draining and (expired or not (self._waiting or self._running)):
+                    break
+            self._step()
+        for sequence in [*self._running, *self._waiting]:
+            self._finish(sequence, Step(finish_reason="cancelled"))
+
+    def _step(self) -> None:
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.stream.cancelled.is_set():
+                self._finish(sequence, Step(finish_reason="cancelled"))
+        self._admit()
+        prefilling = next((s for s in self._running if s.pending > 1 or s.cached == 0), None)
+        if prefilling is not None:
+            self._guarded([prefilling], lambda: self._prefill(prefilling))
+        decoding = [s for s in self._running if s.pending == 1 and s.cached > 0]
+        decoding = [s for s in decoding if s in self._running and self._make_room(s, 1)]
+        decoding = [s for s in decoding if s in self._running]  # making room may have sent some back to the line
+        if decoding:
+            self._guarded(decoding, lambda: self._decode(decoding))
+
+    def _guarded(self, sequences: list[Sequence], step: object) -> None:
+        """Run a step; an error ends the sequences that it was for, and the engine goes on."""
+        try:
+            step()  # type: ignore[operator]
+        except Exception as error:
+            _log.exception("a step of the model failed")
+            for sequence in sequences:
+                if sequence in self._running:
+                    self._finish(sequence, Step(finish_reason="error", error=f"{type(error).__name__}: {error}"))
+
+    def _admit(self) -> None:
+        with self._wake:
+            while self._waiting and len(self._running) < self._max_batch:
+                first = self._waiting[0]
+                # One page beyond the tokens at hand, so that a new sequence is not sent back by its first steps.
+                if self._running and self._pool.free < -(-(first.pending + 1) // PAGE) + 1:
+                    return
+                self._running.append(self._waiting.popleft())
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Give a sequence pages for ``count`` more tokens; sends the youngest back to the line where none are free."""
+        needed = -(-(sequence.cached + count) // PAGE) - len(sequence.pages)
+        while needed > 0:
+            pages = self._pool.take(needed)
+            if pages is not None:
+                sequence.pages.extend(pages)
+                return True
+            youngest = self._running[-1]
+            self._pool.give_back(youngest.pages)
+            youngest.cached = 0
+            youngest.prompt_scores.clear()
+            with self._wake:
+                self._running.remove(youngest)
+                self._waiting.appendleft(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _prefill(self, sequence: Sequence) -> None:
+        count = min(self._chunk, sequence.pending)
+        if not self._make_room(sequence, count):
+            return
+        start = sequence.cached
+        wants_scores = sequence.sampling.prompt_logprobs is not None and not sequence.output
+        tokens = torch.tensor(sequence.tokens[start : start + count])
+        logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores)
+        sequence.cached += count
+        if wants_scores:
+            self._score_prompt(sequence, start, logits)
+        if sequence.pending == 0:
+            self._advance(sequence, logits[-1], int(logits[-1].argmax()))
+
+    def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
+        top = sequence.sampling.prompt_logprobs or 0
+        following = sequence.prompt[start + 1 : start + 1 + logits.size(0)]
+        sequence.prompt_scores += [score(row, token, top) for row, token in zip(logits, following, strict=False)]
+        if sequence.pending == 0:
+            sequence.stream.put(Step(prompt_scores=tuple(sequence.prompt_scores)))
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        tokens = torch.tensor([s.tokens[-1] for s in sequences])
+        positions = torch.tensor([s.cached for s in sequences])
+        width = max(len(s.pages) for s in sequences)
+        table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32)
+        logits = self.decoder.decode(tokens, positions, table)
+        best = logits.argmax(1).tolist()
+        for row, sequence in enumerate(sequences):
+            sequence.cached += 1
+            self._advance(sequence, logits[row], best[row])
+
+    def _advance(self, sequence: Sequence, logits: Tensor, best: int) -> None:
+        """Choose the next token from the logits, deliver it, and end the sequence where it ends."""
+        s = sequence.sampling
+        if s.max_tokens == 0:
+            self._finish(sequence, Step(finish_reason="length"))
+            return
+        if sequence.sampler.greedy_from_raw:
+            token = best
+        else:
+            allowed = None if sequence.grammar is None else sequence.grammar.allowed()
+            token = sequence.sampler.choose(logits, sequence.prompt, sequence.output, allowed)
+        scored = None if s.logprobs is None else score(logits, token, s.logprobs)
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token)
+        sequence.tokens.append(token)
+        ended = token in s.stop_token_ids or (not s.ignore_eos and token in self.decoder.config.eos_token_ids)
+        if ended or (sequence.grammar is not None and sequence.grammar.done):
+            self._finish(sequence, Step(token, scored, finish_reason="stop"))
+        elif len(sequence.output) >= s.max_tokens:
+            self._finish(sequence, Step(token, scored, finish_reason="length"))
+        else:
+            sequence.stream.put(Step(token, scored))
+
+    def _finish(self, sequence: Sequence, step: Step) -> None:
+        with self._wake:
+            self._pool.give_back(sequence.pages)
+            if sequence in self._running:
+                self._running.remove(sequence)
+            else:
+                self._waiting.remove(sequence)
+        self._seconds_per_request += 0.1 * (time.monotonic() - sequence.submitted - self._seconds_per_request)
+        sequence.stream.put(step)

@@ -1,0 +1,107 @@
+"""From the name of a model to a running engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from eff_serve.engine.config import DecoderConfig
+from eff_serve.engine.decoder import PAGE, Decoder
+from eff_serve.engine.engine import BatchEngine
+from eff_serve.models import embedded
+from eff_serve.models.tokenizer import Tokenizer
+
+_QUANTIZE = (None, "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """An engine, not yet started, with what belongs to it."""
+
+    engine: BatchEngine
+    tokenizer: Tokenizer
+    name: str
+    description: str
+
+
+def load_engine(
+    model: str | None = None,
+    *,
+    quantize: str | None = "int8",
+    threshold: float = 6.0,
+    max_model_len: int | None = None,
+    max_batch: int = 16,
+    max_waiting: int = 64,
+    kv_gib: float = 1.0,
+    progress: bool = True,
+) -> LoadedModel:
+    """Load a model for serving.
+
+    Args:
+        model: A folder in transformers' layout, or the name of a model in the local hub cache; None is the embedded model.
+        quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (float32).
+        threshold: Outlier threshold of int8; 0 takes no outliers out.
+        max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
+        max_batch: Most sequences that run at once.
+        max_waiting: Most requests in line behind them.
+        kv_gib: Memory for keys and values, in GiB.
+        progress: Show progress bars on standard error.
+
+    Raises:
+        FileNotFoundError: there is no such model here.
+        ValueError: the model or a setting is not supported.
+    """
+    if quantize not in _QUANTIZE:
+        raise ValueError(f"quantize must be one of {_QUANTIZE}, got {quantize!r}")
+    folder = embedded.folder(progress=progress) if model is None else find_folder(model)
+    config = DecoderConfig.from_folder(folder)
+    page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
+    num_pages = int(kv_gib * 2**30 / page_bytes)
+    if num_pages < 1:
+        raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
+    length = max_model_len or min(config.max_model_len, num_pages * PAGE)
+    decoder = _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
+    engine = BatchEngine(
+        decoder,
+        tokenizer_file=folder / "tokenizer.json",
+        max_model_len=length,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+    )
+    name = embedded.NAME if model is None else Path(model).name if Path(model).is_dir() else model
+    weights = f"{quantize or 'float32'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
+    return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
+
+
+def find_folder(model: str) -> Path:
+    """The folder of a model: a path, or the snapshot of a name in the hub's local cache (fetched where a hub is in reach).
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if os.sep in model and model.count("/") != 1:
+        raise FileNotFoundError(f"no such folder: {model}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # the hub library raises a dozen kinds
+        raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub can give: {error}") from error
+
+
+def _load(folder: Path, quantize: str | None, threshold: float, num_pages: int, layers: int, progress: bool) -> Decoder:
+    def load(on_layer: Callable[[], object]) -> Decoder:
+        return Decoder(folder, quantize=quantize, threshold=threshold, num_pages=num_pages, on_layer=on_layer)
+
+    if not progress:
+        return load(lambda: None)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Loading weights", total=layers)
+        return load(lambda: bar.advance(task))

@@ -1,0 +1,80 @@
+"""One request inside the engine: its tokens, its pages, and the stream that its reader holds."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from eff_serve.engine.grammar import GrammarMatcher
+from eff_serve.engine.sampler import Sampler
+from eff_serve.engine.types import Sampling, Step, TokenScore
+
+
+class TokenStream:
+    """The steps of one request, for one reader in the asyncio loop in which it was made."""
+
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Step] = asyncio.Queue()
+        self._on_cancel = on_cancel
+        self.cancelled = threading.Event()
+
+    def put(self, step: Step) -> None:
+        """Deliver a step; called from the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, step)
+        except RuntimeError:  # the reader's loop is closed: nobody is left to read
+            self.cancelled.set()
+
+    def cancel(self) -> None:
+        """Give up the request; safe from any thread and after the end."""
+        self.cancelled.set()
+        self._on_cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        """Yield steps until one has a finish_reason."""
+        while True:
+            step = await self._queue.get()
+            yield step
+            if step.finish_reason is not None:
+                return
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """State of a request between steps.
+
+    Attributes:
+        tokens: Prompt and output.
+        cached: How many of them have keys and values in the cache.
+        pages: The pages that hold these.
+    """
+
+    prompt_length: int
+    tokens: list[int]
+    sampling: Sampling
+    sampler: Sampler
+    stream: TokenStream
+    grammar: GrammarMatcher | None = None
+    cached: int = 0
+    pages: list[int] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+    submitted: float = field(default_factory=time.monotonic)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's tokens."""
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has not seen yet; 1 means that the next step is a decoding step."""
+        return len(self.tokens) - self.cached
