@@ -23,7 +23,8 @@ class DecoderConfig:
     """Sizes and switches of a Llama-like decoder.
 
     Attributes:
-        max_model_len: Most tokens of a sequence; with sliding-window attention the window, within which it is full attention.
+        max_model_len: Most tokens of a sequence; with sliding-window attention the window, inside which it is full
+            attention.
         inverse_frequencies: Rotary frequencies, [head_dim / 2], scaling included.
         attention_factor: Factor of cos and sin.
         eos_token_ids: Tokens that end a text.

@@ -128,7 +128,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, start: int, pages: Tensor, *, all_logits: bool = False) -> Tensor:
-        """Add T tokens of one sequence that already has ``start`` keys; logits of the last token [1, vocab], or of all [T, vocab].
+        """Add T tokens of one sequence with ``start`` keys; logits of the last [1, vocab], or all [T, vocab].
 
         Args:
             tokens: int64 [T].
@@ -136,7 +136,6 @@ class Decoder:
             pages: int64, the pages of the sequence, enough for start + T keys.
             all_logits: Return the logits after every token.
         """
-        c = self.config
         end = start + tokens.size(0)
         positions = torch.arange(start, end)
         in_page, offsets = pages[positions // PAGE], positions % PAGE

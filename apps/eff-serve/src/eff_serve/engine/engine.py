@@ -1,7 +1,7 @@
 """Continuous batching: each step prefills a piece of one prompt and decodes one token for every running sequence.
 
-Sequences hold pages of the cache as they grow. When no page is free the youngest sequence gives its pages back and waits; it
-is computed anew later, from the same tokens and the same random state, so its text does not change.
+Sequences hold pages of the cache as they grow. When no page is free the youngest sequence gives its pages back and
+waits; it is computed anew later, from the same tokens and the same random state, so its text does not change.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class BatchEngine:
             raise ValueError(f"a prompt must hold at least one token id, all from 0 to {vocab - 1}")
         if len(prompt) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
-                f"{len(prompt)} prompt tokens and {sampling.max_tokens} new ones exceed the {self.max_model_len} of the model"
+                f"{len(prompt)} prompt tokens and {sampling.max_tokens} new exceed the model's {self.max_model_len}"
             )
         eos = self.decoder.config.eos_token_ids
         grammar = None
@@ -112,7 +112,7 @@ class BatchEngine:
         self._thread.start()
 
     def stop(self, grace: float) -> None:
-        """Refuse new requests, let running ones end for up to ``grace`` seconds, then cancel them and join the thread."""
+        """Refuse new requests, let running ones end for up to ``grace`` seconds, then cancel them and join."""
         with self._wake:
             self._draining = True
             self._stop_at = time.monotonic() + grace

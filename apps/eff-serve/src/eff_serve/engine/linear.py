@@ -45,7 +45,7 @@ class FloatLinear:
 
 @dataclass(frozen=True, slots=True)
 class Int8Linear:
-    """LLM.int8(). Outliers are taken out token by token: the answer to one request must not depend on its neighbours."""
+    """LLM.int8(). Outliers are taken out token by token: an answer must not depend on its neighbours."""
 
     weight: Tensor
     absmax: Tensor
@@ -73,8 +73,8 @@ def load_linear(
 ) -> Linear:
     """Read layers that share an input and stack them into one, so that one call does the work of several.
 
-    Int8 folders (``weight`` int8 with ``SCB``, the layout of bitsandbytes) are taken as they are; scales belong to rows, so
-    stacking changes no number. Float weights are quantised here when ``quantize`` is "int8".
+    Int8 folders (``weight`` int8 with ``SCB``, the layout of bitsandbytes) are taken as they are; scales belong to rows
+    and stacking changes no number. Float weights are quantised here when ``quantize`` is "int8".
     """
     weights, scales, biases = [], [], []
     for name, n in zip(names, sizes, strict=True):

@@ -40,7 +40,7 @@ def load_engine(
     """Load a model for serving.
 
     Args:
-        model: A folder in transformers' layout, or the name of a model in the local hub cache; None is the embedded model.
+        model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model.
         quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (float32).
         threshold: Outlier threshold of int8; 0 takes no outliers out.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
@@ -76,7 +76,7 @@ def load_engine(
 
 
 def find_folder(model: str) -> Path:
-    """The folder of a model: a path, or the snapshot of a name in the hub's local cache (fetched where a hub is in reach).
+    """The folder of a model: a path, or the hub's snapshot of a name (cached, fetched where the hub is in reach).
 
     Raises:
         FileNotFoundError: neither exists.

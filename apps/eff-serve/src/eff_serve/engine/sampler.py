@@ -42,7 +42,8 @@ class Sampler:
 
         Args:
             logits: float32 [vocab]; left unchanged.
-            prompt, output: Tokens so far, for the penalties.
+            prompt: Its tokens, for the repetition penalty.
+            output: Tokens so far, for the penalties.
             allowed: bool [vocab]; tokens that the grammar admits.
         """
         s = self.sampling

