@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from eff_kernels.native.build import library
 
@@ -20,6 +21,16 @@ _PARALLEL_FROM: Final = 65536
 def threads_for(work: int) -> int:
     """Threads to use for ``work`` elements: 1 for small work, else `torch.get_num_threads`."""
     return 1 if work < _PARALLEL_FROM else torch.get_num_threads()
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """Return the tensor, or a copy, in which all rows have unit stride and lie one distance apart; and that distance."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.contiguous()
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def struct_kernel(name: str) -> Callable[[bytes], None]:

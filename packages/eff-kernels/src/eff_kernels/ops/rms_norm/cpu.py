@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eff_kernels import native
-from eff_kernels.native import DTYPE_CODES, threads_for
+from eff_kernels.native import DTYPE_CODES, rows_of, threads_for
 
 # The fields of forward_args and backward_args in rms_norm.c.
 _FORWARD = struct.Struct("qqPqPqPdPPqqq").pack
@@ -46,7 +46,7 @@ def reject_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_re
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the reference."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, stride = _rows(x)
+    x, stride = rows_of(x)
     weight = weight if weight.is_contiguous() else weight.contiguous()
     d, total = weight.shape[0], out.numel()
     _forward()(_FORWARD(
@@ -60,8 +60,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """As the reference."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, stride = _rows(x)
-    residual, residual_stride = _rows(residual)
+    x, stride = rows_of(x)
+    residual, residual_stride = rows_of(residual)
     weight = weight if weight.is_contiguous() else weight.contiguous()
     d, numel = weight.shape[0], out.numel()
     _forward()(_FORWARD(
@@ -77,9 +77,9 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """As the reference. The weight's gradient is summed in parts that depend on the shape alone: it is repeatable."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, x_stride = _rows(x)
-    grad, grad_stride = _rows(grad.to(x.dtype))
-    more, more_stride = (None, 0) if grad_residual is None else _rows(grad_residual.to(x.dtype))
+    x, x_stride = rows_of(x)
+    grad, grad_stride = rows_of(grad.to(x.dtype))
+    more, more_stride = (None, 0) if grad_residual is None else rows_of(grad_residual.to(x.dtype))
     weight = weight.contiguous()
     d = weight.size(0)
     rows = x.numel() // d if d else 0
@@ -91,16 +91,6 @@ def rms_norm_backward(
         rows_per_part, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(x.numel()),
     ))  # fmt: skip
     return grad_x, parts.sum(0).to(weight.dtype)
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """The tensor itself, or a copy, so that all rows have unit stride and lie one distance apart; and that distance."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    rows = x.reshape(-1, x.size(-1)) if x.numel() else x.contiguous()
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    return rows, rows.stride(0)
 
 
 @functools.cache
