@@ -1,4 +1,4 @@
-"""Transformer operations for PyTorch: a readable reference, a fast CPU path and Triton kernels behind one function each.
+"""Transformer operations for PyTorch: a readable reference, fast CPU code and Triton kernels behind one function each.
 
 Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models and takes the change back.
 """
@@ -8,8 +8,12 @@ from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backen
 from eff_kernels.ops.decode_attention import decode_attention
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
+from eff_kernels.ops.rms_norm import AddRMSNorm, add_rms_norm, rms_norm
+from eff_kernels.ops.rope import rope
+from eff_kernels.ops.swiglu import swiglu
 
 __all__ = [
+    "AddRMSNorm",
     "Backend",
     "BackendError",
     "Explanation",
@@ -19,6 +23,7 @@ __all__ = [
     "Op",
     "Report",
     "SkippedModulesError",
+    "add_rms_norm",
     "decode_attention",
     "fits",
     "int8_linear",
@@ -26,6 +31,9 @@ __all__ = [
     "int8_quantize_rows",
     "matches",
     "replace_module",
+    "rms_norm",
+    "rope",
     "select",
+    "swiglu",
     "triton_backend",
 ]

@@ -1,4 +1,4 @@
-"""What a Triton kernel module declares about its kernels: configurations to tune over, cases to compile without a GPU."""
+"""What a Triton kernel module declares: configurations to tune over, cases to compile without a GPU."""
 
 from __future__ import annotations
 

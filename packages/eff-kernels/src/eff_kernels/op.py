@@ -21,7 +21,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+# Looked up once: a call of an op on one short row takes some five microseconds.
+_is_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_is_compiling = torch.compiler.is_compiling
 
 
 class BackendError(RuntimeError):
@@ -99,7 +107,9 @@ class Op:
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
         """Run on the chosen backend; ``args`` are those of the schema, in order and complete."""
-        if torch.compiler.is_compiling() or _needs_torch_dispatch(args):
+        if _is_compiling() or _needs_torch_dispatch(args):
+            if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
+                raise NotImplementedError(f"{self.name} has no forward-mode derivative; use reverse mode")
             return self._registered(*args, backend)
         if backend == "auto":  # as in `choose`, without the calls that are dear beside a small kernel
             for candidate in self.backends:
@@ -180,14 +190,18 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
 def _needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
-    """Whether a call is more than plain inference: a gradient, a tensor subclass, tracing, vmap."""
-    grad = torch.is_grad_enabled()
+    """Whether a call is more than plain inference: a gradient, a tensor subclass, tracing, vmap, forward-mode AD."""
+    grad = _is_grad_enabled()
     for a in args:
         kind = type(a)
-        if kind is Tensor or kind is nn.Parameter:
+        if kind is Tensor or kind is Parameter:
             if grad and a.requires_grad:
                 return True
         elif isinstance(a, Tensor):
             return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return _dispatch_modes() > 0 or _functorch_level() is not None or forward_ad._current_level >= 0

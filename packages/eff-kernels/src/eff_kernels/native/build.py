@@ -1,9 +1,9 @@
 """Compile the C sources once per machine and load them.
 
-All of ``native/src/*.c`` becomes one shared library in the user's cache (``EFF_CACHE_DIR``, else the XDG cache), keyed by
-sources, compiler and processor, so that a shared home directory serves different machines. It takes about three seconds,
-once. The compiler is ``EFF_KERNELS_CC`` if set, else ``cc``, ``gcc`` or ``clang`` on the PATH, else the one inside the PyPI
-package ziglang. Without any of these the ops fall back to PyTorch, and their ``explain`` says so.
+All of ``native/src/*.c`` becomes one shared library in the user's cache (``EFF_CACHE_DIR``, else the XDG cache), keyed
+by sources, compiler and processor, so that a shared home directory serves different machines. It takes a few seconds,
+once. The compiler is ``EFF_KERNELS_CC`` if set, else ``cc``, ``gcc`` or ``clang`` on the PATH, else the one inside the
+PyPI package ziglang. Without any of these the ops fall back to PyTorch, and their ``explain`` says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def library(*defines: str) -> ctypes.CDLL:
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
-        raise NativeBuildError(f"the compiled kernels at {path} do not load: {error}; remove the file to rebuild it") from error
+        raise NativeBuildError(
+            f"the compiled kernels at {path} do not load: {error}; remove the file to rebuild it"
+        ) from error
     _share_openmp(lib)
     lib.eff_self_test.restype = ctypes.c_int
     failed = lib.eff_self_test()
@@ -115,7 +117,9 @@ def _compile(command: list[str], flags: tuple[str, ...], path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             sources = [str(s) for s in sorted(_SOURCES.glob("*.c"))]
-            run = subprocess.run([*command, *flags, *sources, "-o", str(built), "-lm"], capture_output=True, text=True, timeout=300)
+            run = subprocess.run(
+                [*command, *flags, *sources, "-o", str(built), "-lm"], capture_output=True, text=True, timeout=300
+            )
             if run.returncode:
                 raise NativeBuildError(f"{shlex.join(command)} failed to compile the kernels:\n{run.stderr[-2000:]}")
             built.replace(path)  # atomic: processes that build at the same time do not see half a file

@@ -15,7 +15,7 @@ DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of ``eff_dtype`` in eff.h."""
 
 _PARALLEL_FROM: Final = 65536
-"""Entering and leaving a parallel region costs about 5 us, the time in which one core handles this many simple elements."""
+"""A parallel region costs about 5 us, the time in which one core handles this many simple elements."""
 
 
 def threads_for(work: int) -> int:
@@ -24,7 +24,7 @@ def threads_for(work: int) -> int:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """Return the tensor, or a copy, in which all rows have unit stride and lie one distance apart; and that distance."""
+    """Return the tensor, or a copy, whose rows have unit stride and lie one distance apart; and that distance."""
     if x.is_contiguous():
         return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.contiguous()

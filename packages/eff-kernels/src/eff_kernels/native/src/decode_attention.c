@@ -189,6 +189,7 @@ static void merge(const job *j) {
 EXPORT int eff_decode_attention(const void *q, int q_dtype, const void *k, const void *v, int dtype, int64_t batch, int64_t heads,
                                 int64_t kv_heads, int64_t d, int64_t page, int64_t page_stride, int64_t head_stride, int64_t key_stride,
                                 const int32_t *table, int64_t max_pages, const int32_t *lengths, float scale, void *out, int threads) {
+  if (batch == 0) return 0;
   int64_t longest = 0, total = 0;
   for (int64_t b = 0; b < batch; b++) longest = MAX(longest, lengths[b]), total += lengths[b];
   if (total * kv_heads * d < 16384) threads = 1;

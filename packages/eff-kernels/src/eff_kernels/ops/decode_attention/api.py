@@ -36,8 +36,8 @@ def decode_attention(
 
     Args:
         q: Queries, [B, H, D]; any float dtype.
-        k: Keys, [B, KV, S, D], or the pages of a paged cache, [P, KV, page, D]; H must be a multiple of KV, and query head h
-            reads key-value head h // (H / KV). The dtype may differ from that of ``q``.
+        k: Keys, [B, KV, S, D], or the pages of a paged cache, [P, KV, page, D]; H must be a multiple of KV, and
+            query head h reads key-value head h // (H / KV). The dtype may differ from that of ``q``.
         v: Values, like ``k``.
         lengths: Number of keys of each sequence, int32 [B]; with 0 the output is zero.
         block_table: For a paged cache, int32 [B, max_pages]: key j of sequence b is row j % page of page
@@ -88,5 +88,5 @@ def _check_on_cpu(k: Tensor, lengths: Tensor, block_table: Tensor | None) -> Non
     if block_table is not None:
         for b, (length, pages) in enumerate(zip(counts, block_table.tolist(), strict=True)):
             used = pages[: -(-length // page)]
-            if used and not (0 <= min(used) and max(used) < k.size(0)):
+            if used and (min(used) < 0 or max(used) >= k.size(0)):
                 raise ValueError(f"block_table of sequence {b} names pages outside 0..{k.size(0) - 1}: {used}")

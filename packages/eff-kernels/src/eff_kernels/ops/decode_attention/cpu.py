@@ -12,9 +12,7 @@ from torch import Tensor
 from eff_kernels import native
 
 
-def reject(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
-) -> str | None:
+def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> str | None:
     """Why the compiled code cannot run this call."""
     if q.device.type != "cpu":
         return f"needs CPU tensors, got q on {q.device}"
@@ -23,7 +21,8 @@ def reject(
     if q.size(2) % 8:
         return f"needs a head dimension that 8 divides, got {q.size(2)}"
     if k.stride() != v.stride() or k.stride(3) != 1:
-        return f"needs keys and values with equal strides and a contiguous last dimension, got {k.stride()} and {v.stride()}"
+        seen = f"{k.stride()} and {v.stride()}"
+        return f"needs keys and values with equal strides and a contiguous last dimension, got strides {seen}"
     return native.unavailable()
 
 

@@ -11,11 +11,12 @@ def decode_attention(
 ) -> Tensor:
     """Output [B, H, D], sequence by sequence."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.size(1) // k.size(1)
     for b, length in enumerate(lengths.tolist()):
         if length:
-            keys, values = (_first(cache, b, length, block_table).float() for cache in (k, v))
-            q_KGD = q[b].float().unflatten(0, (k.size(1), group))
+            keys, values = (_first(cache, b, length, block_table).to(wide) for cache in (k, v))
+            q_KGD = q[b].to(wide).unflatten(0, (k.size(1), group))
             weights_KGS = torch.softmax(scale * q_KGD @ keys.transpose(1, 2), -1)
             out[b] = (weights_KGS @ values).flatten(0, 1).to(q.dtype)
     return out

@@ -58,10 +58,11 @@ def int8_linear(
 ) -> Tensor:
     """Multiply by an int8 weight: LLM.int8(), sections 2 and 3.
 
-    y = (codes @ weight^T) * rowmax / 127 * absmax / 127 + x[:, outliers] @ (weight[:, outliers] * absmax / 127)^T + bias
+    y = (codes @ weight^T) * rowmax / 127 * absmax / 127 + x[:, out] @ (weight[:, out] * absmax / 127)^T + bias
 
-    The activations are quantised row by row (see `int8_quantize_rows`), the integer products are exact, and the columns that
-    hold an activation of magnitude >= threshold are multiplied in floating point. Sums are float32, rounded once.
+    The activations are quantised row by row (see `int8_quantize_rows`), the integer products are exact, and the columns
+    ``out`` that hold an activation of magnitude >= threshold are multiplied in floating point. Sums are
+    float32, rounded once.
     Differentiable in x and bias: dx = dy @ dequantised weight, so that adapters can be trained on a frozen int8 base.
 
     Args:
@@ -70,9 +71,9 @@ def int8_linear(
         absmax: Largest magnitude of each weight row, float32 [N] (``SCB`` of bitsandbytes): weight row n stands for
             weight[n] * absmax[n] / 127.
         bias: [N], any float dtype.
-        threshold: Magnitude from which activations count as outliers; 0 means that none does. With outliers a row's result
-            depends on the other rows: an outlier anywhere in a column takes the whole column out of the int8 product.
-        per_token_outliers: Take out only the outlying entries themselves, which makes each row independent of the others.
+        threshold: Magnitude from which activations count as outliers; 0 means that none does. With outliers a row's
+            result depends on the other rows: an outlier anywhere takes its whole column out of the int8 product.
+        per_token_outliers: Take out only the outlying entries themselves, which makes rows independent of each other.
         activation: "dynamic" quantises x; "none" leaves it as it is (weight-only; no outliers then).
         out_dtype: Dtype of the result; that of ``x`` by default.
         backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
@@ -101,6 +102,6 @@ def int8_linear(
     check_threshold(threshold)
     if activation not in ("dynamic", "none"):
         raise ValueError(f"activation must be 'dynamic' or 'none', got {activation!r}")
-    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
     arguments = (weight, absmax, bias, float(threshold), per_token_outliers, activation, out_dtype or x.dtype)
     return OP(rows, *arguments, backend=backend).view(*x.shape[:-1], n)

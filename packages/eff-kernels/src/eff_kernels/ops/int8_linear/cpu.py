@@ -49,8 +49,7 @@ def int8_linear(
         return _weight_only(x, weight, absmax, bias, out_dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if not weight.is_contiguous():
-        weight = weight.contiguous()
+    weight, absmax = weight.contiguous(), absmax.contiguous()
     if bias is not None and (bias.dtype not in native.DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     m, k = x.shape

@@ -18,11 +18,13 @@ def int8_linear(
     activation: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Y [T, N] of x [T, K] and weight [N, K]."""
-    x = x.float()
+    """Y [T, N] of x [T, K] and weight [N, K]; with float64 inputs all but the choice of codes is in float64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    absmax = absmax.to(wide)
     if activation == "none":
-        y = x @ (weight.float() * (absmax[:, None] / 127)).t()
+        y = x.to(wide) @ (weight.to(wide) * (absmax[:, None] / 127)).t()
     else:
+        x = x.float()
         outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
         # In 16 bits go the outliers alone (per token), or every entry of a column that has one.
         taken = outlier if per_token_outliers else outlier.any(0).expand_as(outlier)
@@ -31,15 +33,17 @@ def int8_linear(
         row_absmax = torch.where(row_absmax.isfinite(), row_absmax, torch.nan)
         codes = (inlier * inverse_scale(row_absmax)[:, None]).round().masked_fill(taken, 0.0).nan_to_num(0.0)
         # float64 holds the integer sums exactly for every K that int32 can (float32 would not, from K = 1041 on).
-        sums = (codes.double() @ weight.double().t()).float()
+        sums = (codes.double() @ weight.double().t()).to(wide)
         columns = taken.any(0).nonzero().view(-1)
-        outlier_sums = (x * taken)[:, columns] @ weight[:, columns].float().t() if columns.numel() else 0.0
-        y = (sums * (row_absmax[:, None] / 127) + outlier_sums) * (absmax / 127)
+        outlier_x = x.where(taken, 0.0)[:, columns].to(wide)
+        outlier_sums = outlier_x @ weight[:, columns].to(wide).t()
+        y = (sums * (row_absmax.to(wide)[:, None] / 127) + outlier_sums) * (absmax / 127)
     if bias is not None:
-        y = y + bias.float()
+        y = y + bias.to(wide)
     return y.to(out_dtype)
 
 
 def int8_linear_backward(grad: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """dX [T, K] = dY [T, N] @ dequantised weight [N, K]; rounding of the activations counts as the identity."""
-    return ((grad.float() * (absmax / 127)) @ weight.float()).to(dtype)
+    """Gradient dX [T, K] = dY [T, N] @ dequantised weight [N, K]: rounding x counts as the identity."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return ((grad.to(wide) * (absmax / 127)) @ weight.to(wide)).to(dtype)

@@ -49,7 +49,7 @@ class Int8Rows(NamedTuple):
 
 
 class Int8Columns(NamedTuple):
-    """Result of `int8_quantize_columns`: x is about codes * absmax / 127, column by column, outside the outlier columns."""
+    """Result of `int8_quantize_columns`: x is about codes * absmax / 127, column by column, outside the outliers."""
 
     codes: Tensor
     absmax: Tensor
@@ -59,7 +59,7 @@ class Int8Columns(NamedTuple):
 def int8_quantize_rows(x: Tensor, *, threshold: float = 0.0, backend: str = "auto") -> Int8Rows:
     """Quantise each row to int8 by its largest magnitude, leaving out columns with outliers (LLM.int8(), section 3).
 
-    codes = round(x * 127 / absmax), half to even, with absmax = max |x| over the entries of the row below the threshold.
+    codes = round(x * 127 / absmax), half to even, with absmax = max |x| over the row's entries below the threshold.
     A column with an entry of magnitude >= threshold in any row is an outlier column: its codes are 0, while its entries
     below the threshold still count for the absmax of their row (bitsandbytes does the same, and gives equal codes).
 
@@ -69,7 +69,7 @@ def int8_quantize_rows(x: Tensor, *, threshold: float = 0.0, backend: str = "aut
         backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
     Returns:
-        Int8Rows(codes int8 [..., K], absmax float32 [...], outlier_columns int64 [n], ascending). A row of zeros has absmax
+        Int8Rows(codes int8 [..., K], absmax float32 [...], outlier_columns int64 [n], ascending). A row of zeros has
         0; a row with a NaN, or an infinity that is no outlier, has absmax NaN; the codes of both are 0.
 
     Raises:
@@ -81,7 +81,7 @@ def int8_quantize_rows(x: Tensor, *, threshold: float = 0.0, backend: str = "aut
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     check_float(x)
-    codes, absmax, columns = ROWS_OP(x.reshape(-1, x.size(-1)), float(threshold), backend=backend)
+    codes, absmax, columns = ROWS_OP(x.reshape(x.shape[:-1].numel(), x.size(-1)), float(threshold), backend=backend)
     return Int8Rows(codes.view(x.shape), absmax.view(x.shape[:-1]), columns.nonzero().view(-1))
 
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, rows_of, threads_for
@@ -45,24 +45,26 @@ def reject_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_re
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the reference."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = empty_like(x, memory_format=contiguous_format)
     x, stride = rows_of(x)
-    weight = weight if weight.is_contiguous() else weight.contiguous()
-    d, total = weight.shape[0], out.numel()
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    d, numel = weight.shape[0], out.numel()
     _forward()(_FORWARD(
-        total // d if d else 0, d, x.data_ptr(), stride, 0, 0, weight.data_ptr(), eps, 0, out.data_ptr(),
-        DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(total),
+        numel // d if d else 0, d, x.data_ptr(), stride, 0, 0, weight.data_ptr(), eps, 0, out.data_ptr(),
+        DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(numel),
     ))  # fmt: skip
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = empty_like(x, memory_format=contiguous_format)
+    total = empty_like(x, memory_format=contiguous_format)
     x, stride = rows_of(x)
     residual, residual_stride = rows_of(residual)
-    weight = weight if weight.is_contiguous() else weight.contiguous()
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
     d, numel = weight.shape[0], out.numel()
     _forward()(_FORWARD(
         numel // d if d else 0, d, x.data_ptr(), stride, residual.data_ptr(), residual_stride,
@@ -76,7 +78,7 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As the reference. The weight's gradient is summed in parts that depend on the shape alone: it is repeatable."""
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_x = empty_like(x, memory_format=contiguous_format)
     x, x_stride = rows_of(x)
     grad, grad_stride = rows_of(grad.to(x.dtype))
     more, more_stride = (None, 0) if grad_residual is None else rows_of(grad_residual.to(x.dtype))

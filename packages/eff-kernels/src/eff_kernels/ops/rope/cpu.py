@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, threads_for
@@ -26,7 +26,7 @@ def reject(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """As the reference."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = empty_like(x, memory_format=contiguous_format)
     batch, heads, tokens, d = x.shape
     x_batch, x_head, x_token, step = x.stride()
     if step != 1:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, rows_of
@@ -32,7 +32,7 @@ def reject_backward(grad: Tensor, gate: Tensor, up: Tensor) -> str | None:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As the reference."""
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = empty_like(gate, memory_format=contiguous_format)
     d, numel = gate.shape[-1], out.numel()
     gate, gate_stride = rows_of(gate)
     up, up_stride = rows_of(up)
@@ -45,8 +45,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    to_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    to_up = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    to_gate = empty_like(gate, memory_format=contiguous_format)
+    to_up = empty_like(gate, memory_format=contiguous_format)
     d, numel = gate.shape[-1], to_gate.numel()
     if numel == 0:  # an empty grad has no address, which in C stands for the forward
         return to_gate, to_up

@@ -1,0 +1,126 @@
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from eff_kernels.ops.decode_attention import api, decode_attention, reference
+from eff_kernels.ops.decode_attention.specs import SPECS, paged
+from eff_kernels.testing.op_tests import OpTests
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+class TestDecodeAttention(OpTests):
+    function = staticmethod(decode_attention)
+    reference = staticmethod(reference.decode_attention)
+    op = api.OP
+    specs = SPECS
+    may_refuse: ClassVar = {"cpu": "contiguous last dimension"}
+
+    def schema_args(self, spec, args):
+        q, k, v, lengths, *table = args
+        scale = spec.kwargs.get("scale") or q.size(2) ** -0.5
+        return q, k, v, lengths, (table[0] if table else None), scale
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", [s for s in SPECS if "empty" not in s.tags], ids=lambda s: s.name)
+def test_pages_give_what_a_contiguous_cache_gives(spec, dtype, backend):
+    q, k, v, lengths = spec.args(dtype)
+    wanted = decode_attention(q, k, v, lengths, backend=backend, **spec.kwargs)
+    *pages, table = paged(k, v, 16, torch.Generator().manual_seed(0))
+    actual = decode_attention(q, *pages, lengths, block_table=table, backend=backend, **spec.kwargs)
+    # The order of the sums is another one: a few roundings of float32, or one of the output's dtype.
+    torch.testing.assert_close(actual, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 6),
+    keys=st.integers(1, 600),
+    d=st.sampled_from([8, 24, 64]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_sdpa(batch, kv, group, keys, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, kv * group, d, generator=generator)
+    k, v = (torch.randn(batch, kv, keys, d, generator=generator) for _ in range(2))
+    lengths = torch.randint(1, keys + 1, (batch,), generator=generator, dtype=torch.int32)
+    mask = torch.arange(keys)[None, None, None] < lengths[:, None, None, None]
+    wanted = F.scaled_dot_product_attention(q.double()[:, :, None], k.double(), v.double(), mask, enable_gqa=True)[
+        :, :, 0
+    ]
+    for name in ("cpu", "reference"):
+        actual = decode_attention(q, k, v, lengths, backend=name)
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_length_zero_gives_zeros(backend):
+    q, k = torch.randn(2, 4, 16), torch.randn(2, 2, 5, 16)
+    out = decode_attention(q, k, k, torch.tensor([0, 3], dtype=torch.int32), backend=backend)
+    assert not out[0].any()
+    assert out[1].any()
+
+
+def test_keys_beyond_the_length_are_not_read(backend):
+    q, k, v = torch.randn(1, 4, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
+    lengths = torch.tensor([130], dtype=torch.int32)
+    wanted = decode_attention(q, k, v, lengths, backend=backend)
+    k[:, :, 130:], v[:, :, 130:] = torch.nan, torch.nan
+    assert torch.equal(decode_attention(q, k, v, lengths, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("scores", [1e4, -1e4])
+def test_large_scores_do_not_overflow(backend, scores):
+    q = torch.full((1, 1, 8), scores)
+    k = torch.linspace(-1, 1, 200)[None, None, :, None].expand(1, 1, 200, 8).contiguous()
+    v = torch.randn(1, 1, 200, 8)
+    out = decode_attention(q, k, v, torch.tensor([200], dtype=torch.int32), backend=backend)
+    torch.testing.assert_close(out[0, 0], v[0, 0, -1 if scores > 0 else 0])
+
+
+def test_nan_in_a_key_reaches_its_output(backend):
+    q, k = torch.randn(2, 2, 8), torch.randn(2, 2, 20, 8)
+    v = k.clone()
+    k[1, 0, 3, 2] = torch.nan
+    out = decode_attention(q, k, v, torch.tensor([20, 20], dtype=torch.int32), backend=backend)
+    assert out[1, 0].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[1, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.ones(2, 4, 8)}, ValueError, r"\[2, 4, 8\]"),
+        ({"q": torch.ones(2, 3, 16)}, ValueError, "3"),
+        ({"lengths": torch.tensor([1, 2])}, TypeError, "int64"),
+        ({"lengths": torch.tensor([1, 6], dtype=torch.int32)}, ValueError, "6 for sequence 1"),
+        ({"lengths": torch.tensor([-1, 5], dtype=torch.int32)}, ValueError, "-1 for sequence 0"),
+        ({"lengths": torch.tensor([1], dtype=torch.int32)}, ValueError, r"\[1\]"),
+        (
+            {"block_table": torch.tensor([[0], [2]], dtype=torch.int32)},
+            ValueError,
+            "sequence 1 names pages outside 0..1",
+        ),
+        ({"v": torch.ones(2, 2, 5, 16).half()}, TypeError, "float16"),
+    ],
+)
+def test_errors_name_what_they_saw(change, error, message):
+    cache = torch.ones(2, 2, 5, 16)
+    call = {
+        "q": torch.ones(2, 4, 16),
+        "k": cache,
+        "v": cache,
+        "lengths": torch.tensor([1, 5], dtype=torch.int32),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        decode_attention(**call)
