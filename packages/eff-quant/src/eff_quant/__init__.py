@@ -1,1 +1,32 @@
-"""Placeholder until the first module lands."""
+"""Quantisation of transformer models: the verb `quantize_`, its reverse, and the methods with their configs.
+
+Importing this package loads torch and nothing larger; transformers, PEFT and bitsandbytes are imported by the functions
+that need them.
+"""
+
+from eff_quant.llm_int8 import (
+    Int8Config,
+    Int8Linear,
+    OutlierReport,
+    convert_from_bnb_,
+    load_bnb_int8,
+    outlier_report,
+    save_bnb_int8,
+)
+from eff_quant.load import load
+from eff_quant.lora import merge_lora
+from eff_quant.quantize import dequantize_, quantize_
+
+__all__ = [
+    "Int8Config",
+    "Int8Linear",
+    "OutlierReport",
+    "convert_from_bnb_",
+    "dequantize_",
+    "load",
+    "load_bnb_int8",
+    "merge_lora",
+    "outlier_report",
+    "quantize_",
+    "save_bnb_int8",
+]

@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from tokenizers import Tokenizer as Backend
 
+from eff_serve.models.chat_template import ChatTemplate, ChatTemplateError
 
-class ChatTemplateError(ValueError):
-    """The messages do not fit the model's chat template, or the model has none."""
+__all__ = ["ChatTemplateError", "IncrementalDecoder", "Tokenizer"]
 
 
 class Tokenizer:
@@ -39,8 +36,9 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self._config = _read_json(folder / "tokenizer_config.json")
-        self._template_source = _chat_template(folder, self._config)
-        self._template = None if self._template_source is None else _compile(self._template_source)
+        special = {name: _content(v) or "" for name, v in self._config.items() if name.endswith("_token")}
+        source = _chat_template(folder, self._config)
+        self._template = None if source is None else ChatTemplate(source, {"bos_token": "", "eos_token": "", **special})
         self.bos_token = _content(self._config.get("bos_token"))
         self.eos_token = _content(self._config.get("eos_token"))
 
@@ -66,43 +64,15 @@ class Tokenizer:
         """A single token as text."""
         return self.decode([token], skip_special_tokens=False)
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **template_kwargs: Any,
-    ) -> str:
-        """Lay out messages as the model was trained to read them.
-
-        Args:
-            messages: Mappings with "role" and "content".
-            add_generation_prompt: End with the opening of the assistant's turn.
-            continue_final_message: Leave the last message open, for the model to continue it.
-            template_kwargs: Further variables of the template.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        """Lay out messages as the model was trained to read them; arguments as for `ChatTemplate.render`.
 
         Raises:
-            ChatTemplateError: there is no template, it refuses the messages, or both flags are set.
+            ChatTemplateError: there is no template, or it refuses the messages or the arguments.
         """
         if self._template is None:
             raise ChatTemplateError("this model has no chat template; use the completions endpoint")
-        if add_generation_prompt and continue_final_message:
-            raise ChatTemplateError("add_generation_prompt and continue_final_message exclude each other")
-        if continue_final_message and not messages:
-            raise ChatTemplateError("continue_final_message needs a message to continue")
-        variables = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", **template_kwargs}
-        try:
-            text = self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
-        if continue_final_message:
-            final = str(messages[-1]["content"]).strip()
-            end = text.rfind(final)
-            if end < 0:
-                raise ChatTemplateError("the chat template does not show the final message, so it cannot be continued")
-            text = text[: end + len(final)]
-        return text
+        return self._template.render(messages, **kwargs)
 
 
 class IncrementalDecoder:
@@ -157,19 +127,3 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
     return template
-
-
-def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the model's chat template does not compile: {error}") from error
