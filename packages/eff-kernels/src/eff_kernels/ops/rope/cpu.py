@@ -6,7 +6,6 @@ import functools
 import struct
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
