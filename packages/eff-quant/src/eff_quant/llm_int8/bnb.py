@@ -1,0 +1,189 @@
+"""bitsandbytes both ways: read its int8 checkpoints, write checkpoints that it reads, convert a loaded model.
+
+The tensors on disk are the same on both sides (``weight``, ``SCB``, ``weight_format``); only the settings differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from eff_kernels.edit import Report, replace_module
+from torch import nn
+
+from eff_quant.linears import find_linears
+from eff_quant.llm_int8.config import Int8Config
+from eff_quant.llm_int8.layer import Int8Linear
+
+
+def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: Any) -> Any:
+    """Load a folder that transformers saved with bitsandbytes int8, to run with `Int8Linear` layers of the same bytes.
+
+    Args:
+        path: Folder with config.json and safetensors files.
+        config: Settings such as backend or activation; by default the file's threshold and all else as in `Int8Config`.
+            The skip list is always the file's.
+        **kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        A transformers model of the class that config.json names. It saves in our own settings; see `save_bnb_int8`.
+
+    Raises:
+        ImportError: transformers is not installed. bitsandbytes is not needed.
+        ValueError: the folder is not one of bitsandbytes int8 or holds no safetensors files, or the config asks for
+            static outlier columns, whose original weights are not in the file.
+        KeyError: an int8 weight has no scales; the message names the module.
+    """
+    from eff_quant import hf
+    from eff_quant.load import model_class, read_quantization_config
+
+    settings = read_quantization_config(path)
+    if not settings.get("load_in_8bit"):
+        raise ValueError(f"{path}: quantization_config is {settings or 'absent'}, not one of bitsandbytes int8")
+    if not any(Path(path).glob("*.safetensors")):
+        raise ValueError(
+            f"{path}: no safetensors files; load it through bitsandbytes, then use convert_from_bnb_(model)"
+        )
+    _check_no_columns(config)
+    hf_config, cls = model_class(path)
+    config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0))
+    names = _float_layers(cls, hf_config, settings.get("llm_int8_skip_modules"))
+    values = {**config.to_dict(), "skip": [f"re:{re.escape(n)}" for n in names]}
+    hf_config.quantization_config = hf.EffInt8Config.from_dict(values).to_dict()
+    return cls.from_pretrained(path, config=hf_config, **kwargs)
+
+
+def _float_layers(cls: Any, hf_config: Any, skip: list[str] | None) -> list[str]:
+    """The linear layers that transformers leaves float when it quantises a model of this class with bitsandbytes."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    with torch.device("meta"):
+        hf_config = copy.deepcopy(hf_config)
+        del hf_config.quantization_config
+        model = cls(hf_config)
+    patterns = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    return [f.names[0] for f in find_linears(model) if not should_convert_module(f.names[0], patterns)]
+
+
+def _check_no_columns(config: Int8Config | None) -> None:
+    if config is not None and config.outlier_columns:
+        raise ValueError("outlier_weights='original' needs the original weights, which a bitsandbytes model lacks")
+
+
+def bnb_settings(model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config`` with which transformers loads our int8 model through bitsandbytes.
+
+    Raises:
+        ValueError: settings that bitsandbytes does not have (weight-only, per-token outliers, static outlier columns),
+            or layers with different settings.
+    """
+    from eff_quant.hf import the_config
+
+    config = the_config(model)
+    extra = {
+        "activation='none'": config.activation == "none",
+        "per_token_outliers=True": config.per_token_outliers,
+        "outlier_weights='original'": config.outlier_weights == "original",
+    }
+    if missing := [name for name, used in extra.items() if used]:
+        raise ValueError(f"bitsandbytes has no {', '.join(missing)}; use save_pretrained for these settings")
+    linears = [f for f in find_linears(model) if not isinstance(f.module, Int8Linear)]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": float(config.threshold),
+        # transformers reads these as regular expressions
+        "llm_int8_skip_modules": [f"{re.escape(name)}$" for f in linears for name in f.names],
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def save_bnb_int8(model: Any, path: str | Path, **kwargs: Any) -> None:
+    """Save a transformers model with `Int8Linear` layers so that transformers loads it through bitsandbytes.
+
+    Args:
+        model: A transformers model.
+        path: Folder to write.
+        **kwargs: Passed on to ``save_pretrained`` (such as ``max_shard_size``).
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: see `bnb_settings`.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise TypeError(f"save_bnb_int8 takes a transformers model, got {type(model).__name__}")
+    settings = bnb_settings(model)
+    quantizer, own = model.hf_quantizer, model.config.quantization_config
+    model.hf_quantizer = None  # it would put our settings in place
+    model.config.quantization_config = settings
+    try:
+        model.save_pretrained(path, **kwargs)
+    finally:
+        model.hf_quantizer, model.config.quantization_config = quantizer, own
+    written = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
+    if written != settings:
+        raise RuntimeError(f"transformers wrote other settings than given: {written}")
+
+
+def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Report:
+    """Replace bitsandbytes' ``Linear8bitLt`` layers of a loaded model by `Int8Linear` with the same bytes, in place.
+
+    Args:
+        model: Any module; a transformers model also learns that the quantiser is now ours.
+        config: Settings; by default each layer's own threshold.
+
+    Returns:
+        The layers that were replaced, and those with 16-bit weights, which are left.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: the config asks for static outlier columns, whose original weights are gone.
+    """
+    try:
+        from bitsandbytes.nn import Linear8bitLt
+    except ImportError as error:
+        raise ImportError("convert_from_bnb_ needs bitsandbytes: pip install bitsandbytes") from error
+    from eff_quant.quantize import size_of, tell_transformers
+
+    _check_no_columns(config)
+    report = Report("convert_from_bnb_")
+    used = config
+    for name, old in list(model.named_modules()):
+        if not isinstance(old, Linear8bitLt):
+            continue
+        if old.weight.dtype != torch.int8:
+            report.skip(name, f"weight has dtype {old.weight.dtype}, not int8 yet; use quantize_", size=size_of(old))
+            continue
+        used = config or Int8Config(threshold=float(old.state.threshold))
+        new = Int8Linear(old.in_features, old.out_features, bias=False, config=used, device="meta")
+        scales = old.weight.SCB if getattr(old.weight, "SCB", None) is not None else old.state.SCB
+        if scales is None:
+            raise KeyError(f"{name}: int8 weight without its scales SCB")
+        device = old.weight.device
+        new.weight = old.weight.data
+        new.SCB = scales.to(device=device, dtype=torch.float32)
+        new.weight_format = torch.zeros((), dtype=torch.uint8, device=device)
+        new.bias = old.bias
+        replace_module(model, name, new.train(old.training))
+        report.change(name, bytes_before=size_of(old), bytes_after=size_of(new))
+    if used is not None and report.changed:
+        tell_transformers(model, "attach", used)
+        _forget_bnb(model)
+    return report
+
+
+def _forget_bnb(model: Any) -> None:
+    """Take away what makes PEFT expect bitsandbytes' layers and transformers use its conversions when saving."""
+    if hasattr(model, "is_loaded_in_8bit"):
+        model.is_loaded_in_8bit = False
+    conversions = getattr(model, "_weight_conversions", None) or []
+    theirs = [c for c in conversions if any("Bnb" in type(op).__name__ for op in getattr(c, "operations", ()))]
+    if theirs:
+        model._weight_conversions = [c for c in conversions if c not in theirs]
