@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
 

@@ -2,10 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+from eff_serve.models.tokenizer import ChatTemplateError, IncrementalDecoder, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from eff_serve.models.tokenizer import ChatTemplateError, IncrementalDecoder, Tokenizer
 
 RECORDED = json.loads((Path(__file__).parent / "llama_cpp_tokens.json").read_text())
 
@@ -40,13 +39,13 @@ def pieces(tokenizer, ids, skip=True):
 
 
 @settings(max_examples=200, deadline=None)
-# a few control characters have no token in this vocabulary
-@given(text=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40))
-def test_incremental_pieces_join_to_the_text_and_are_whole_characters(smollm2_tokenizer, text):
+@given(text=st.text(max_size=40))
+def test_incremental_pieces_are_whole_characters(smollm2_tokenizer, text):
     ids = smollm2_tokenizer.encode(text)
+    decoded = smollm2_tokenizer.decode(ids, skip_special_tokens=False)  # the text, but for a few bytes without a token
     parts = pieces(smollm2_tokenizer, ids, skip=False)
-    assert "".join(parts) == text
-    if "\ufffd" not in text:
+    assert "".join(parts) == decoded
+    if "\ufffd" not in decoded:
         assert all("\ufffd" not in p for p in parts)
 
 
@@ -106,7 +105,7 @@ def test_template_cannot_reach_python(tmp_path, smollm2):
 
 
 def test_errors_name_what_is_wrong(tmp_path, smollm2):
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path)
     with pytest.raises(ChatTemplateError, match="line 2"):
         make_folder(tmp_path, smollm2, "\n{% if %}")

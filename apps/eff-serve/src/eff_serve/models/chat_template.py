@@ -24,7 +24,7 @@ class ChatTemplateError(ValueError):
 class _Generation(Extension):
     """``{% generation %}...{% endgeneration %}`` marks the assistant's part for training; here it renders its body."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - jinja declares it as a set
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)

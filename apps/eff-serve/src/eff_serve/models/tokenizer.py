@@ -116,7 +116,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
