@@ -1,1 +1,1 @@
-"""Placeholder until the first module lands."""
+"""A small, fast, OpenAI-compatible LLM server and command line."""

@@ -1,0 +1,34 @@
+"""What the OpenAPI schema says about responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from eff_serve.api.schema.common import ErrorResponse
+
+_MEANING = {
+    400: "A field is unknown, not supported or has a bad value; ``error.param`` names it.",
+    401: "No API key, or a wrong one.",
+    404: "Another model than the one served.",
+    413: "The body is too long.",
+    429: "The waiting line is full; ``Retry-After`` says when to try again.",
+    500: "The server failed.",
+    503: "The model is being loaded, or the server is shutting down.",
+    504: "The answer was not complete within the server's deadline.",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for these error statuses."""
+    return {status: {"model": ErrorResponse, "description": _MEANING[status]} for status in statuses}
+
+
+def json_or_events(whole: type[BaseModel], event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of a generating endpoint: a whole body, or with ``stream`` a stream of events."""
+    stream = {"schema": {"type": "string", "description": f"Events `data: {event.__name__}`, the last `data: [DONE]`."}}
+    return {
+        200: {"model": whole, "description": "The answer.", "content": {"text/event-stream": stream}},
+        **errors(400, 401, 404, 413, 429, 500, 503, 504),
+    }

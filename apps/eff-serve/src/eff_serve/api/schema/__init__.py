@@ -1,0 +1,1 @@
+"""Bodies of requests and responses; the published OpenAPI schema is made from them."""

@@ -1,0 +1,218 @@
+"""Bodies of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from eff_serve.api.schema.common import Int, PromptLogprobs, RequestModel, Usage, refuse
+from eff_serve.api.schema.sampling import MAX_TOP, SamplingFields
+
+ChatFinishReason = Literal["stop", "length"]
+
+
+class TextPart(RequestModel):
+    """A piece of a message's text."""
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise refuse(
+                f"content parts of type {kind[:40]!r} are not supported: this model reads text only; use 'text' parts",
+                "type",
+            )
+        return value
+
+
+class Message(RequestModel):
+    """One message. ``developer`` is read as ``system``. Fields of type null are those that clients send back with an answer."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: None = None
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _no_tool_role(cls, value: Any) -> Any:
+        if value in ("tool", "function"):
+            raise refuse(f"messages of role {value!r} are not supported: this server has no tool calling")
+        return value
+
+    @field_validator("tool_calls", "function_call", mode="before")
+    @classmethod
+    def _no_tool_calls(cls, value: Any) -> Any:
+        if value is not None:
+            raise refuse("tool calls in messages are not supported: this server has no tool calling")
+        return value
+
+    def as_template_input(self) -> dict[str, str]:
+        """Role and text as a chat template reads them; parts are joined by line breaks."""
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": role, "content": text}
+
+
+class TemplateFields(RequestModel):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _not_reserved(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        taken = sorted(RESERVED_TEMPLATE_NAMES & set(value or ()))
+        if taken:
+            raise refuse(f"chat_template_kwargs cannot set {taken[0]!r}; the template gets it from the request itself")
+        return value
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> TemplateFields:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise refuse(
+                "add_generation_prompt and continue_final_message exclude each other", "continue_final_message"
+            )
+        return self
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with the beginning of a new assistant message (the default)."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+RESERVED_TEMPLATE_NAMES = frozenset({
+    "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "template_kwargs", "bos_token", "eos_token", "pad_token", "unk_token",
+})  # fmt: skip
+
+
+class ChatRequest(SamplingFields, TemplateFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[Int, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP)] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+
+    @field_validator("tools")
+    @classmethod
+    def _no_tools(cls, value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise refuse("tools are not supported: this server has no tool calling; leave the field out or send []")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _no_tool_choice(cls, value: Any) -> Any:
+        if value not in (None, "none"):
+            raise refuse("tool_choice is not supported except 'none': this server has no tool calling")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refuse("top_logprobs needs logprobs=true", "top_logprobs")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise refuse(
+                f"max_tokens={both[0]} and max_completion_tokens={both[1]} disagree; give one of them",
+                "max_completion_tokens",
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, None for as many as the context holds."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TopLogprob(BaseModel):
+    """A token and its log-probability; ``bytes`` are the token's own, also where they are no whole character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A generated token with the most likely alternatives."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """One entry for each generated token."""
+
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer and why it ended."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason
+
+
+class ChatCompletion(BaseModel):
+    """Response of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Delta(BaseModel):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    """A chunk's addition to one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str

@@ -1,0 +1,46 @@
+"""What the HTTP layer can be told: names, keys, limits."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Settings of the HTTP layer.
+
+    Attributes:
+        model_id: Name of the model in requests and responses.
+        aliases: Other names that requests may use for it.
+        fingerprint: Sent as ``system_fingerprint``; changes when results may change (version, weights format).
+        created: Time at which the model was loaded, in seconds since 1970.
+        api_keys: Keys that clients may use; empty means that no key is asked for.
+        protect_metrics: Ask for a key at /metrics too.
+        cors_origins: Origins that browsers may call from; empty switches CORS off.
+        max_body_bytes: Longest request body.
+        max_json_depth: Deepest nesting of a request body, JSON schemas included.
+        max_sequences: Most sequences of one request: prompts times ``n``.
+        deadline: Seconds after which a request is given up.
+        chat_page: Serve the chat page at ``/``.
+    """
+
+    model_id: str
+    aliases: tuple[str, ...] = ()
+    fingerprint: str = "eff"
+    created: int = field(default_factory=lambda: int(time.time()))
+    api_keys: tuple[str, ...] = ()
+    protect_metrics: bool = False
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 2**20
+    max_json_depth: int = 64
+    max_sequences: int = 64
+    deadline: float = 600.0
+    chat_page: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_json_depth", "max_sequences", "deadline"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):
+            raise ValueError("API keys must be ASCII text without spaces around it, and not empty")

@@ -1,0 +1,82 @@
+"""Server-sent events: a response that sends models as they come, and ends its work when the client leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from eff_serve.api.disconnect import ClientGoneError, unless_disconnected
+from eff_serve.api.errors import ApiError, internal_error
+from eff_serve.api.schema.common import ErrorResponse
+
+log = logging.getLogger("eff_serve")
+SendEvent = Callable[[BaseModel], Awaitable[None]]
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Runs ``produce(send_event)`` and sends each model given to ``send_event`` as one event, then ``[DONE]``.
+
+    An error after the first byte can no longer change the status: it is sent as an event ``{"error": ...}``, and the stream
+    ends there, without ``[DONE]``.
+
+    Args:
+        produce: Makes the events; cancelled when the client leaves.
+        client_gone: Called when it did.
+        close: Called at the end, however it comes about, also when ``produce`` never ran.
+        headers: Further response headers.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        produce: Callable[[SendEvent], Awaitable[None]],
+        *,
+        client_gone: Callable[[], None],
+        close: Callable[[], None],
+        headers: dict[str, str],
+    ) -> None:
+        # Proxies that buffer would turn a stream into one late block; the last header is nginx's switch against that.
+        super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._close = close
+        self._produce = produce
+        self._client_gone = client_gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response (ASGI)."""
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        except ClientGoneError:
+            self._client_gone()
+        finally:
+            self._close()
+
+    async def _send_all(self, send: Send) -> None:
+        async def send_bytes(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        async def send_event(event: BaseModel) -> None:
+            await send_bytes(encode_event(event))
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await self._produce(send_event)
+        except ApiError as error:
+            await send_event(ErrorResponse(error=error.body))
+        except Exception as error:
+            log.error("a stream failed", exc_info=error)
+            await send_event(ErrorResponse(error=internal_error().body))
+        else:
+            await send_bytes(DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def encode_event(event: BaseModel) -> bytes:
+    """One event; fields that were not set are left out."""
+    return f"data: {event.model_dump_json(exclude_unset=True)}\n\n".encode()

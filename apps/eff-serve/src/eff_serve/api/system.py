@@ -1,0 +1,72 @@
+"""What is served and how it is: /v1/models, /health, /version, /metrics."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+
+from eff_serve.api.documented import errors
+from eff_serve.api.metrics import CONTENT_TYPE
+from eff_serve.api.schema.common import Health, Version
+from eff_serve.api.serving import Serving
+
+router = APIRouter(tags=["system"])
+
+
+class ModelCard(BaseModel):
+    """A model, as OpenAI describes one."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "eff"
+    max_model_len: int | None = None
+
+
+class ModelList(BaseModel):
+    """Body of /v1/models."""
+
+    object: str = "list"
+    data: list[ModelCard]
+
+
+def _card(serving: Serving) -> ModelCard:
+    length = serving.engine.max_model_len if serving.state == "ready" else None
+    return ModelCard(id=serving.settings.model_id, created=serving.settings.created, max_model_len=length)
+
+
+@router.get("/v1/models", responses=errors(401))
+async def models(request: Request) -> ModelList:
+    """The model that is served."""
+    return ModelList(data=[_card(request.app.state.serving)])
+
+
+@router.get("/v1/models/{name:path}", responses=errors(401, 404))
+async def model(name: str, request: Request) -> ModelCard:
+    """One model by name."""
+    serving: Serving = request.app.state.serving
+    serving.check_model(name)
+    return _card(serving)
+
+
+@router.get("/health", responses=errors(503))
+async def health(request: Request) -> Health:
+    """200 while the server takes requests, 503 while it loads or shuts down."""
+    serving: Serving = request.app.state.serving
+    serving.check()
+    return Health(status="ok")
+
+
+@router.get("/version")
+async def version() -> Version:
+    """Version of the server."""
+    return Version(version=metadata.version("eff-serve"))
+
+
+@router.get("/metrics", response_class=Response, responses=errors(401))
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    serving: Serving = request.app.state.serving
+    return Response(serving.metrics.render(), media_type=CONTENT_TYPE)

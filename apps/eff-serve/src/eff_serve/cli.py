@@ -1,0 +1,140 @@
+"""The command line: ``eff-serve`` serves, ``eff-serve chat`` talks, ``eff-serve generate PROMPT`` answers once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from eff_serve.engine import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """Which model, and how.
+
+    Attributes:
+        model: Folder in transformers' layout or name on the hub; by default the embedded SmolLM2-135M-Instruct.
+        quantize: Weights of the projections: int8 (LLM.int8()) or float32.
+        threshold: Magnitude from which activations bypass int8; 0 switches that off.
+        max_model_len: Most tokens of prompt and answer; by default the model's limit.
+        max_batch: Most answers generated at once.
+        threads: CPU threads; by default PyTorch's choice.
+    """
+
+    model: str | None = None
+    quantize: Literal["int8", "none"] = "int8"
+    threshold: float = 6.0
+    max_model_len: int | None = None
+    max_batch: int = 16
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serve:
+    """Serve a model over HTTP.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port to listen on.
+        api_key_file: File with one API key a line; requests need one of them then.
+        max_waiting: Most requests in line; more are answered with 429.
+        grace: Seconds that running answers get after SIGTERM.
+    """
+
+    model: tyro.conf.OmitArgPrefixes[Model] = Model()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    max_waiting: int = 64
+    grace: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generate:
+    """Answer one prompt and print the text.
+
+    Attributes:
+        prompt: The prompt; "-" reads standard input.
+        max_tokens: Most tokens of the answer.
+        temperature: 0 is greedy.
+        raw: Continue the prompt as it is, without the chat template.
+    """
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    model: tyro.conf.OmitArgPrefixes[Model] = Model()
+    max_tokens: int = 256
+    temperature: float = 0.0
+    raw: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat:
+    """Chat in the terminal; /reset starts anew, /quit leaves, Ctrl-C stops an answer.
+
+    Attributes:
+        system: System message.
+        max_tokens: Most tokens of an answer.
+        temperature: 0 is greedy.
+    """
+
+    model: tyro.conf.OmitArgPrefixes[Model] = Model()
+    system: str | None = None
+    max_tokens: int = 512
+    temperature: float = 0.7
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``eff-serve``."""
+    given = sys.argv[1:] if args is None else args
+    if not given or given[0] not in ("serve", "generate", "chat", "-h", "--help"):
+        given = ["serve", *given]  # serving is what the bare command does
+    command = tyro.extras.subcommand_cli_from_dict({"serve": _serve, "generate": _generate, "chat": _chat}, args=given)
+    if command:
+        sys.exit(command)
+
+
+def _serve(config: tyro.conf.OmitArgPrefixes[Serve]) -> int:
+    """Serve a model over HTTP (what eff-serve does without a subcommand)."""
+    from eff_serve.server import serve
+
+    return serve(config, _load(config.model, config.max_waiting))
+
+
+def _generate(config: tyro.conf.OmitArgPrefixes[Generate]) -> int:
+    """Answer one prompt and print the text."""
+    from eff_serve.terminal import generate
+
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    return generate(_load(config.model), prompt, config.max_tokens, config.temperature, raw=config.raw)
+
+
+def _chat(config: tyro.conf.OmitArgPrefixes[Chat]) -> int:
+    """Chat in the terminal."""
+    from eff_serve.terminal import chat
+
+    return chat(_load(config.model), config.system, config.max_tokens, config.temperature)
+
+
+def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
+    import torch
+
+    from eff_serve.engine import load_engine
+
+    if model.threads is not None:
+        torch.set_num_threads(model.threads)
+    try:
+        return load_engine(
+            model.model,
+            quantize=None if model.quantize == "none" else model.quantize,
+            threshold=model.threshold,
+            max_model_len=model.max_model_len,
+            max_batch=model.max_batch,
+            max_waiting=max_waiting,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"eff-serve: {error}")
