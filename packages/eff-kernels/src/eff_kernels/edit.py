@@ -43,27 +43,39 @@ def fits(where: Where, name: str, module: nn.Module) -> bool:
 def select(model: nn.Module, where: Where = "*", kind: type[M] = nn.Module) -> Iterator[tuple[str, M]]:  # type: ignore[assignment]
     """Yield ``(name, module)`` for each module of class ``kind`` that ``where`` takes in, in the model's order.
 
-    A module that is reached by two names is yielded once, under the first.
+    A module that is reached by several names is yielded once, under the first that fits.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kind) and fits(where, name, module):
+    seen: set[nn.Module] = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module not in seen and isinstance(module, kind) and fits(where, name, module):
+            seen.add(module)
             yield name, module
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put ``new`` where ``name`` points, return what was there.
+    """Put ``new`` wherever the module ``name`` is held, and return that module.
+
+    A module that is shared stays shared: all places that hold it get ``new``.
 
     Raises:
         ValueError: ``name`` is empty: the model itself cannot be replaced inside itself.
         AttributeError: the model has no module of that name.
     """
+    old = _inner_module(model, name)
+    for parent, leaf in _places(model, old):
+        setattr(parent, leaf, new)
+    return old
+
+
+def _inner_module(model: nn.Module, name: str) -> nn.Module:
     if not name:
         raise ValueError("cannot replace the model itself; wrap it or pass its parent")
-    parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = getattr(parent, leaf)
-    setattr(parent, leaf, new)
-    return old
+    return model.get_submodule(name)
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """All (parent, attribute) that hold a module."""
+    return [(parent, leaf) for parent in model.modules() for leaf, child in parent._modules.items() if child is module]
 
 
 class Handle:
@@ -80,9 +92,22 @@ class Handle:
         self._undo.append(undo)
 
     def replace(self, model: nn.Module, name: str, new: nn.Module) -> None:
-        """Replace the module ``name``; `remove` puts the old one back."""
-        old = replace_module(model, name, new)
-        self.on_remove(lambda: replace_module(model, name, old))
+        """Replace the module ``name`` as `replace_module` does; `remove` puts the old one back.
+
+        `remove` raises RuntimeError if something else has been put there since: later changes are to be removed first.
+        """
+        old = _inner_module(model, name)
+        places = _places(model, old)
+
+        def put_back() -> None:
+            if any(parent._modules.get(leaf) is not new for parent, leaf in places):
+                raise RuntimeError(f"{name!r} was changed again after this change; remove the later change first")
+            for parent, leaf in places:
+                setattr(parent, leaf, old)
+
+        for parent, leaf in places:
+            setattr(parent, leaf, new)
+        self.on_remove(put_back)
 
     @property
     def active(self) -> bool:
@@ -90,9 +115,10 @@ class Handle:
         return bool(self._undo)
 
     def remove(self) -> None:
-        """Take all changes back."""
+        """Take all changes back, latest first; if one raises, it and the earlier ones stay, to be tried again."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
 
     def __enter__(self) -> Handle:
         return self

@@ -68,7 +68,8 @@ class OpTests:
         reference: The reference in plain PyTorch, with the arguments of the op's schema; computes in float64 when its
             inputs are float64 (as ``staticmethod``).
         op: The `Op` behind the function.
-        specs: Sample calls; at least one tagged "empty".
+        specs: Sample calls; at least one tagged "empty". The first serves for what one spec shows, the first four that
+            are not empty are tried in each memory layout; those tagged "slow" get pytest's mark of that name.
         dtypes: Of the inputs that a spec draws.
         differentiable: Names of the arguments that have a gradient; none for an op without backward.
         factor: See `eff_kernels.testing.budget`.
@@ -96,19 +97,18 @@ class OpTests:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Make one test for each backend, spec, dtype and layout that a check asks for."""
-        small = [s for s in self.specs if "slow" not in s.tags]
-        full = [s for s in small if "empty" not in s.tags]
+        full = [s for s in self.specs if "empty" not in s.tags]
         values: dict[str, tuple[Sequence[Any], Callable[[Any], str]]] = {
             "backend": ([b.name for b in self.op.backends], str),
-            "spec": (small, lambda s: s.name),
-            "filled_spec": (full, lambda s: s.name),
+            "spec": (self.specs, lambda s: s.name),
+            "leading_spec": (full[:4], lambda s: s.name),
             "one_spec": (full[:1], lambda s: s.name),
             "dtype": (self.dtypes, lambda d: str(d).removeprefix("torch.")),
             "layout": (self.layouts, str),
         }
         for name, (items, label) in values.items():
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, items, ids=[label(item) for item in items])
+                metafunc.parametrize(name, [pytest.param(i, id=label(i), marks=_marks(i)) for i in items])
 
     def schema_args(self, spec: Spec, args: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of the op's schema for a call of the public function; override if the two differ."""
@@ -149,13 +149,13 @@ class OpTests:
             if isinstance(old, Tensor):
                 torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
-    def test_non_contiguous(self, backend: str, layout: str, filled_spec: Spec, dtype: torch.dtype) -> None:
+    def test_non_contiguous(self, backend: str, layout: str, leading_spec: Spec, dtype: torch.dtype) -> None:
         """The values count and not their place in memory; nothing outside the view is read."""
-        args = self._args(filled_spec, dtype, backend)
+        args = self._args(leading_spec, dtype, backend)
         views = tuple(NON_CONTIGUOUS[layout](a) if isinstance(a, Tensor) else a for a in args)
-        self._skip_or_fail_if_refused(filled_spec, views, backend)
-        actual = self.function(*views, **filled_spec.kwargs, backend=backend)
-        self._assert_budget(actual, self.expected(self.schema_args(filled_spec, args)))
+        self._skip_or_fail_if_refused(leading_spec, views, backend)
+        actual = self.function(*views, **leading_spec.kwargs, backend=backend)
+        self._assert_budget(actual, self.expected(self.schema_args(leading_spec, args)))
 
     def test_gradients(self, backend: str, spec: Spec, dtype: torch.dtype) -> None:
         """Each gradient keeps to the budget."""
@@ -262,6 +262,10 @@ class OpTests:
     def _assert_budget(self, actual: Any, expected: tuple[Any, Any]) -> None:
         problems = within_budget(actual, *expected, factor=self.factor, integer_steps=self.integer_steps)
         assert not problems, "\n".join(problems)
+
+
+def _marks(item: Any) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if isinstance(item, Spec) and "slow" in item.tags else []
 
 
 def _cotangents(output: Any) -> list[Tensor]:

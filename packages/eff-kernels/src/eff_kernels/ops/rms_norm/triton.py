@@ -146,35 +146,29 @@ def _parallel_programs(device: torch.device) -> int:
 
 
 def _aot_cases() -> list[AotCase]:
+    pointers = {
+        "forward": ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr"),
+        "backward": ("grad_ptr", "x_ptr", "weight_ptr", "more_ptr", "grad_x_ptr"),
+    }
+    sizes = {
+        "forward": ("x_stride", "residual_stride", "rows", "d"),
+        "backward": ("grad_stride", "x_stride", "more_stride", "rows", "d"),
+    }
     cases = []
-    for dtype in ("fp32", "bf16"):
-        for d in (128, 4096, _LONGEST["forward"]):
+    for kind, longest in _LONGEST.items():
+        for dtype, d in (("bf16", 128), ("bf16", 4096), ("fp16", longest), ("fp32", longest)):
             block = _block(d)
-            warps = {"num_warps": block.pop("num_warps")}
-            pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "out_ptr"), f"*{dtype}")
-            sizes = dict.fromkeys(("x_stride", "residual_stride", "rows", "d"), "i32")
-            cases += [
-                AotCase(
-                    name=f"forward-{dtype}-{d}-add{add:d}",
-                    kernel=_rms_norm_fwd_kernel,
-                    signature={**pointers, **sizes, "eps": "fp32"},
-                    constexprs={"ADD": add, **block},
-                    options=warps,
-                )
-                for add in (False, True)
-            ]
-        for d in (128, 4096, _LONGEST["backward"]):
-            block = _block(d)
-            warps = {"num_warps": block.pop("num_warps")}
-            pointers = dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "more_ptr", "grad_x_ptr"), f"*{dtype}")
-            sizes = dict.fromkeys(("grad_stride", "x_stride", "more_stride", "rows", "d"), "i32")
+            options = {"num_warps": block.pop("num_warps")}
+            signature = dict.fromkeys(pointers[kind], f"*{dtype}") | dict.fromkeys(sizes[kind], "i32") | {"eps": "fp32"}
+            if kind == "backward":
+                signature["parts_ptr"] = "*fp32"
             cases.append(
                 AotCase(
-                    name=f"backward-{dtype}-{d}",
-                    kernel=_rms_norm_bwd_kernel,
-                    signature={**pointers, **sizes, "parts_ptr": "*fp32", "eps": "fp32"},
-                    constexprs={"MORE": True, **block},
-                    options=warps,
+                    name=f"{kind}-{dtype}-{d}",
+                    kernel=_rms_norm_fwd_kernel if kind == "forward" else _rms_norm_bwd_kernel,
+                    signature=signature,
+                    constexprs={"ADD" if kind == "forward" else "MORE": True, **block},
+                    options=options,
                 )
             )
     return cases

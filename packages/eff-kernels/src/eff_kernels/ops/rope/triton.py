@@ -101,8 +101,7 @@ def _aot_cases() -> list[AotCase]:
             constexprs={"INTERLEAVED": interleaved, "INVERSE": interleaved, **_block(*shape)},
         )
         for name, shape in shapes.items()
-        for dtype in ("bf16", "fp32")
-        for interleaved in (False, True)
+        for dtype, interleaved in (("bf16", False), ("fp32", True))
     ]
 
 

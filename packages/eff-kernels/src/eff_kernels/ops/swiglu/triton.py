@@ -83,7 +83,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _aot_cases() -> list[AotCase]:
     cases = []
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in ("bf16", "fp32"):
         forward = {**dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), f"*{dtype}")}
         backward = {**dict.fromkeys(("grad_ptr", "gate_ptr", "up_ptr", "to_gate_ptr", "to_up_ptr"), f"*{dtype}")}
         sizes = dict.fromkeys(("gate_stride", "up_stride", "d"), "i32")
