@@ -1,11 +1,20 @@
 """The embedded model, converted once a session, and tiny random models of each architecture."""
 
+import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
+
+with warnings.catch_warnings():
+    # transformers imports torchao where it is installed, whose docstrings do not compile without warnings
+    warnings.simplefilter("ignore")
+    if importlib.util.find_spec("torchao"):
+        import torchao  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
 
 @pytest.fixture(scope="session")
