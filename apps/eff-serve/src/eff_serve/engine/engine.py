@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
+from eff_serve.engine.hf import HFDecoder
 from eff_serve.engine.pages import PagePool
 from eff_serve.engine.sampler import Sampler, score
 from eff_serve.engine.sequence import Sequence, TokenStream
@@ -39,7 +40,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | HFDecoder,
         *,
         tokenizer_file: Path,
         max_model_len: int | None = None,

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eff_serve.engine.config import DecoderConfig
+from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.engine import BatchEngine
+from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
 
@@ -41,7 +42,8 @@ def load_engine(
 
     Args:
         model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model.
-        quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (float32).
+        quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (float32). Models that the
+            lean decoder does not run go through transformers, in float32 only.
         threshold: Outlier threshold of int8; 0 takes no outliers out.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
         max_batch: Most sequences that run at once.
@@ -56,13 +58,20 @@ def load_engine(
     if quantize not in _QUANTIZE:
         raise ValueError(f"quantize must be one of {_QUANTIZE}, got {quantize!r}")
     folder = embedded.folder(progress=progress) if model is None else find_folder(model)
-    config = DecoderConfig.from_folder(folder)
-    page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
+    config = _config(folder, quantize)
+    if isinstance(config, HFConfig):
+        page_bytes = config.bytes_per_key * PAGE
+    else:
+        page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
     num_pages = int(kv_gib * 2**30 / page_bytes)
     if num_pages < 1:
         raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
     length = max_model_len or min(config.max_model_len, num_pages * PAGE)
-    decoder = _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
+    decoder = (
+        HFDecoder(folder, num_pages=num_pages)
+        if isinstance(config, HFConfig)
+        else _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
+    )
     engine = BatchEngine(
         decoder,
         tokenizer_file=folder / "tokenizer.json",
@@ -73,6 +82,16 @@ def load_engine(
     name = embedded.NAME if model is None else Path(model).name if Path(model).is_dir() else model
     weights = f"{quantize or 'float32'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
+
+
+def _config(folder: Path, quantize: str | None) -> DecoderConfig | HFConfig:
+    """The lean decoder's config where it runs the model, else that of transformers."""
+    try:
+        return DecoderConfig.from_folder(folder)
+    except UnsupportedModelError as error:
+        if quantize is not None:
+            raise ValueError(f"this model runs only through transformers, without {quantize}: {error}") from error
+        return hf_config(folder)
 
 
 def find_folder(model: str) -> Path:

@@ -1,0 +1,108 @@
+"""Any other causal language model, run by transformers behind the same two functions as the lean decoder.
+
+Each sequence has a cache object of transformers' own, so that every kind of attention and position works as its authors
+wrote it; the price is one forward pass for each sequence and step. The engine's pages only count memory here, and a
+sequence is known by its first page, which no other sequence holds at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HFConfig:
+    """What the engine wants to know of a model; see `DecoderConfig`."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    bytes_per_key: int
+    """Memory of one token in the caches of all layers."""
+
+
+class HFDecoder:
+    """A transformers model with the interface of `Decoder`.
+
+    Args:
+        folder: Model folder.
+        num_pages: Pages that the engine may hand out.
+
+    Raises:
+        ValueError: transformers cannot run it as a causal language model, or it does not say how long a text may be.
+    """
+
+    def __init__(self, folder: Path, *, num_pages: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.config = hf_config(folder)
+        self.num_pages = num_pages
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._caches: dict[int, tuple[Any, int]] = {}  # first page -> cache and its length
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.nbytes for p in self._model.parameters())
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> Tensor:
+        """Next-token logits [T, vocab] of T sequences; see `Decoder.decode`."""
+        rows = zip(tokens, positions.tolist(), block_table[:, 0].tolist(), strict=True)
+        return torch.cat([self._forward(token[None], start, page, last_only=True) for token, start, page in rows])
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, start: int, pages: Tensor, *, all_logits: bool = False) -> Tensor:
+        """Add T tokens of one sequence that already has ``start`` keys; see `Decoder.prefill`."""
+        return self._forward(tokens, start, int(pages[0]), last_only=not all_logits)
+
+    def _forward(self, tokens: Tensor, start: int, page: int, *, last_only: bool) -> Tensor:
+        cache, length = self._caches.pop(page, (None, 0)) if start else (None, 0)
+        if length != start:
+            raise RuntimeError(f"a sequence goes on at token {start}, but its cache holds {length}")
+        out = self._model(
+            input_ids=tokens[None],
+            past_key_values=cache,
+            position_ids=torch.arange(start, start + tokens.numel())[None],
+            use_cache=True,
+            logits_to_keep=1 if last_only else 0,
+        )
+        self._caches[page] = (out.past_key_values, start + tokens.numel())
+        logits: Tensor = out.logits[0]
+        return (logits[-1:] if last_only else logits).float()
+
+
+def hf_config(folder: Path) -> HFConfig:
+    """Read a model folder's limits through transformers.
+
+    Raises:
+        ValueError: transformers does not know the model, or the config names no length.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+    length = next(
+        (n for k in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, k, None))), None
+    )
+    if not length:
+        raise ValueError(f"the config of {folder} does not say how many tokens the model takes")
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    generation = folder / "generation_config.json"
+    eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    ids = {i for v in (eos, config.eos_token_id) for i in ([v] if isinstance(v, int) else v or [])}
+    return HFConfig(
+        architecture=(config.architectures or [config.model_type])[0],
+        vocab_size=config.vocab_size,
+        max_model_len=length,
+        eos_token_ids=frozenset(ids),
+        bytes_per_key=2 * 4 * config.num_hidden_layers * kv_heads * size,
+    )
