@@ -21,8 +21,9 @@ class Decoder(Protocol):
 class TextAssembler:
     """Visible text of one answer, piece by piece, whatever way it was split into tokens.
 
-    Text that may still turn into a stop string is held back until the next token decides. When several stop strings fit, the
-    one that ends first wins, and among those the one that starts first; the result is the same for every split into tokens.
+    Text that may still turn into a stop string is held back until the next token decides. When several stop strings
+    fit, the one that ends first wins, and among those the one that starts first; the result is the same for every split
+    into tokens.
 
     Args:
         decoder: Fresh decoder of this answer.
@@ -57,7 +58,7 @@ class TextAssembler:
         """Whether a stop string was met; nothing may be pushed after it."""
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """Take one token in and return the text that is now certain to be visible; ``last`` marks the token that ended it."""
+        """Take one token in, return the text that is now certain to be visible; ``last`` marks the token that ended it."""
         self.tokens += 1
         if last and token in self._silent and not self._include_stop:
             return ""

@@ -52,7 +52,7 @@ class ServedTokenizer:
 
 @functools.cache
 def _byte_level() -> dict[str, int]:
-    """The letters by which byte-level vocabularies spell bytes: printable ones stand for themselves, others from U+0100."""
+    """Letters by which byte-level vocabularies spell bytes: printable ones are themselves, others from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

@@ -80,4 +80,5 @@ def _allowed(scope: Scope, settings: Settings) -> bool:
         return True  # the chat page itself holds nothing secret; it sends the key with each of its calls
     given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ").encode()
     # Compare with every key, each in constant time, so that timing tells nothing.
-    return any([secrets.compare_digest(given, key.encode()) for key in settings.api_keys])
+    matches = [secrets.compare_digest(given, key.encode()) for key in settings.api_keys]
+    return any(matches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -34,8 +35,8 @@ router = APIRouter(route_class=JsonRoute, tags=["generation"])
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue texts. Every field is honoured or refused with 400 naming it.
 
-    Choices come in the order of the prompts, ``n`` for each. With ``echo``, ``logprobs`` and ``max_tokens`` 0 the prompts are
-    only scored.
+    Choices come in the order of the prompts, ``n`` for each. With ``echo``, ``logprobs`` and ``max_tokens`` 0 the
+    prompts are only scored.
     """
     serving: Serving = request.app.state.serving
     serving.check_model(body.model)
@@ -124,7 +125,7 @@ class _CompletionFormat:
                 prompt = source.job.prompt
                 k = self._body.logprobs
                 own = [
-                    PlacedScore(s._replace(top=s.top[:k]), at)
+                    PlacedScore(replace(s, top=s.top[:k]), at)
                     for s, at in placed_in_prompt(self._tokenizer, prompt, scores)
                 ]
                 logprobs = completion_logprobs(self._tokenizer, own, first=prompt[0])
@@ -132,7 +133,7 @@ class _CompletionFormat:
         choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
         if self._body.prompt_logprobs is not None:
             k = self._body.prompt_logprobs
-            choice.prompt_logprobs = prompt_logprobs(self._tokenizer, [s._replace(top=s.top[:k]) for s in scores])
+            choice.prompt_logprobs = prompt_logprobs(self._tokenizer, [replace(s, top=s.top[:k]) for s in scores])
         return choice
 
     def _prompt_text(self, index: int) -> str:

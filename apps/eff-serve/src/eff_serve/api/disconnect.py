@@ -1,7 +1,7 @@
 """Ending work when its client leaves.
 
-A server framework cancels a streaming response when the client goes, but lets an ordinary handler compute to its end for
-nobody. `unless_disconnected` treats both alike: it runs the work beside a watcher of the connection.
+A server framework cancels a streaming response when the client goes, but lets an ordinary handler compute to its end
+for nobody. `unless_disconnected` treats both alike: it runs the work beside a watcher of the connection.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class ClientGoneError(Exception):
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Run ``work``; cancel it and raise when the client leaves first.
 
-    The body of the request must have been read, so that only a disconnect can come in. Work that ends in the same instant
-    as the connection counts as done. When this call itself is cancelled, so is the work.
+    The body of the request must have been read, so that only a disconnect can come in. Work that ends in the same
+    instant as the connection counts as done. When this call itself is cancelled, so is the work.
 
     Raises:
         ClientGoneError: the client left; the work has ended, its ``finally`` blocks included.

@@ -98,8 +98,8 @@ class Choice:
 class Generation:
     """The sequences of one request.
 
-    Creating it puts all of them in line, or none. `run` reads them to the end. Whoever creates one must `close` it, whatever
-    happens, which gives back all slots.
+    Creating it puts all of them in line, or none. `run` reads them to the end. Whoever creates one must `close` it,
+    whatever happens, which gives back all slots.
 
     Args:
         serving: The app's state.

@@ -10,7 +10,8 @@ from llguidance import LLMatcher
 from eff_serve.api.errors import bad_request
 from eff_serve.api.schema.sampling import MAX_GRAMMAR_CHARS, SamplingFields
 
-# JSON as Python's json.dumps writes it. Free white space would let a small model write blanks until its tokens are spent.
+# JSON as Python's json.dumps writes it. Free white space would let a small model write blanks until its tokens are
+# spent.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 

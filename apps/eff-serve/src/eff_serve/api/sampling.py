@@ -17,7 +17,8 @@ async def sampling_for(
     """Check what depends on the model and build the engine's request.
 
     Raises:
-        ApiError: 400 for token ids outside the vocabulary, ``min_tokens`` above ``max_tokens``, a grammar that does not compile.
+        ApiError: 400 for token ids outside the vocabulary, ``min_tokens`` above ``max_tokens``, a grammar that does
+            not compile.
     """
     bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
     _check_tokens(bias, vocab_size, "logit_bias")

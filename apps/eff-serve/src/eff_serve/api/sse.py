@@ -21,8 +21,8 @@ DONE = b"data: [DONE]\n\n"
 class EventStream(Response):
     """Runs ``produce(send_event)`` and sends each model given to ``send_event`` as one event, then ``[DONE]``.
 
-    An error after the first byte can no longer change the status: it is sent as an event ``{"error": ...}``, and the stream
-    ends there, without ``[DONE]``.
+    An error after the first byte can no longer change the status: it is sent as an event ``{"error": ...}``, and the
+    stream ends there, without ``[DONE]``.
 
     Args:
         produce: Makes the events; cancelled when the client leaves.

@@ -5,45 +5,27 @@ from __future__ import annotations
 from importlib import metadata
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
 
 from eff_serve.api.documented import errors
 from eff_serve.api.metrics import CONTENT_TYPE
-from eff_serve.api.schema.common import Health, Version
+from eff_serve.api.schema.common import Health, ModelCard, ModelList, Version
 from eff_serve.api.serving import Serving
 
 router = APIRouter(tags=["system"])
 
 
-class ModelCard(BaseModel):
-    """A model, as OpenAI describes one."""
-
-    id: str
-    object: str = "model"
-    created: int
-    owned_by: str = "eff"
-    max_model_len: int | None = None
-
-
-class ModelList(BaseModel):
-    """Body of /v1/models."""
-
-    object: str = "list"
-    data: list[ModelCard]
-
-
 def _card(serving: Serving) -> ModelCard:
-    length = serving.engine.max_model_len if serving.state == "ready" else None
-    return ModelCard(id=serving.settings.model_id, created=serving.settings.created, max_model_len=length)
+    settings = serving.settings
+    return ModelCard(id=settings.model_id, created=settings.created, max_model_len=serving.engine.max_model_len)
 
 
-@router.get("/v1/models", responses=errors(401))
+@router.get("/v1/models", responses=errors(401, 503))
 async def models(request: Request) -> ModelList:
     """The model that is served."""
     return ModelList(data=[_card(request.app.state.serving)])
 
 
-@router.get("/v1/models/{name:path}", responses=errors(401, 404))
+@router.get("/v1/models/{name:path}", responses=errors(401, 404, 503))
 async def model(name: str, request: Request) -> ModelCard:
     """One model by name."""
     serving: Serving = request.app.state.serving

@@ -157,13 +157,13 @@ class Recorder:
         op: Name of the op.
         path: Results file (JSON lines), made if absent; None only keeps the records.
         device: "cpu" or "cuda".
-        source: Folder of the code that is measured; a record is dirty if it differs from the commit. Default:
-            eff_kernels.
+        sources: Files and folders of the code that is measured; a record is dirty if one of them differs from the
+            commit. Default: all of eff_kernels.
     """
 
-    def __init__(self, op: str, path: Path | None, *, device: str = "cpu", source: Path | None = None) -> None:
+    def __init__(self, op: str, path: Path | None, *, device: str = "cpu", sources: Sequence[Path] = ()) -> None:
         self.op, self.path, self.device = op, path, device
-        self.source = source or Path(__file__).parents[1]
+        self.sources = tuple(sources) or (Path(__file__).parents[1],)
         self.records: list[Record] = []
 
     def run(
@@ -192,7 +192,7 @@ class Recorder:
         good = {p.name: p.check is None or bool(p.check()) for p in providers}
         times = measure(providers, rounds=rounds, device=self.device)
         floor = self._floor(bytes, flops, working_set)
-        common = _environment(self.device, self.source)
+        common = _environment(self.device, self.sources)
         for p in providers:
             t = times[p.name]
             rate = None if bytes is None and flops is None else (bytes or flops or 0) / t.p50 / 1e9
@@ -295,8 +295,8 @@ def _percentiles(values: Sequence[float]) -> Times:
     return Times(fifths[0], statistics.median(values), fifths[-1], len(values))
 
 
-def _environment(device: str, source: Path) -> dict[str, Any]:
-    commit, dirty = _git_state(source)
+def _environment(device: str, sources: tuple[Path, ...]) -> dict[str, Any]:
+    commit, dirty = _git_state(sources)
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -312,16 +312,16 @@ def _environment(device: str, source: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def _git_state(source: Path) -> tuple[str | None, bool | None]:
-    """Commit of the repository around a folder, and whether the folder differs from it; None outside a repository."""
+def _git_state(sources: tuple[Path, ...]) -> tuple[str | None, bool | None]:
+    """Commit of the repository around the sources, and whether one differs from it; None outside a repository."""
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(source), *args], capture_output=True, text=True, check=True
+            ["git", "-C", str(sources[0].parent), *args], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--", "."))
+        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--", *map(str, sources)))
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

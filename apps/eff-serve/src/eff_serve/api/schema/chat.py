@@ -31,7 +31,7 @@ class TextPart(RequestModel):
 
 
 class Message(RequestModel):
-    """One message. ``developer`` is read as ``system``. Fields of type null are those that clients send back with an answer."""
+    """One message. ``developer`` is read as ``system``. Null fields are those that clients send back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
@@ -94,7 +94,8 @@ class TemplateFields(RequestModel):
 RESERVED_TEMPLATE_NAMES = frozenset({
     "messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs", "template_kwargs", "bos_token", "eos_token", "pad_token", "unk_token",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "template_kwargs", "bos_token", "eos_token", "pad_token",
+    "unk_token",
 })  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Fields that chat and text completions share: how tokens are chosen, when generation ends, what shape the output has."""
+"""Fields that chat and text completions share: choice of tokens, end of generation, shape of the output."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from eff_serve.api.schema.common import RequestModel, Token, refuse
 class TokenizeRequest(TemplateFields):
     """Body of POST /tokenize: a text or messages, and what to do with them.
 
-    ``add_special_tokens`` adds the tokens that the tokenizer puts around a text; by default for a prompt, not for messages,
-    whose template writes them itself.
+    ``add_special_tokens`` adds the tokens that the tokenizer puts around a text; by default for a prompt, not for
+    messages, whose template writes them itself.
     """
 
     model: str | None = None
