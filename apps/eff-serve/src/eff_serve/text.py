@@ -58,7 +58,7 @@ class TextAssembler:
         """Whether a stop string was met; nothing may be pushed after it."""
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """Take one token in, return the text that is now certain to be visible; ``last`` marks the token that ended it."""
+        """Take a token in, return the text that is now certain; ``last`` marks the token that ended it."""
         self.tokens += 1
         if last and token in self._silent and not self._include_stop:
             return ""

@@ -27,7 +27,7 @@ def _readable(raw: bytes) -> str | None:
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
-    r"""The token's text, or ``bytes:\\xe2\\x80`` where it is no whole character (so that no two tokens share a name)."""
+    r"""The token's text, or ``bytes:\\xe2\\x80`` where it is no whole character (so no two tokens share a name)."""
     raw = tokenizer.token_bytes(token)
     text = _readable(raw)
     return "bytes:" + "".join(f"\\x{b:02x}" for b in raw) if text is None else text

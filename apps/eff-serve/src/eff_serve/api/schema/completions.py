@@ -62,7 +62,7 @@ class CompletionLogprobs(BaseModel):
     r"""Four lists with one entry for each token of the choice; with ``echo`` the prompt's tokens come first.
 
     ``text_offset`` counts characters from the beginning of the choice's text. A token that is no whole character is
-    spelt ``bytes:\\xe2\\x80``.
+    spelt ``bytes:\xe2\x80``.
     """
 
     tokens: list[str]
