@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+import eff_kernels
 import torch
 from eff_kernels.testing import Provider, Recorder, same
 from eff_serve.engine.decoder import PAGE, Decoder
@@ -90,11 +91,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--no-prefill", action="store_true", help="only decode")
     parser.add_argument("--no-record", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = embedded.folder()
-    recorder = Recorder("decode", None if arguments.no_record else RESULTS)
+    sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
+    recorder = Recorder("decode", None if arguments.no_record else RESULTS, sources=sources)
     engines = {
         "transformers bf16": Transformers(folder, torch.bfloat16),
         "transformers fp32": Transformers(folder, torch.float32),
@@ -121,7 +124,8 @@ def main():
 
     prompt = ids(1, 512)
     runs = {name: (lambda _, e=engine: e.prefill(prompt)) for name, engine in engines.items()}
-    compare(recorder, "512 tokens", "prefill", runs, check, arguments.rounds)
+    if not arguments.no_prefill:
+        compare(recorder, "512 tokens", "prefill", runs, check, arguments.rounds)
     for context in arguments.contexts:
         for batch in arguments.batches:
             tokens, history = ids(batch, 1)[:, 0], ids(batch, context)

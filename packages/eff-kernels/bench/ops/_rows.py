@@ -34,7 +34,7 @@ class Case:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory, as a running server's does: page faults of fresh memory outweigh the ops."""
+    """Have the C library keep freed memory; page faults of fresh memory, taken at random, would outweigh the ops."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at most this

@@ -26,8 +26,6 @@ INLINE float exp_float(float t) {
   return p * a * b;
 }
 
-INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
-
 typedef struct {
   int64_t rows, d;
   const char *gate;
@@ -50,7 +48,7 @@ INLINE void forward_rows(const eff_dtype dtype, const args *a, int64_t from, int
       const float *g = eff_chunk(dtype, a->gate + r * a->gate_stride * size, i, n, gates);
       const float *u = eff_chunk(dtype, a->up + r * a->up_stride * size, i, n, ups);
       float *restrict y = eff_chunk_out(dtype, a->out + r * d * size, i, ys);
-      for (int64_t k = 0; k < n; k++) y[k] = g[k] * sigmoid(g[k]) * u[k];
+      for (int64_t k = 0; k < n; k++) y[k] = g[k] / (1.0f + exp_float(-g[k])) * u[k];
       eff_chunk_done(dtype, a->out + r * d * size, i, n, ys);
     }
 }
@@ -68,7 +66,7 @@ INLINE void backward_rows(const eff_dtype dtype, const args *a, int64_t from, in
       float *restrict y = eff_chunk_out(dtype, a->out + r * d * size, i, to_gate);
       float *restrict z = eff_chunk_out(dtype, a->out_up + r * d * size, i, to_up);
       for (int64_t k = 0; k < n; k++) {
-        const float s = sigmoid(g[k]);
+        const float s = 1.0f / (1.0f + exp_float(-g[k]));
         y[k] = e[k] * u[k] * s * (1.0f + g[k] * (1.0f - s));
         z[k] = e[k] * g[k] * s;
       }
