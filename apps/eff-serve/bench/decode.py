@@ -56,7 +56,7 @@ class Transformers:
         @torch.inference_mode()
         def step(tokens):
             logits = self.model(tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
-            cache.crop(ids.shape[1])
+            cache.crop(-1)
             return logits
 
         return step
