@@ -202,7 +202,7 @@ def test_other_folders_are_refused(llama, tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quantization_config is absent, not one of bitsandbytes int8"):
         load_bnb_int8(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(OSError, match="nowhere"):
         load_bnb_int8(tmp_path / "nowhere")
     with pytest.raises(TypeError, match="takes a transformers model"):
         save_bnb_int8(torch.nn.Linear(2, 2), tmp_path)

@@ -24,7 +24,7 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
     """Load a folder that transformers saved with bitsandbytes int8, to run with `Int8Linear` layers of the same bytes.
 
     Args:
-        path: Folder with config.json and safetensors files.
+        path: Folder with config.json and safetensors files, or a model's name.
         config: Settings such as backend or activation; by default the file's threshold and all else as in `Int8Config`.
             The skip list is always the file's.
         **kwargs: Passed on to ``from_pretrained``.
@@ -34,22 +34,23 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
 
     Raises:
         ImportError: transformers is not installed. bitsandbytes is not needed.
+        OSError: no such model.
         ValueError: the folder is not one of bitsandbytes int8 or holds no safetensors files, or the config asks for
             static outlier columns, whose original weights are not in the file.
         KeyError: an int8 weight has no scales; the message names the module.
     """
     from eff_quant import hf
-    from eff_quant.load import model_class, read_quantization_config
+    from eff_quant.load import model_class, quantization_settings
 
-    settings = read_quantization_config(path)
+    hf_config, cls = model_class(path)
+    settings = quantization_settings(hf_config)
     if not settings.get("load_in_8bit"):
         raise ValueError(f"{path}: quantization_config is {settings or 'absent'}, not one of bitsandbytes int8")
-    if not any(Path(path).glob("*.safetensors")):
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise ValueError(
             f"{path}: no safetensors files; load it through bitsandbytes, then use convert_from_bnb_(model)"
         )
     _check_no_columns(config)
-    hf_config, cls = model_class(path)
     config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0))
     names = _float_layers(cls, hf_config, settings.get("llm_int8_skip_modules"))
     values = {**config.to_dict(), "skip": [f"re:{re.escape(n)}" for n in names]}
