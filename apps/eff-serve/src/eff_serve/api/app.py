@@ -19,6 +19,7 @@ from eff_serve.api.tokenizer import Tokenizer
 from eff_serve.engine.types import Engine
 
 _OPEN = ("/health", "/version", "/openapi.json")
+_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")  # clients may invent more; metrics may not
 
 
 def create_app(engine: Engine | None, tokenizer: Tokenizer | None, settings: Settings) -> FastAPI:
@@ -61,7 +62,8 @@ class _Gate:
                 MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
                 route = scope.get("route")
                 path = getattr(route, "path", "unknown")
-                serving.metrics.responded(scope["method"], path, message["status"])
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                serving.metrics.responded(method, path, message["status"])
             await send(message)
 
         if not _allowed(scope, serving.settings):

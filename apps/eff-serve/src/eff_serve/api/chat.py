@@ -38,7 +38,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation. Every field is honoured or refused with 400 naming it."""
     serving: Serving = request.app.state.serving
     serving.check_model(body.model)
-    engine, tokenizer = serving.engine, serving.tokenizer
+    engine, tokenizer = serving.admit()
     n = body.n or 1
     if n > serving.settings.max_sequences:
         raise bad_request(f"n={n} is more than the {serving.settings.max_sequences} that this server allows", "n")

@@ -48,16 +48,17 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             f"{len(body.prompt)} prompts with n={n} make {sequences} sequences; this server allows {most} a request"
         )
         raise bad_request(message, "n" if n > 1 else "prompt")
-    tokenizer = serving.tokenizer
+    engine, tokenizer = serving.admit()
     prompts = await asyncio.to_thread(_tokens, tokenizer, body.prompt)
-    wants_prompt = _prompt_scores(body)
-    jobs: list[Job] = []
-    sampling = None
     wanted = 16 if body.max_tokens is None else body.max_tokens
     for prompt in prompts:
-        token_limit(len(prompt), wanted, serving.engine.max_model_len, "prompt")
+        token_limit(len(prompt), wanted, engine.max_model_len, "prompt")
     sampling = await sampling_for(
-        body, max_tokens=wanted, logprobs=body.logprobs, prompt_logprobs=wants_prompt, vocab_size=tokenizer.vocab_size
+        body,
+        max_tokens=wanted,
+        logprobs=body.logprobs,
+        prompt_logprobs=_prompt_scores(body),
+        vocab_size=tokenizer.vocab_size,
     )
     jobs = [
         Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body)) for prompt in prompts for i in range(n)

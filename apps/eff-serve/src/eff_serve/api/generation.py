@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eff_serve.api.errors import ApiError, draining, internal_error, queue_full, retry_later
+from eff_serve.api.errors import ApiError, bad_request, draining, internal_error, queue_full, retry_later
 from eff_serve.api.logprobs import PlacedScore
 from eff_serve.api.metrics import SequenceMetrics
 from eff_serve.api.schema.common import Usage
@@ -110,7 +110,8 @@ class Generation:
         user: The request's field ``user``.
 
     Raises:
-        ApiError: 429 when the waiting line is full, 503 when the server is shutting down.
+        ApiError: 400 when the engine refuses the request, 429 when the waiting line is full, 503 when the server is
+            shutting down.
     """
 
     def __init__(
@@ -144,6 +145,9 @@ class Generation:
             self.close()
             serving.metrics.rejected("draining")
             raise draining(error) from None
+        except ValueError as error:
+            self.close()
+            raise bad_request(f"the model cannot take this request: {error}") from None
         except BaseException:
             self.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -81,8 +82,8 @@ def _constant(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise bad_request(f"the field {twice[:60]!r} is given twice", twice[:200], "invalid_json")
     return result
 
@@ -91,6 +92,7 @@ class _StrictRequest(Request):
     """A request whose body is read within limits."""
 
     max_bytes: int
+    max_seconds: float
     max_depth: int
 
     async def body(self) -> bytes:
@@ -110,11 +112,16 @@ class _StrictRequest(Request):
             raise too_large
         chunks: list[bytes] = []
         size = 0
-        async for chunk in self.stream():
-            size += len(chunk)
-            if size > self.max_bytes:
-                raise too_large
-            chunks.append(chunk)
+        try:
+            async with asyncio.timeout(self.max_seconds):
+                async for chunk in self.stream():
+                    size += len(chunk)
+                    if size > self.max_bytes:
+                        raise too_large
+                    chunks.append(chunk)
+        except TimeoutError:
+            message = f"the body was not complete after {self.max_seconds:g} s"
+            raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
         kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise bad_request(f"content-type is {kind[:60]!r}; send application/json", code="invalid_content_type")
@@ -137,6 +144,7 @@ class JsonRoute(APIRoute):
             settings = request.app.state.serving.settings
             strict_request = _StrictRequest(request.scope, request.receive)
             strict_request.max_bytes = settings.max_body_bytes
+            strict_request.max_seconds = settings.body_timeout
             strict_request.max_depth = settings.max_json_depth
             return await handle(strict_request)
 

@@ -32,30 +32,42 @@ class Serving:
         if self.state == "loading":
             self.state = "ready"
 
+    def fail(self) -> None:
+        """The model could not be loaded."""
+        self.state = "failed"
+
     def drain(self) -> None:
         """Take no new requests from now on; running ones go on."""
         self.state = "draining"
+
+    def admit(self) -> tuple[Engine, Tokenizer]:
+        """Let a request for generation in: the engine and the tokenizer; otherwise 503, which is counted."""
+        if self.state != "ready":
+            self.metrics.rejected(self.state)
+        self.check()
+        return self.engine, self.tokenizer
 
     def check(self) -> None:
         """Raise 503 unless the server takes requests."""
         if self.state == "ready":
             return
-        self.metrics.rejected(self.state)
         message = {"loading": "the model is being loaded", "draining": "the server is shutting down"}
         raise retry_later(503, message.get(self.state, "the model could not be loaded"), self.state, 5)
 
     @property
     def engine(self) -> Engine:
-        """The engine of a server that takes requests; 503 otherwise."""
-        self.check()
-        assert self._engine is not None
+        """The engine; 503 while there is none."""
+        if self._engine is None:
+            self.check()
+            raise RuntimeError("a server that is ready has an engine")
         return self._engine
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of a server that takes requests; 503 otherwise."""
-        self.check()
-        assert self._tokenizer is not None
+        """The tokenizer; 503 while there is none."""
+        if self._tokenizer is None:
+            self.check()
+            raise RuntimeError("a server that is ready has a tokenizer")
         return self._tokenizer
 
     def check_model(self, name: str | None) -> None:

@@ -19,6 +19,7 @@ class Settings:
         protect_metrics: Ask for a key at /metrics too.
         cors_origins: Origins that browsers may call from; empty switches CORS off.
         max_body_bytes: Longest request body.
+        body_timeout: Seconds within which a request's body must arrive.
         max_json_depth: Deepest nesting of a request body, JSON schemas included.
         max_sequences: Most sequences of one request: prompts times ``n``.
         deadline: Seconds after which a request is given up.
@@ -33,13 +34,14 @@ class Settings:
     protect_metrics: bool = False
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
+    body_timeout: float = 30.0
     max_json_depth: int = 64
     max_sequences: int = 64
     deadline: float = 600.0
     chat_page: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_json_depth", "max_sequences", "deadline"):
+        for name in ("max_body_bytes", "body_timeout", "max_json_depth", "max_sequences", "deadline"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):
