@@ -8,6 +8,7 @@ from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backen
 from eff_kernels.ops.decode_attention import decode_attention
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
+from eff_kernels.ops.linear import linear
 from eff_kernels.ops.rms_norm import AddRMSNorm, add_rms_norm, rms_norm
 from eff_kernels.ops.rope import rope
 from eff_kernels.ops.swiglu import swiglu
@@ -29,6 +30,7 @@ __all__ = [
     "int8_linear",
     "int8_quantize_columns",
     "int8_quantize_rows",
+    "linear",
     "matches",
     "replace_module",
     "rms_norm",

@@ -1,0 +1,52 @@
+"""linear in compiled code: 16-bit weights are widened in registers, and no sum depends on the number of rows."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
+from torch import Tensor
+
+from eff_kernels import native
+from eff_kernels.native import DTYPE_CODES
+
+_ARGS = struct.Struct("PqqqqqPqqPPq").pack  # the fields of args in linear.c
+
+
+def reject(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why the compiled code cannot run this call."""
+    if not (x.is_cpu and weight.is_cpu):
+        return f"needs CPU tensors, got x on {x.device} and weight on {weight.device}"
+    if x.dtype not in DTYPE_CODES or weight.dtype not in DTYPE_CODES:
+        return f"takes float32, bfloat16 and float16, got x of {x.dtype} and weight of {weight.dtype}"
+    return native.unavailable()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As the reference, summed in float32."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    m, k = x.shape
+    n = weight.shape[0]
+    y = x.new_empty(m, n)
+    failed = _kernel()(_ARGS(
+        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), DTYPE_CODES[weight.dtype],
+        weight.stride(0), 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.threads_for(m * n * k),
+    ))  # fmt: skip
+    if failed:
+        raise MemoryError(f"linear could not allocate scratch memory for x {list(x.shape)}")
+    return y
+
+
+@functools.cache
+def _kernel() -> Callable[[bytes], int]:
+    kernel = native.library().eff_linear
+    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    run: Callable[[bytes], int] = kernel
+    return run

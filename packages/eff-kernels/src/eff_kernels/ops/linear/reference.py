@@ -1,0 +1,13 @@
+"""linear in plain PyTorch: the readable truth, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Y [T, N] of x [T, K] and weight [N, K], summed in the wider of the two dtypes, of ``x.dtype``."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return y.to(x.dtype)
