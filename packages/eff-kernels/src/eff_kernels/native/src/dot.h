@@ -102,9 +102,10 @@ INLINE eff_act eff_act_of(int32_t code) { return (eff_act)(code + EFF_OFFSET); }
 #define EFF_BLOCK 8 /* most rows of either side in one block */
 
 /* c[m * ldc + n] += sum_k a[m, k] * b[n, k] for MR rows of activations and NR rows of weights; `surplus[n]` is what the offset
- * of the activation codes adds to each of these sums: computed here when `first`, taken as given otherwise. */
+ * of the activation codes adds to each of these sums: computed here when `first`, taken as given otherwise. With one row of
+ * activations, whose speed is that of reading the weights, those `ahead` bytes further are fetched on the way. */
 INLINE void eff_dot_block(const int MR, const int NR, const int first, const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb,
-                          int64_t k_len, int32_t *surplus, int32_t *c, int64_t ldc) {
+                          int64_t ahead, int64_t k_len, int32_t *surplus, int32_t *c, int64_t ldc) {
   eff_acc acc[EFF_BLOCK][EFF_BLOCK], off[EFF_BLOCK]; /* constant bounds, so that they live in registers */
   for (int n = 0; n < NR; n++) {
     off[n] = eff_acc_zero();
@@ -115,6 +116,7 @@ INLINE void eff_dot_block(const int MR, const int NR, const int first, const eff
     eff_wide wide[EFF_BLOCK];
 #pragma GCC unroll 8
     for (int n = 0; n < NR; n++) {
+      if (MR == 1) __builtin_prefetch(b + n * ldb + k + ahead);
       wide[n] = eff_widen_weights(b + n * ldb + k);
       if (EFF_OFFSET && first) off[n] = eff_dot_offset(off[n], wide[n]);
     }

@@ -1,5 +1,6 @@
 /* y = x W^T with x quantised on the fly and W stored as int8 rows (LLM.int8()), in one call: scan and quantise the rows of x,
  * integer products, dequantisation, the outlier columns in float32, bias, one rounding to the output dtype. */
+#include "int8_linear.h"
 #include "int8_rows.h"
 
 /* An item of work is ROWS x COLUMNS outputs: its activation codes stay in the second-level cache, its weights in the first. */
@@ -63,7 +64,7 @@ static void split_rows(void *ctx, int64_t r) {
 #define DOT(MR, NR, FIRST)                                                                                                   \
   static __attribute__((noinline)) void dot_##MR##x##NR##_##FIRST(const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb, \
                                                                   int64_t k, int32_t *surplus, int32_t *c) {                 \
-    eff_dot_block(MR, NR, FIRST, a, lda, b, ldb, k, surplus, c, COLUMNS);                                                    \
+    eff_dot_block(MR, NR, FIRST, a, lda, b, ldb, eff_ahead(NR, ldb), k, surplus, c, COLUMNS);                                                    \
   }
 DOT(1, 4, 1)
 DOT(1, 3, 0) DOT(2, 3, 0) DOT(3, 3, 0) DOT(1, 3, 1) DOT(2, 3, 1) DOT(3, 3, 1)
@@ -142,15 +143,14 @@ static void product_item(void *ctx, int64_t item) {
   }
 }
 
-/* y[m, n] (contiguous) = x[m, k] (rows x_stride apart) times w[n, k]^T. Returns 0, or 1 when memory ran out. */
-EXPORT int eff_int8_linear(const void *x, int x_dtype, int64_t m, int64_t n, int64_t k, int64_t x_stride, const int8_t *w,
-                           const float *w_absmax, const void *bias, int bias_dtype, float threshold, int per_token, void *y,
-                           int y_dtype, int threads) {
-  job j = {.x = x, .x_dtype = (eff_dtype)x_dtype, .m = m, .n = n, .k = k, .x_stride = x_stride, .w = w, .w_absmax = w_absmax,
-           .bias = bias, .bias_dtype = (eff_dtype)bias_dtype, .threshold = threshold, .per_token = per_token, .y = y,
-           .y_dtype = (eff_dtype)y_dtype};
+int eff_int8_linear(const eff_int8_linear_args *a) {
+  const int64_t m = a->m, n = a->n, k = a->k;
+  const int threads = (int)a->threads;
+  job j = {.x = a->x, .x_dtype = (eff_dtype)a->x_dtype, .m = m, .n = n, .k = k, .x_stride = a->x_stride, .w = a->w,
+           .w_absmax = a->w_absmax, .bias = a->bias, .bias_dtype = (eff_dtype)a->bias_dtype, .threshold = (float)a->threshold,
+           .per_token = a->per_token != 0, .y = a->y, .y_dtype = (eff_dtype)a->y_dtype};
   j.padded = (k + EFF_STEP - 1) / EFF_STEP * EFF_STEP;
-  const size_t codes = (size_t)(m * j.padded) * sizeof(eff_act), absmax = (size_t)m * 4, flags = threshold > 0.0f ? (size_t)k : 0;
+  const size_t codes = (size_t)(m * j.padded) * sizeof(eff_act), absmax = (size_t)m * 4, flags = j.threshold > 0.0f ? (size_t)k : 0;
   char *scratch = eff_scratch(codes + absmax + flags);
   if (!scratch) return 1;
   j.codes = (eff_act *)scratch, j.x_absmax = (float *)(scratch + codes), j.columns = (uint8_t *)(scratch + codes + absmax);

@@ -9,7 +9,6 @@
 #define ROWS 64
 #define COLUMNS 24
 #define K_BLOCK 1024
-#define AHEAD 512 /* bytes between a load and the prefetch for a later one */
 #define PAD 16 /* floats between widened rows, which would otherwise all fall into the same sets of the cache */
 
 typedef struct {
@@ -83,6 +82,7 @@ INLINE void add_lanes_of_four(const eff_vf *v, float *c) {
 /* c[m * COLUMNS + n] += sum_k x[m, k] * w[n, k] for MR rows of x and NR rows of w, at most K_BLOCK entries each. */
 INLINE void block(const int MR, const int NR, const eff_dtype dtype, const float *x, int64_t ldx, const void *w, int64_t ldw,
                   int64_t len, float *c) {
+  const int64_t ahead = eff_ahead(NR, ldw * (int64_t)eff_size(dtype));
   eff_vf acc[4][4], xv[4];
   for (int m = 0; m < MR; m++)
     for (int n = 0; n < NR; n++) acc[m][n] = eff_splat(0.0f);
@@ -93,7 +93,7 @@ INLINE void block(const int MR, const int NR, const eff_dtype dtype, const float
 #pragma GCC unroll 4
     for (int n = 0; n < NR; n++) {
       const char *p = eff_at(w, dtype, n * ldw + k);
-      if (MR == 1) __builtin_prefetch(p + AHEAD);
+      if (MR == 1) __builtin_prefetch(p + ahead);
       eff_vf wide = load8(dtype, p);
       EFF_ROUNDED(wide); /* one load, not one for each multiply-add */
 #pragma GCC unroll 4

@@ -1,8 +1,5 @@
 /* Known answers, checked once after loading: a kernel for a processor that its author never saw must not fail silently. */
-#include "int8_rows.h"
-
-EXPORT int eff_int8_linear(const void *, int, int64_t, int64_t, int64_t, int64_t, const int8_t *, const float *, const void *, int, float,
-                           int, void *, int, int);
+#include "int8_linear.h"
 
 /* Returns 0, or the number of the check that failed. */
 EXPORT int eff_self_test(void) {
@@ -13,7 +10,8 @@ EXPORT int eff_self_test(void) {
   for (int m = 0; m < M; m++) x[m * K] = 127.0f; /* absmax 127: the codes are the values */
   for (int i = 0; i < N * K; i++) w[i] = (int8_t)((i * 53) % 255 - 127);
   for (int n = 0; n < N; n++) absmax[n] = 127.0f;
-  if (eff_int8_linear(x, EFF_F32, M, N, K, K, w, absmax, NULL, EFF_F32, 0.0f, 0, y, EFF_F32, 1)) return 1;
+  const eff_int8_linear_args a = {.x = x, .m = M, .n = N, .k = K, .x_stride = K, .w = w, .w_absmax = absmax, .y = y, .threads = 1};
+  if (eff_int8_linear(&a)) return 1;
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) {
       int32_t sum = 0;

@@ -101,6 +101,8 @@ def int8_linear(
     check_threshold(threshold)
     if activation not in ("dynamic", "none"):
         raise ValueError(f"activation must be 'dynamic' or 'none', got {activation!r}")
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
     arguments = (weight, absmax, bias, float(threshold), per_token_outliers, activation, out_dtype or x.dtype)
+    if x.dim() == 2:
+        return OP(x, *arguments, backend=backend)
+    rows = x.reshape(x.shape[:-1].numel(), x.size(-1))
     return OP(rows, *arguments, backend=backend).view(*x.shape[:-1], n)

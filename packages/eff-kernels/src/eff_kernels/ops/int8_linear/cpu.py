@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
+from eff_kernels.native import DTYPE_CODES
 
+_ARGS = struct.Struct("PqqqqqPPPqdqPqq").pack  # the fields of args in int8_linear.c
 _BLOCK = 512  # weight rows that are dequantised at a time
 
 
@@ -27,7 +30,7 @@ def reject(
     """Why the compiled code cannot run this call."""
     if x.device.type != "cpu":
         return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in native.DTYPE_CODES or out_dtype not in native.DTYPE_CODES:
+    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
     if activation != "dynamic":
         return None
@@ -50,16 +53,16 @@ def int8_linear(
     if x.stride(1) != 1:
         x = x.contiguous()
     weight, absmax = weight.contiguous(), absmax.contiguous()
-    if bias is not None and (bias.dtype not in native.DTYPE_CODES or not bias.is_contiguous()):
+    if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     m, k = x.shape
     n = weight.size(0)
     y = torch.empty(m, n, dtype=out_dtype)
-    failed = _kernel()(
-        x.data_ptr(), native.DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), absmax.data_ptr(),
-        None if bias is None else bias.data_ptr(), 0 if bias is None else native.DTYPE_CODES[bias.dtype],
-        threshold, per_token_outliers, y.data_ptr(), native.DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
-    )  # fmt: skip
+    failed = _kernel()(_ARGS(
+        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), absmax.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_CODES[bias.dtype], threshold,
+        per_token_outliers, y.data_ptr(), DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
+    ))  # fmt: skip
     if failed:
         raise MemoryError(f"int8_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")
     return y
@@ -79,9 +82,8 @@ def _weight_only(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None,
 
 
 @functools.cache
-def _kernel() -> Callable[..., int]:
+def _kernel() -> Callable[[bytes], int]:
     kernel = native.library().eff_int8_linear
-    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    kernel.argtypes = [p, i, n, n, n, n, p, p, p, i, ctypes.c_float, i, p, i, i]
-    kernel.restype = i
-    return kernel
+    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    run: Callable[[bytes], int] = kernel
+    return run
