@@ -12,9 +12,9 @@ from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.linear.cpu import product
 
 _ARGS = struct.Struct("PqqqqqPPPqdqPqq").pack  # the fields of args in int8_linear.c
-_BLOCK = 512  # weight rows that are dequantised at a time
 
 
 def reject(
@@ -32,8 +32,6 @@ def reject(
         return f"needs CPU tensors, got x on {x.device}"
     if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
-    if activation != "dynamic":
-        return None
     return native.unavailable()
 
 
@@ -49,7 +47,7 @@ def int8_linear(
 ) -> Tensor:
     """As the reference."""
     if activation == "none":
-        return _weight_only(x, weight, absmax, bias, out_dtype)
+        return product(x, weight, absmax.float() / 127, bias, out_dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
     weight, absmax = weight.contiguous(), absmax.contiguous()
@@ -66,19 +64,6 @@ def int8_linear(
     if failed:
         raise MemoryError(f"int8_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")
     return y
-
-
-def _weight_only(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Dequantise a block of weight rows at a time, so that the dense weight never exists."""
-    x = x.float()
-    parts = []
-    for n in range(0, weight.size(0), _BLOCK):
-        rows = weight[n : n + _BLOCK].float()
-        parts.append((x @ rows.t()) * (absmax[n : n + _BLOCK] / 127))
-    y = torch.cat(parts, 1) if parts else x.new_zeros(x.size(0), 0)
-    if bias is not None:
-        y += bias
-    return y.to(out_dtype)
 
 
 @functools.cache

@@ -7,12 +7,14 @@ import functools
 import struct
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 
-_ARGS = struct.Struct("PqqqqqPqqPPq").pack  # the fields of args in linear.c
+_ARGS = struct.Struct("PqqqqqPqqPPPqq").pack  # the fields of args in linear.c
+_WEIGHT_CODES = {**DTYPE_CODES, torch.int8: 3}
 
 
 def reject(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -26,6 +28,11 @@ def reject(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As the reference, summed in float32."""
+    return product(x, weight, None, bias, x.dtype)
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """(x [M, K] @ weight [N, K]^T) * scale [N] + bias [N], for a float weight, or int8 codes."""
     if x.stride(1) != 1:
         x = x.contiguous()
     if weight.stride(1) != 1:
@@ -34,10 +41,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias.float().contiguous()
     m, k = x.shape
     n = weight.shape[0]
-    y = x.new_empty(m, n)
+    y = x.new_empty(m, n, dtype=out_dtype)
     failed = _kernel()(_ARGS(
-        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), DTYPE_CODES[weight.dtype],
-        weight.stride(0), 0 if bias is None else bias.data_ptr(), y.data_ptr(), native.threads_for(m * n * k),
+        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), _WEIGHT_CODES[weight.dtype],
+        weight.stride(0), 0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"linear could not allocate scratch memory for x {list(x.shape)}")
