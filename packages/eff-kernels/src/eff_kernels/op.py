@@ -30,6 +30,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})  # isinstance(a, Tensor) is dear
 
 
 class BackendError(RuntimeError):
@@ -202,6 +203,6 @@ def _needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
         if kind is Tensor or kind is Parameter:
             if grad and a.requires_grad:
                 return True
-        elif isinstance(a, Tensor):
+        elif kind not in _PLAIN and isinstance(a, Tensor):
             return True
     return _dispatch_modes() > 0 or _functorch_level() is not None or forward_ad._current_level >= 0

@@ -55,18 +55,38 @@ def test_equals_brute_force(rows, k, threshold, dtype, seed):
             assert torch.equal(actual, wanted), name
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 20),
+    k=st.one_of(st.integers(0, 40), st.integers(250, 530)),
+    threshold=st.sampled_from([0.0, 0.5, 2.0, 6.0, float("inf")]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bad=st.sampled_from([0.0, float("nan"), float("inf")]),
+    seed=st.integers(0, 10_000),
+)
+def test_columns_equal_the_reference_bit_for_bit(rows, k, threshold, dtype, bad, seed):
+    x = (torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)) * 2).to(dtype)
+    if x.numel():
+        x[rows // 2, k // 2] = bad
+    compiled = int8_quantize_columns(x, threshold=threshold, backend="cpu")
+    plain = int8_quantize_columns(x, threshold=threshold, backend="reference")
+    for actual, wanted in zip(compiled, plain, strict=True):
+        assert torch.equal(actual.nan_to_num(-1.0), wanted.nan_to_num(-1.0))
+
+
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
-def test_columns_are_rows_of_the_transpose_without_outliers(threshold):
+def test_columns_are_rows_of_the_transpose_without_outliers(backend, threshold):
     x = torch.randn(6, 11).clamp(-1.9, 1.9)
-    columns = int8_quantize_columns(x, threshold=threshold)
+    columns = int8_quantize_columns(x, threshold=threshold, backend=backend)
     rows = int8_quantize_rows(x.t(), threshold=threshold)
     assert torch.equal(columns.codes, rows.codes.t())
     assert torch.equal(columns.absmax, rows.absmax)
     assert columns.outlier_columns.numel() == 0
 
 
-def test_columns_with_outliers():
-    codes, absmax, outliers = int8_quantize_columns(torch.tensor([[1.0, 9.0], [-2.0, 3.0]]), threshold=6.0)
+def test_columns_with_outliers(backend):
+    x = torch.tensor([[1.0, 9.0], [-2.0, 3.0]])
+    codes, absmax, outliers = int8_quantize_columns(x, threshold=6.0, backend=backend)
     assert codes.tolist() == [[64, 0], [-127, 0]]
     assert absmax.tolist() == [2.0, 3.0]
     assert outliers.tolist() == [1]

@@ -39,8 +39,7 @@ static void scan_rows(void *ctx, int64_t r) {
   if (j->x_dtype != EFF_F32) eff_load_row(j->x_dtype, source, row, j->k);
   j->x_absmax[r] = eff_scan_row(row, j->k, j->threshold, j->columns, &j->found);
   /* Most calls have no outliers: make the codes while the row is at hand, and again below if it turns out otherwise. */
-  eff_row_codes(row, j->k, j->x_absmax[r], j->per_token && j->found ? EFF_ZERO_ENTRIES : EFF_KEEP_ALL, j->threshold, j->columns,
-                j->codes + r * j->padded, j->padded);
+  eff_row_codes(row, j->k, j->x_absmax[r], j->codes + r * j->padded, j->padded);
   if (j->x_dtype != EFF_F32) free(row);
 }
 

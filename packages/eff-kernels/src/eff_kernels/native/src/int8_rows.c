@@ -1,4 +1,5 @@
 #include "int8_rows.h"
+#include "rows.h"
 
 #include <float.h>
 
@@ -36,72 +37,80 @@ float eff_scan_row(const float *x, int64_t n, float threshold, uint8_t *columns,
 #define ROUNDER 12582912.0f
 #define ROUNDER_BITS 0x4b400000
 
-void eff_row_codes(const float *x, int64_t n, float absmax, eff_outliers mode, float threshold, const uint8_t *columns,
-                   eff_act *out, int64_t padded) {
+void eff_row_codes(const float *x, int64_t n, float absmax, eff_act *out, int64_t padded) {
+  typedef eff_act codes_of_eight __attribute__((vector_size(EFF_LANES * sizeof(eff_act))));
   int64_t i = 0;
   if (!(absmax > 0.0f)) {
     for (; i < padded; i++) out[i] = eff_act_of(0);
     return;
   }
   const float scale = 127.0f * (1.0f / absmax); /* in this order, as PyTorch divides a number by a tensor: bit-equal codes */
-  const eff_vf limit = eff_splat(mode == EFF_ZERO_ENTRIES ? threshold : NAN);
   for (; i + EFF_LANES <= n; i += EFF_LANES) {
-    eff_vf v = eff_vload(x + i);
-    eff_vf scaled = v * eff_splat(scale);
+    eff_vf scaled = eff_vload(x + i) * eff_splat(scale);
     EFF_ROUNDED(scaled);
-    eff_vi code = (eff_vi)(scaled + eff_splat(ROUNDER)) - ROUNDER_BITS;
-    code &= ~(eff_vabs(v) >= limit);
-    for (int j = 0; j < EFF_LANES; j++) out[i + j] = eff_act_of(code[j]);
+    const eff_vi code = (eff_vi)(scaled + eff_splat(ROUNDER)) - ROUNDER_BITS;
+    const codes_of_eight narrow = __builtin_convertvector(code + EFF_OFFSET, codes_of_eight);
+    memcpy(out + i, &narrow, sizeof narrow);
   }
-  for (; i < n; i++) out[i] = mode == EFF_ZERO_ENTRIES && fabsf(x[i]) >= threshold ? eff_act_of(0) : eff_act_of((int32_t)nearbyintf(x[i] * scale));
+  for (; i < n; i++) out[i] = eff_act_of((int32_t)nearbyintf(fmaxf(-256.0f, fminf(x[i] * scale, 256.0f))));
   for (; i < padded; i++) out[i] = eff_act_of(0);
-  if (mode == EFF_ZERO_COLUMNS)
-    for (i = 0; i < n; i++)
-      if (columns[i]) out[i] = eff_act_of(0);
 }
 
 typedef struct {
-  const void *x;
-  eff_dtype dtype;
-  int64_t rows, n, stride;
-  float threshold;
-  int8_t *codes;
-  float *absmax;
-  uint8_t *columns;
-  int *found;
-  int rows_per_item;
+  const void *x; /* [rows, n] */
+  int64_t dtype, rows, n, stride;
+  double threshold;
+  int8_t *codes;    /* [rows, n] */
+  float *absmax;    /* [rows] */
+  uint8_t *columns; /* [n], zeroed by the caller, receives 1 for each outlier column */
+  int64_t threads;
+} args;
+
+typedef struct {
+  const args *a;
+  int found, failed;
 } rows_job;
 
-static void scan_item(void *ctx, int64_t item) {
+#define ROWS_PER_ITEM 4
+
+static void rows_item(void *ctx, int64_t item) {
   rows_job *j = ctx;
-  float *row = eff_scratch((size_t)j->n * 4);
-  for (int64_t r = item * j->rows_per_item; r < MIN(j->rows, (item + 1) * j->rows_per_item); r++) {
-    eff_load_row(j->dtype, eff_at(j->x, j->dtype, r * j->stride), row, j->n);
-    j->absmax[r] = eff_scan_row(row, j->n, j->threshold, j->columns, j->found);
+  const args *a = j->a;
+  const eff_dtype dtype = (eff_dtype)a->dtype;
+  float *wide = dtype == EFF_F32 ? NULL : eff_scratch((size_t)a->n * 4);
+  if (dtype != EFF_F32 && !wide) {
+    j->failed = 1;
+    return;
   }
-  free(row);
+  for (int64_t r = item * ROWS_PER_ITEM; r < MIN(a->rows, (item + 1) * ROWS_PER_ITEM); r++) {
+    const void *source = eff_at(a->x, dtype, r * a->stride);
+    if (wide) eff_load_row(dtype, source, wide, a->n);
+    const float *row = wide ? wide : source;
+    a->absmax[r] = eff_scan_row(row, a->n, (float)a->threshold, a->columns, &j->found);
+    for (int64_t i = 0; i < a->n; i += CHUNK) {
+      eff_act codes[CHUNK];
+      const int64_t n = MIN(CHUNK, a->n - i);
+      int8_t *out = a->codes + r * a->n + i;
+      eff_row_codes(row + i, n, a->absmax[r], codes, n);
+      for (int64_t c = 0; c < n; c++) out[c] = (int8_t)((int32_t)codes[c] - EFF_OFFSET);
+    }
+  }
+  free(wide);
 }
 
-static void code_item(void *ctx, int64_t item) {
-  rows_job *j = ctx;
-  float *row = eff_scratch((size_t)j->n * 4);
-  eff_act *codes = eff_scratch((size_t)j->n * sizeof(eff_act));
-  eff_outliers mode = *j->found ? EFF_ZERO_COLUMNS : EFF_KEEP_ALL;
-  for (int64_t r = item * j->rows_per_item; r < MIN(j->rows, (item + 1) * j->rows_per_item); r++) {
-    eff_load_row(j->dtype, eff_at(j->x, j->dtype, r * j->stride), row, j->n);
-    eff_row_codes(row, j->n, j->absmax[r], mode, j->threshold, j->columns, codes, j->n);
-    int8_t *out = j->codes + r * j->n;
-    for (int64_t i = 0; i < j->n; i++) out[i] = (int8_t)((int32_t)codes[i] - EFF_OFFSET);
-  }
-  free(codes), free(row);
+/* Most calls have no outliers; the others have a few columns of codes to clear. */
+static void clear_item(void *ctx, int64_t item) {
+  const args *a = ((rows_job *)ctx)->a;
+  for (int64_t r = item * ROWS_PER_ITEM; r < MIN(a->rows, (item + 1) * ROWS_PER_ITEM); r++)
+    for (int64_t i = 0; i < a->n; i++)
+      if (a->columns[i]) a->codes[r * a->n + i] = 0;
 }
 
-/* codes[rows, n] and absmax[rows] of x[rows, n]; columns[n] (zeroed by the caller) receives 1 for each outlier column. */
-EXPORT void eff_int8_quantize_rows(const void *x, int dtype, int64_t rows, int64_t n, int64_t stride, float threshold, int8_t *codes,
-                                   float *absmax, uint8_t *columns, int threads) {
-  int found = 0;
-  rows_job job = {x, (eff_dtype)dtype, rows, n, stride, threshold, codes, absmax, columns, &found, 4};
-  int64_t items = (rows + 3) / 4;
-  eff_parallel_for(items, threads, scan_item, &job);
-  eff_parallel_for(items, threads, code_item, &job);
+/* Returns 0, or 1 when memory ran out. */
+EXPORT int eff_int8_quantize_rows(const args *a) {
+  rows_job j = {a, 0, 0};
+  const int64_t items = (a->rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
+  eff_parallel_for(items, (int)a->threads, rows_item, &j);
+  if (j.found) eff_parallel_for(items, (int)a->threads, clear_item, &j);
+  return j.failed;
 }

@@ -7,14 +7,6 @@
  * threshold 0: no entry is an outlier. */
 float eff_scan_row(const float *x, int64_t n, float threshold, uint8_t *columns, int *found);
 
-/* What becomes of outliers when a row is turned into codes. */
-typedef enum {
-  EFF_KEEP_ALL,     /* no outliers: every entry gets its code */
-  EFF_ZERO_COLUMNS, /* entries in outlier columns get code 0 */
-  EFF_ZERO_ENTRIES, /* entries that reach the threshold get code 0, their neighbours in the column keep theirs */
-} eff_outliers;
-
 /* codes = x * (127 * (1 / absmax)), rounded half to even, followed by zeros up to `padded`. A row whose absmax is 0 or NaN gets
- * codes of 0. */
-void eff_row_codes(const float *x, int64_t n, float absmax, eff_outliers mode, float threshold, const uint8_t *columns,
-                   eff_act *out, int64_t padded);
+ * codes of 0; entries beyond absmax (outliers) get a code without meaning. */
+void eff_row_codes(const float *x, int64_t n, float absmax, eff_act *out, int64_t padded);

@@ -14,7 +14,7 @@ from eff_kernels import native
 
 def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> str | None:
     """Why the compiled code cannot run this call."""
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"needs CPU tensors, got q on {q.device}"
     if q.dtype not in native.DTYPE_CODES or k.dtype not in native.DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got q {q.dtype} and cache {k.dtype}"

@@ -8,14 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.int8_quantize import cpu, reference
+
+_TRITON = "eff_kernels.ops.int8_quantize.triton"
 
 ROWS_OP = Op(
     "int8_quantize_rows",
     "(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     [
         Backend("cpu", cpu.quantize_rows, cpu.reject),
+        triton_backend(_TRITON, run="quantize_rows"),
         Backend("reference", reference.quantize_rows),
     ],
     fake=lambda x, threshold: (
@@ -28,7 +31,10 @@ ROWS_OP = Op(
 COLUMNS_OP = Op(
     "int8_quantize_columns",
     "(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
-    [Backend("reference", reference.quantize_columns)],
+    [
+        Backend("cpu", cpu.quantize_columns, cpu.reject),
+        Backend("reference", reference.quantize_columns),
+    ],
     fake=lambda x, threshold: (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(x.shape[1:], dtype=torch.float32),
@@ -63,7 +69,7 @@ def int8_quantize_rows(x: Tensor, *, threshold: float = 0.0, backend: str = "aut
     Args:
         x: Rows, [..., K]; any float dtype. Arithmetic is in float32.
         threshold: Magnitude from which an entry is an outlier; 0 means that none is.
-        backend: "auto", "cpu" or "reference". A named backend runs or raises; it never falls back.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
     Returns:
         Int8Rows(codes int8 [..., K], absmax float32 [...], outlier_columns int64 [n], ascending). A row of zeros has
@@ -78,8 +84,11 @@ def int8_quantize_rows(x: Tensor, *, threshold: float = 0.0, backend: str = "aut
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     check_float(x)
-    codes, absmax, columns = ROWS_OP(x.reshape(x.shape[:-1].numel(), x.size(-1)), float(threshold), backend=backend)
-    return Int8Rows(codes.view(x.shape), absmax.view(x.shape[:-1]), columns.nonzero().view(-1))
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
+    codes, absmax, columns = ROWS_OP(rows, float(threshold), backend=backend)
+    if x.dim() != 2:
+        codes, absmax = codes.view(x.shape), absmax.view(x.shape[:-1])
+    return Int8Rows(codes, absmax, columns.nonzero().view(-1))
 
 
 def int8_quantize_columns(x: Tensor, *, threshold: float = 0.0, backend: str = "auto") -> Int8Columns:
@@ -88,7 +97,7 @@ def int8_quantize_columns(x: Tensor, *, threshold: float = 0.0, backend: str = "
     Args:
         x: Matrix, [T, K]; any float dtype. Arithmetic is in float32.
         threshold: Magnitude from which an entry makes its column an outlier column, with codes of 0; 0 means none.
-        backend: "auto" or "reference". A named backend runs or raises; it never falls back.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
     Returns:
         Int8Columns(codes int8 [T, K], absmax float32 [K], outlier_columns int64 [n], ascending).
