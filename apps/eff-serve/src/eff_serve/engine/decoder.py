@@ -85,8 +85,8 @@ class Decoder:
             )
             on_layer()
         self.norm = checkpoint.floats("model.norm.weight", (h,))
-        self.embedding = checkpoint.floats("model.embed_tokens.weight", (c.vocab_size, h))
-        head = self.embedding if c.tie_word_embeddings else checkpoint.floats("lm_head.weight", (c.vocab_size, h))
+        self.embedding = checkpoint.get("model.embed_tokens.weight", (c.vocab_size, h))
+        head = self.embedding if c.tie_word_embeddings else checkpoint.get("lm_head.weight", (c.vocab_size, h))
         self.head = FloatLinear(head)
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
@@ -177,7 +177,7 @@ class Decoder:
         """All layers and the last norm: hidden states [T, hidden]."""
         c = self.config
         count, q_heads, kv_heads, size = tokens.size(0), c.num_heads, c.num_kv_heads, c.intermediate_size
-        residual = self.embedding[tokens]
+        residual = self.embedding[tokens].float()
         x = rms_norm(residual, self.layers[0].attention_norm, eps=c.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             qkv_TND = layer.qkv(x).view(count, q_heads + 2 * kv_heads, c.head_dim)

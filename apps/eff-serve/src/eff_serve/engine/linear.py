@@ -1,4 +1,4 @@
-"""The two kinds of linear layers of the decoder: float32, and int8 with activations quantised on the fly."""
+"""The two kinds of linear layers of the decoder: float weights, and int8 with activations quantised on the fly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from eff_kernels import int8_linear, int8_quantize_rows
+from eff_kernels import int8_linear, int8_quantize_rows, linear
 from torch import Tensor
 
 from eff_serve.engine.weights import Checkpoint
@@ -28,14 +28,14 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FloatLinear:
-    """y = x W^T + b in float32."""
+    """y = x W^T + b, summed in float32 from weights in the dtype of the checkpoint; a row depends on no other."""
 
     weight: Tensor
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -92,4 +92,4 @@ def load_linear(
         bias_of_all = torch.cat([torch.zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
     if scales:
         return Int8Linear(torch.cat(weights), torch.cat(scales), bias_of_all, threshold)
-    return FloatLinear(torch.cat([w.float() for w in weights]), bias_of_all)
+    return FloatLinear(torch.cat(weights), bias_of_all)
