@@ -14,7 +14,7 @@ from eff_kernels.edit import Report, replace_module
 from torch import Tensor, nn
 
 from eff_quant.linears import Found, find_linears
-from eff_quant.llm_int8.checkpoint import check_int8_files, release_memory
+from eff_quant.llm_int8.checkpoint import CheckpointMemory, check_int8_files
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.layer import ROW_FORMAT, Int8Linear, is_conv1d
 from eff_quant.quantize import check_outlier_columns, dequantize_, report_plan, size_of
@@ -73,7 +73,7 @@ class _Quantize(ConversionOps):
             columns = self.quantizer.config.outlier_columns.get(module, ())
             tensors = Int8Linear.quantized_tensors(weight, columns)
             result.update({f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()})
-            release_memory(value)
+            self.quantizer.memory.took(value.nbytes)
         return result
 
 
@@ -90,6 +90,7 @@ class EffInt8HfQuantizer(HfQuantizer):
         self.report = Report("from_pretrained with Int8Config")
         self.quantization_config: EffInt8Config
         self.transposed: set[str] = set()
+        self.memory = CheckpointMemory([])
         self._old_format: set[str] = set()
 
     @property
@@ -103,8 +104,11 @@ class EffInt8HfQuantizer(HfQuantizer):
             raise ValueError("device_map puts modules on 'disk'; int8 layers can be on 'cpu' or a GPU")
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        files = [f for f in checkpoint_files or () if str(f).endswith(".safetensors")]
         if self.pre_quantized:
-            self._old_format = check_int8_files(f for f in checkpoint_files or () if str(f).endswith(".safetensors"))
+            self._old_format = check_int8_files(files)
+        else:
+            self.memory = CheckpointMemory(files)
         found = find_linears(model, skip=self.config.skip, done=(Int8Linear,), keep=_tied(model))
         if not self.pre_quantized:
             found = [_kept_in_float32(model, f) for f in found]

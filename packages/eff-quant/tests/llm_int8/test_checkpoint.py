@@ -1,53 +1,64 @@
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from eff_quant.llm_int8.checkpoint import check_int8_files, release_memory
+from eff_quant.llm_int8.checkpoint import RELEASE_EVERY, CheckpointMemory, check_int8_files
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 
 
-def mapped_pages(start):
-    """Resident kilobytes of the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and ":" not in head:
-            low, high = (int(x, 16) for x in head.split("-"))
-            inside = low <= start < high
-        elif inside and head == "Rss:":
-            return int(line.split()[1])
-    return 0
+@pytest.fixture
+def file(tmp_path):
+    """A safetensors file of two matrices of 2 MiB."""
+    save_file({"x": torch.randn(512, 1024), "y": torch.randn(512, 1024)}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def mapped(file, name):
+    with safe_open(file, framework="pt", backend="mmap") as opened:
+        return opened.get_slice(name)[...]
 
 
 @linux
-def test_pages_of_a_mapped_file_are_released_and_come_back(tmp_path):
-    x = torch.randn(512, 1024)
-    save_file({"x": x, "y": x + 1}, tmp_path / "model.safetensors")
-    with safe_open(tmp_path / "model.safetensors", framework="pt", backend="mmap") as file:
-        view = file.get_slice("x")[...]
-        assert torch.equal(view, x)
-        before = mapped_pages(view.data_ptr())
-        assert before >= 2048
-        assert release_memory(view)
-        assert mapped_pages(view.data_ptr()) <= before - 2000
-        assert torch.equal(view, x)
+def test_pages_of_a_mapped_file_are_released_and_come_back(file):
+    x = load_file(file)["x"].clone()
+    memory = CheckpointMemory([file])
+    view = mapped(file, "x")
+    assert torch.equal(view, x)
+    assert memory.release() >= 2**21
+    assert memory.release() < 2**21
+    assert torch.equal(view, x)
+    assert memory.release() >= 2**21
 
 
 @linux
-def test_other_memory_is_left_alone(tmp_path):
-    x = torch.randn(512, 1024)
-    copy = x.clone()
-    assert not release_memory(x)
-    assert torch.equal(x, copy)
-    torch.save(x, tmp_path / "model.pt")
-    mapped = torch.load(tmp_path / "model.pt", mmap=True)
-    assert not release_memory(mapped)
-    assert not release_memory(torch.empty(0))
-    assert not release_memory(torch.empty(4, device="meta"))
+def test_pages_are_released_when_enough_was_read(file):
+    memory = CheckpointMemory([file])
+    view = mapped(file, "x")
+    view.sum()
+    memory.took(RELEASE_EVERY - 1)
+    assert memory.release() >= 2**21
+    view.sum()
+    memory.took(1)
+    assert memory.release() < 2**21
+
+
+@linux
+def test_other_mappings_and_written_pages_are_left_alone(file, tmp_path):
+    older = mapped(file, "x")
+    older.sum()
+    memory = CheckpointMemory([file])
+    assert memory.release() == 0
+    written = mapped(file, "y")
+    written[3, 5] = 42.0  # a private copy of this page, which the file does not hold
+    assert memory.release() == 0
+    assert written[3, 5] == 42.0
+    other = CheckpointMemory([tmp_path / "other.safetensors"])
+    mapped(file, "x").sum()
+    assert other.release() == 0
+    assert CheckpointMemory([]).release() == 0
 
 
 def test_files_are_checked_together(tmp_path):

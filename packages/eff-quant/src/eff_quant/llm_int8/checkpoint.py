@@ -7,10 +7,14 @@ import mmap
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from eff_quant.llm_int8.layer import check_int8_entry
+
+# Looking through the process' mappings takes some milliseconds, so it is done once for this many bytes of weights.
+RELEASE_EVERY = 2**24
 
 
 def check_int8_files(files: Iterable[str | Path]) -> set[str]:
@@ -44,35 +48,70 @@ def check_int8_files(files: Iterable[str | Path]) -> set[str]:
     return without
 
 
-def release_memory(tensor: Tensor) -> bool:
-    """Give back to the system what reading and quantising this tensor took, as far as it is not needed any more.
+class CheckpointMemory:
+    """Gives memory back to the system while the files of a checkpoint are read and quantised.
 
-    Two things pile up while a large checkpoint is quantised. transformers maps the files, and pages that were read stay
-    part of the process until the file is closed; and the allocator keeps freed temporaries between the new weights. The
-    pages are released only if the tensor is a view of a mapped safetensors file. It stays valid: touching it reads the
-    file again.
+    Two things pile up meanwhile. transformers maps the files, and pages that were read stay part of the process until
+    the file is closed, whether the weight was used as it is or cast to another dtype; and the allocator keeps freed
+    temporaries between the new weights. Pages are released only of mappings that are younger than this object and that
+    nobody has written to. Tensors in them stay valid: touching one reads the file again. Does something on Linux only.
 
-    Returns:
-        Whether pages of a file were released: False for any other tensor, and on systems other than Linux.
+    Args:
+        files: Files that are about to be loaded.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return False
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-    storage = tensor.untyped_storage()
-    start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if first >= last or not _maps_safetensors(start, end):
-        return False
-    return libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED) == 0
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self._files = {str(Path(f).resolve()) for f in files}
+        self._old = {m.span for m in _mappings(self._files)}
+        self._taken = 0
+
+    def took(self, nbytes: int) -> None:
+        """Count a weight that has been quantised; now and then release."""
+        self._taken += nbytes
+        if self._taken >= RELEASE_EVERY:
+            self._taken = 0
+            self.release()
+
+    def release(self) -> int:
+        """Release now and return how many bytes of mapped files were let go."""
+        if sys.platform != "linux":
+            return 0
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
+        released = 0
+        for mapping in _mappings(self._files):
+            start, end = mapping.span
+            if mapping.span in self._old or mapping.written or not mapping.resident:
+                continue
+            if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED) == 0:
+                released += mapping.resident
+        return released
 
 
-def _maps_safetensors(start: int, end: int) -> bool:
-    """Whether these addresses lie in one mapping of a safetensors file, according to the kernel."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, rest = line.partition(" ")
-        low, _, high = span.partition("-")
-        if int(low, 16) <= start and end <= int(high, 16):
-            return rest.rstrip().endswith(".safetensors")
-    return False
+class _Mapping(NamedTuple):
+    """A file's mapping: addresses, bytes in memory, and bytes of pages that are private copies as they were written."""
+
+    span: tuple[int, int]
+    resident: int
+    written: int
+
+
+def _mappings(files: set[str]) -> list[_Mapping]:
+    """The mappings of these files in this process, according to the kernel."""
+    if sys.platform != "linux" or not files:
+        return []
+    found = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        word, _, rest = line.partition(" ")
+        if not word.endswith(":"):  # a mapping's first line: low-high permissions offset device inode path
+            path = rest.split(maxsplit=4)[4:]
+            inside = path != [] and path[0] in files
+            if inside:
+                low, _, high = word.partition("-")
+                found.append(_Mapping((int(low, 16), int(high, 16)), 0, 0))
+        elif inside and word in ("Rss:", "Anonymous:"):
+            size = 1024 * int(rest.split()[0])
+            found[-1] = found[-1]._replace(**{"resident" if word == "Rss:" else "written": size})
+    return found
