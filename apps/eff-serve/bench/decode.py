@@ -7,12 +7,14 @@ gives the median microseconds of one call (one step of the whole batch) and the 
 import argparse
 import importlib.util
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import eff_kernels
 import torch
 from eff_kernels.testing import Provider, Recorder, same
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.models import embedded
+from eff_serve.models.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
 PEERS = {"llama_cpp": "llama.cpp", "openvino_genai": "OpenVINO GenAI", "vllm": "vLLM"}
@@ -101,7 +103,7 @@ def main():
     engines = {
         "transformers bf16": Transformers(folder, torch.bfloat16),
         "transformers fp32": Transformers(folder, torch.float32),
-        "eff fp32": Eff(folder, None, 0.0),
+        "eff bf16": Eff(folder, None, 0.0),
         "eff int8": Eff(folder, "int8", 0.0),
         "eff int8 threshold 6": Eff(folder, "int8", 6.0),
     }
@@ -113,14 +115,17 @@ def main():
         elif module != "llama_cpp":
             print(f"{name}: left out, it has no step that could be timed in turn with the others")
 
-    draw = torch.Generator().manual_seed(0)
+    text = "\n".join(topics.values())  # Python's own reference manual
+    manual = torch.tensor(Tokenizer(folder).encode(text[:100_000]))
 
     def ids(batch, length):
-        return torch.randint(100, 40000, (batch, length), generator=draw)
+        return manual[: batch * length].view(batch, length)
 
     def check(name, run, truth):
-        # 5 %: bfloat16 and int8 move logits by a few per cent; a wrong mask or position moves them by half
-        return None if name.startswith(("transformers", "llama")) else (lambda: same(run(0), truth(0), tolerance=0.05))
+        # A wrong mask or position moves logits by half. On this text bfloat16 moves them by 1 to 3 %, int8 by 5 to 15 %
+        # (this model: weights of 135M parameters that were 4-bit before, see the quality table of eff-quant).
+        limit = 0.25 if "int8" in name else 0.05
+        return None if name.startswith(("transformers", "llama")) else (lambda: same(run(0), truth(0), tolerance=limit))
 
     prompt = ids(1, 512)
     runs = {name: (lambda _, e=engine: e.prefill(prompt)) for name, engine in engines.items()}
@@ -128,7 +133,8 @@ def main():
         compare(recorder, "512 tokens", "prefill", runs, check, arguments.rounds)
     for context in arguments.contexts:
         for batch in arguments.batches:
-            tokens, history = ids(batch, 1)[:, 0], ids(batch, context)
+            block = ids(batch, context + 1)
+            tokens, history = block[:, -1], block[:, :-1]
             chosen = {n: e for n, e in engines.items() if batch == 1 or not isinstance(e, LlamaCpp)}
             steps = {name: engine.prepare(history) for name, engine in chosen.items()}
             runs = {name: (lambda _, s=step, t=tokens: s(t)) for name, step in steps.items()}
