@@ -36,7 +36,7 @@ def autotune(
 
     if INTERPRET:
         chosen = list(configs)[:1]
-    elif hip and _on_hip():
+    elif hip and on_hip():
         chosen = list(hip)
     else:
         chosen = list(configs)
@@ -82,7 +82,8 @@ class AotCase:
         ]
 
 
-def _on_hip() -> bool:
+def on_hip() -> bool:
+    """Whether this PyTorch is for AMD GPUs."""
     import torch
 
     return torch.version.hip is not None

@@ -3,8 +3,10 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from eff_kernels.op import triton_interprets
 from eff_kernels.ops.decode_attention import api, decode_attention, reference
 from eff_kernels.ops.decode_attention.specs import SPECS, paged
+from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ class TestDecodeAttention(OpTests):
     reference = staticmethod(reference.decode_attention)
     op = api.OP
     specs = SPECS
-    may_refuse: ClassVar = {"cpu": "contiguous last dimension"}
+    may_refuse: ClassVar = {"cpu": "contiguous last dimension", "triton": "contiguous last dimension"}
 
     def schema_args(self, spec, args):
         q, k, v, lengths, *table = args
@@ -23,7 +25,7 @@ class TestDecodeAttention(OpTests):
         return q, k, v, lengths, (table[0] if table else None), scale
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "reference", *(["triton"] if triton_interprets() else [])])
 def backend(request):
     return request.param
 
@@ -124,3 +126,19 @@ def test_errors_name_what_they_saw(change, error, message):
     }
     with pytest.raises(error, match=message):
         decode_attention(**call)
+
+
+def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(backend):
+    q = torch.randn(3, 4, 16)
+    k, v = torch.randn(2, 3, 2, 600, 16)
+    lengths = torch.tensor([600, 31, 257], dtype=torch.int32)
+    together = decode_attention(q, k, v, lengths, backend=backend)
+    alone = [
+        decode_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], lengths[b : b + 1], backend=backend)
+        for b in range(3)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_triton_kernels_compile_for_each_gpu():
+    assert_compiles("eff_kernels.ops.decode_attention.triton")

@@ -1,14 +1,16 @@
 import pytest
 import torch
 from eff_kernels import native
+from eff_kernels.op import triton_interprets
 from eff_kernels.ops.int8_linear import api, int8_linear, reference
 from eff_kernels.ops.int8_linear.specs import SPECS
 from eff_kernels.ops.int8_quantize import int8_quantize_rows
+from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "reference", *(["triton"] if triton_interprets() else [])]
 
 
 class TestInt8Linear(OpTests):
@@ -239,3 +241,22 @@ def test_errors_name_what_they_saw(change, error, message):
     call = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4, dtype=torch.int8), "absmax": torch.ones(3), **change}
     with pytest.raises(error, match=message):
         int8_linear(**call)
+
+
+def test_triton_kernels_compile_for_each_gpu():
+    assert_compiles("eff_kernels.ops.int8_linear.triton")
+
+
+@pytest.mark.skipif(not triton_interprets(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 40, 70), (70, 33, 300), (130, 129, 96), (1, 5, 0)])
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 2.0}, {"threshold": 2.0, "per_token_outliers": True}, {"activation": "none"}]
+)
+def test_triton_equals_the_reference_in_each_configuration(dtype, m, n, k, options):
+    """Every block size that is chosen by the number of rows, with borders inside a block."""
+    codes, absmax = layer(n, k)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    actual = int8_linear(x, codes, absmax, bias, backend="triton", out_dtype=torch.float32, **options)
+    wanted = int8_linear(x, codes, absmax, bias, backend="reference", out_dtype=torch.float32, **options)
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from eff_kernels.op import triton_interprets
 from eff_kernels.ops.int8_quantize import api, int8_quantize_columns, int8_quantize_rows
+from eff_kernels.testing.aot import assert_compiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["cpu", "reference", *(["triton"] if triton_interprets() else [])]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -160,3 +162,7 @@ def test_works_under_compile():
 def test_errors_name_what_they_saw(x, threshold, error, message):
     with pytest.raises(error, match=message):
         int8_quantize_rows(x, threshold=threshold)
+
+
+def test_triton_kernels_compile_for_each_gpu():
+    assert_compiles("eff_kernels.ops.int8_quantize.triton")

@@ -5,7 +5,8 @@
  * unnormalised sum with its maximum and weight; the splits of a head are then merged. */
 #include "eff.h"
 
-#define KEYS 64 /* keys per block */
+#define KEYS 64   /* keys per block */
+#define SPLIT 256 /* keys per split */
 
 typedef struct {
   const float *q; /* [batch, heads, d], scaled */
@@ -17,7 +18,7 @@ typedef struct {
   const int32_t *table;       /* [batch, max_pages]; NULL: page b belongs to sequence b */
   int64_t max_pages;
   const int32_t *lengths;
-  int64_t splits, keys_per_split;
+  int64_t splits;
   float *partial; /* [batch, kv_heads, splits, group, d + 2]: sum, maximum, weight */
   void *out;
   eff_dtype out_dtype;
@@ -143,8 +144,8 @@ static void attend(void *ctx, int64_t item) {
   float *sum = partial, *top = partial + group * j->d, *weight = top + group;
   for (int64_t i = 0; i < group * j->d; i++) sum[i] = 0.0f;
   for (int64_t h = 0; h < group; h++) top[h] = -INFINITY, weight[h] = 0.0f;
-  const int64_t end = MIN(j->lengths[b], (split + 1) * j->keys_per_split);
-  for (int64_t key = split * j->keys_per_split; key < end;) {
+  const int64_t end = MIN(j->lengths[b], (split + 1) * SPLIT);
+  for (int64_t key = split * SPLIT; key < end;) {
     const int64_t in_page = key % j->page;
     const int keys = (int)MIN(MIN(KEYS, end - key), j->page - in_page);
     const int64_t page = j->table ? j->table[b * j->max_pages + key / j->page] : b;
@@ -193,12 +194,11 @@ EXPORT int eff_decode_attention(const void *q, int q_dtype, const void *k, const
   int64_t longest = 0, total = 0;
   for (int64_t b = 0; b < batch; b++) longest = MAX(longest, lengths[b]), total += lengths[b];
   if (total * kv_heads * d < 16384) threads = 1;
-  /* Enough splits for four items per thread, none shorter than 256 keys. */
-  int64_t splits = MAX(1, MIN((longest + 255) / 256, (4 * threads + batch * kv_heads - 1) / (batch * kv_heads)));
-  int64_t per_split = MAX(KEYS, ((longest + splits - 1) / splits + KEYS - 1) / KEYS * KEYS);
+  /* Cut at the same keys whatever the batch and the threads are: the sums of a sequence are its own. */
+  const int64_t splits = MAX(1, (longest + SPLIT - 1) / SPLIT);
   job j = {.k = k, .v = v, .dtype = (eff_dtype)dtype, .batch = batch, .heads = heads, .kv_heads = kv_heads, .d = d, .page = page,
            .page_stride = page_stride, .head_stride = head_stride, .key_stride = key_stride, .table = table, .max_pages = max_pages,
-           .lengths = lengths, .splits = splits, .keys_per_split = per_split, .out = out, .out_dtype = (eff_dtype)q_dtype};
+           .lengths = lengths, .splits = splits, .out = out, .out_dtype = (eff_dtype)q_dtype};
   float *scratch = eff_scratch((size_t)(batch * heads * (d + splits * (d + 2))) * 4);
   if (!scratch) return 1;
   float *scaled = scratch;

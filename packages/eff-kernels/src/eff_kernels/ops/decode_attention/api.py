@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.decode_attention import cpu, reference
 
 OP = Op(
@@ -13,6 +13,7 @@ OP = Op(
     "(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? block_table, float scale) -> Tensor",
     [
         Backend("cpu", cpu.decode_attention, cpu.reject),
+        triton_backend("eff_kernels.ops.decode_attention.triton"),
         Backend("reference", reference.decode_attention),
     ],
     fake=lambda q, k, v, lengths, block_table, scale: q.new_empty(q.shape),
@@ -42,7 +43,7 @@ def decode_attention(
         block_table: For a paged cache, int32 [B, max_pages]: key j of sequence b is row j % page of page
             block_table[b, j // page]. Entries beyond the length are not read.
         scale: Factor of the scores; D ** -0.5 by default.
-        backend: "auto", "cpu" or "reference". A named backend runs or raises; it never falls back.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
     Returns:
         [B, H, D] of the dtype of ``q``.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.int8_linear import cpu, reference
 from eff_kernels.ops.int8_linear.backward import BACKWARD_OP
 from eff_kernels.ops.int8_quantize.api import check_float, check_threshold
@@ -33,6 +33,7 @@ OP = Op(
     "ScalarType out_dtype) -> Tensor",
     [
         Backend("cpu", cpu.int8_linear, cpu.reject),
+        triton_backend("eff_kernels.ops.int8_linear.triton"),
         Backend("reference", reference.int8_linear),
     ],
     fake=lambda x, weight, absmax, bias, threshold, per_token_outliers, activation, out_dtype: x.new_empty(
@@ -75,7 +76,7 @@ def int8_linear(
         per_token_outliers: Take out only the outlying entries themselves, which makes rows independent of each other.
         activation: "dynamic" quantises x; "none" leaves it as it is (weight-only; no outliers then).
         out_dtype: Dtype of the result; that of ``x`` by default.
-        backend: "auto", "cpu" or "reference". A named backend runs or raises; it never falls back.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
     Returns:
         [..., N] of ``out_dtype``. A row of x with a NaN, or an infinity that is no outlier, gives a row of NaN.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.int8_linear import reference
 
 _BLOCK = 512  # weight rows that are dequantised at a time
@@ -28,6 +28,7 @@ BACKWARD_OP = Op(
     "(Tensor grad, Tensor weight, Tensor absmax, ScalarType dtype) -> Tensor",
     [
         Backend("cpu", _blocked, _reject_blocked),
+        triton_backend("eff_kernels.ops.int8_linear.triton_float", run="backward", reject="reject_backward"),
         Backend("reference", reference.int8_linear_backward),
     ],
     fake=lambda grad, weight, absmax, dtype: grad.new_empty((grad.shape[0], weight.shape[1]), dtype=dtype),

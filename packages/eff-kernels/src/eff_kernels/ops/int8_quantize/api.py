@@ -33,6 +33,7 @@ COLUMNS_OP = Op(
     "(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
     [
         Backend("cpu", cpu.quantize_columns, cpu.reject),
+        triton_backend(_TRITON, run="quantize_columns"),
         Backend("reference", reference.quantize_columns),
     ],
     fake=lambda x, threshold: (

@@ -1,0 +1,184 @@
+"""Triton kernels of decode_attention. Not yet run on a GPU: compiled and interpreted only.
+
+One program takes the query heads of one key-value head and a chunk of the keys, so that a long cache occupies the whole
+GPU with a batch of one; a second kernel joins the chunks (Dao et al. 2023, flash decoding). How a sequence is cut
+depends on the room of the cache alone: its result does not depend on the rest of the batch.
+
+G: query heads of a key-value head, padded to what the matrix units take. S: keys of a block. D: features, padded to a
+power of two. C: chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eff_kernels.autotune import INTERPRET, AotCase
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LONGEST_HEAD = 256
+_CHUNK, _CHUNKS = 256, 64  # keys of a chunk at least, chunks of a sequence at most
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _decode_chunk_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, table_stride, parts_ptr, tops_ptr, sums_ptr, scale, group, d, chunk,
+    page, page_stride, head_stride, key_stride,
+    PAGED: tl.constexpr, NARROW: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    heads = tl.num_programs(1)
+    sequence, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row_G, feature_D = tl.arange(0, BG), tl.arange(0, BD)
+    mask_GD = (row_G < group)[:, None] & (feature_D < d)[None, :]
+    query_G = (sequence * heads + head) * group + row_G
+    q_GD = tl.load(q_ptr + query_G[:, None] * d + feature_D[None, :], mask_GD, other=0.0)
+    if not NARROW:
+        q_GD = q_GD.to(tl.float32)
+    length = tl.load(lengths_ptr + sequence)
+    first, last = part * chunk, min((part + 1) * chunk, length)
+    top_G = tl.full([BG], float("-inf"), tl.float32)
+    sum_G = tl.zeros([BG], tl.float32)
+    out_GD = tl.zeros([BG, BD], tl.float32)
+    for start in range(first, last, BS):
+        key_S = start + tl.arange(0, BS)
+        inside_S = key_S < last
+        if PAGED:
+            number_S = tl.load(table_ptr + sequence * table_stride + key_S // page, inside_S, other=0)
+            row_S = number_S.to(tl.int64) * page_stride + (key_S % page) * key_stride
+        else:
+            row_S = sequence * page_stride + key_S.to(tl.int64) * key_stride
+        offset_SD = (row_S + head.to(tl.int64) * head_stride)[:, None] + feature_D[None, :]
+        mask_SD = inside_S[:, None] & (feature_D < d)[None, :]
+        k_SD = tl.load(k_ptr + offset_SD, mask_SD, other=0.0).to(q_GD.dtype)
+        score_GS = tl.dot(q_GD, tl.trans(k_SD), input_precision="ieee") * scale  # in units of log 2
+        score_GS = tl.where(inside_S[None, :], score_GS, float("-inf"))
+        new_G = tl.maximum(top_G, tl.max(score_GS, 1))
+        weight_GS = tl.exp2(score_GS - new_G[:, None])
+        shrink_G = tl.exp2(top_G - new_G)
+        sum_G = sum_G * shrink_G + tl.sum(weight_GS, 1)
+        v_SD = tl.load(v_ptr + offset_SD, mask_SD, other=0.0).to(q_GD.dtype)
+        out_GD = tl.dot(weight_GS.to(q_GD.dtype), v_SD, out_GD * shrink_G[:, None], input_precision="ieee")
+        top_G = new_G
+    place_G = query_G * tl.num_programs(2) + part
+    tl.store(parts_ptr + place_G[:, None] * d + feature_D[None, :], out_GD, mask_GD)
+    tl.store(tops_ptr + place_G, top_G, row_G < group)
+    tl.store(sums_ptr + place_G, sum_G, row_G < group)
+
+
+@triton.jit
+def _join_chunks_kernel(
+    parts_ptr, tops_ptr, sums_ptr, lengths_ptr, out_ptr, heads, d, chunk, chunks, BC: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    query = tl.program_id(0).to(tl.int64)
+    feature_D, part_C = tl.arange(0, BD), tl.arange(0, BC)
+    used = tl.cdiv(tl.load(lengths_ptr + query // heads), chunk)
+    top_C = tl.load(tops_ptr + query * chunks + part_C, part_C < used, other=float("-inf"))
+    sum_C = tl.load(sums_ptr + query * chunks + part_C, part_C < used, other=0.0)
+    top = tl.where(used > 0, tl.max(top_C, 0), 0.0)
+    share_C = tl.where(part_C < used, tl.exp2(top_C - top), 0.0)
+    total = tl.sum(sum_C * share_C, 0)
+    out_D = tl.zeros([BD], tl.float32)
+    for part in range(used):
+        share = tl.exp2(tl.load(tops_ptr + query * chunks + part) - top)
+        row_D = tl.load(parts_ptr + (query * chunks + part) * d + feature_D, feature_D < d, other=0.0)
+        out_D += row_D * share
+    out_D /= tl.where(used > 0, total, 1.0)
+    tl.store(out_ptr + query * d + feature_D, out_D.to(out_ptr.dtype.element_ty), feature_D < d)
+
+
+def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> str | None:
+    others = [k, v, lengths] if block_table is None else [k, v, lengths, block_table]
+    if any(t.device != q.device for t in others):
+        return f"needs all tensors on one device, got q on {q.device} and others on {[str(t.device) for t in others]}"
+    if q.dtype not in _DTYPES or k.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, got q {q.dtype} and cache {k.dtype}"
+    if q.size(2) > _LONGEST_HEAD:
+        return f"takes head dimensions up to {_LONGEST_HEAD}, got {q.size(2)}"
+    if k.stride() != v.stride() or k.stride(3) != 1:
+        seen = f"{k.stride()} and {v.stride()}"
+        return f"needs keys and values with equal strides and a contiguous last dimension, got strides {seen}"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> Tensor:
+    """As the reference."""
+    batch, heads, d = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    room = k.size(2) if block_table is None else k.size(2) * block_table.size(1)
+    if out.numel() == 0 or room == 0:
+        return out.zero_()
+    q, lengths = q.contiguous(), lengths.contiguous()
+    table = lengths if block_table is None else block_table.contiguous()
+    group = heads // k.size(1)
+    block = _block(group, d, q.dtype)
+    chunk = max(_CHUNK, triton.cdiv(triton.cdiv(room, _CHUNKS), block["BS"]) * block["BS"])
+    chunks = triton.cdiv(room, chunk)
+    parts = torch.empty(batch, heads, chunks, d, dtype=torch.float32, device=q.device)
+    tops, sums = torch.empty(2, batch, heads, chunks, dtype=torch.float32, device=q.device)
+    page_stride, head_stride, key_stride, _ = k.stride()
+    _decode_chunk_kernel[(batch, k.size(1), chunks)](
+        q, k, v, lengths, table, table.stride(0), parts, tops, sums, scale * _LOG2E, group, d, chunk,
+        k.size(2), page_stride, head_stride, key_stride,
+        PAGED=block_table is not None, NARROW=q.dtype == k.dtype and not INTERPRET, **block,
+    )  # fmt: skip
+    _join_chunks_kernel[(batch * heads,)](
+        parts, tops, sums, lengths, out, heads, d, chunk, chunks,
+        BC=triton.next_power_of_2(chunks), BD=block["BD"], num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _block(group: int, d: int, dtype: torch.dtype) -> dict[str, int]:
+    width = max(16, triton.next_power_of_2(d))
+    rows = max(16, triton.next_power_of_2(group))
+    if dtype == torch.float32:  # multiplied without matrix units, which takes many registers
+        return {"BG": rows, "BS": 16, "BD": width, "num_warps": 8 if width > 128 else 4, "num_stages": 1}
+    return {"BG": rows, "BS": 32 if width > 128 else 64, "BD": width, "num_warps": 4, "num_stages": 2}
+
+
+def _aot_cases() -> list[AotCase]:
+    cases = []
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for group, d in ((3, 64), (4, 128), (8, 256)):
+            for is_paged in (False, True):
+                block: dict[str, Any] = _block(group, d, dtype)
+                options = {key: block.pop(key) for key in ("num_warps", "num_stages")}
+                pointers = {
+                    "q_ptr": f"*{name}", "k_ptr": f"*{name}", "v_ptr": f"*{name}", "lengths_ptr": "*i32",
+                    "table_ptr": "*i32", "parts_ptr": "*fp32", "tops_ptr": "*fp32", "sums_ptr": "*fp32",
+                }  # fmt: skip
+                sizes = ("table_stride", "group", "d", "chunk", "page", "page_stride", "head_stride", "key_stride")
+                cases.append(
+                    AotCase(
+                        name=f"{name}-{d}-{'paged' if is_paged else 'contiguous'}",
+                        kernel=_decode_chunk_kernel,
+                        signature={**pointers, **dict.fromkeys(sizes, "i32"), "scale": "fp32"},
+                        constexprs={"PAGED": is_paged, "NARROW": name != "fp32", **block},
+                        options=options,
+                        mma=None if name == "fp32" else "any",
+                        unaligned=("table_stride", "group"),
+                    )
+                )
+    floats = ("parts_ptr", "tops_ptr", "sums_ptr")
+    cases.append(
+        AotCase(
+            name="join",
+            kernel=_join_chunks_kernel,
+            signature={
+                **dict.fromkeys(floats, "*fp32"), "lengths_ptr": "*i32", "out_ptr": "*bf16",
+                **dict.fromkeys(("heads", "d", "chunk", "chunks"), "i32"),
+            },
+            constexprs={"BC": _CHUNKS, "BD": 128},
+            options={"num_warps": 1},
+            unaligned=("heads", "chunks"),
+        )
+    )  # fmt: skip
+    return cases
+
+
+AOT_CASES = _aot_cases()

@@ -1,0 +1,167 @@
+"""Triton kernel of int8_linear. Not yet run on a GPU: compiled and interpreted only.
+
+The rows are quantised by the kernels of int8_quantize. One kernel then does the integer product on the matrix units
+and, before anything is written, the outlier columns in floating point, both scales and the bias. How many outlier
+columns there are stays on the device: nothing waits for the host.
+
+M: rows. N: outputs. K: inputs of a block. C: outlier columns of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eff_kernels.autotune import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.ops.int8_linear import triton_float
+from eff_kernels.ops.int8_quantize.triton import DTYPES, quantize_for_product
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_COLUMNS = 16  # outlier columns of a block
+
+
+@triton.jit
+def _int8_linear_kernel(
+    codes_ptr, rowmax_ptr, weight_ptr, absmax_ptr, bias_ptr, x_ptr, x_stride, columns_ptr, out_ptr, threshold, m, n, k,
+    BIAS: tl.constexpr, OUTLIERS: tl.constexpr, PER_TOKEN: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_M, column_N, row, column = triton_float.place(m, n, BM, BN, GROUP)
+    codes_M = codes_ptr + row_M.to(tl.int64) * k
+    weight_N = weight_ptr + column_N.to(tl.int64) * k
+    inner_K = tl.arange(0, BK)
+    sums_MN = tl.zeros([BM, BN], tl.int32)
+    for first in range(0, k, BK):
+        if EVEN:
+            codes_MK = tl.load(codes_M[:, None] + (first + inner_K)[None, :])
+            weight_KN = tl.load(weight_N[None, :] + (first + inner_K)[:, None])
+        else:
+            inside_K = first + inner_K < k
+            codes_MK = tl.load(codes_M[:, None] + (first + inner_K)[None, :], inside_K[None, :], other=0)
+            weight_KN = tl.load(weight_N[None, :] + (first + inner_K)[:, None], inside_K[:, None], other=0)
+        sums_MN = tl.dot(codes_MK, weight_KN, sums_MN)
+
+    rowmax_M = tl.load(rowmax_ptr + row_M)
+    out_MN = sums_MN.to(tl.float32) * (rowmax_M / 127.0)[:, None]
+    if OUTLIERS:
+        outlier_MN = tl.zeros([BM, BN], tl.float32)
+        count = tl.load(columns_ptr + k)
+        for first in range(0, count, BC):
+            number_C = first + tl.arange(0, BC)
+            column_C = tl.load(columns_ptr + number_C, number_C < count, other=0)
+            x_MC = tl.load(
+                x_ptr + row_M.to(tl.int64)[:, None] * x_stride + column_C[None, :],
+                (number_C < count)[None, :],
+                other=0.0,
+            )
+            if WIDEN:
+                x_MC = x_MC.to(tl.float32)
+            if PER_TOKEN:
+                x_MC = tl.where(tl.abs(x_MC.to(tl.float32)) >= threshold, x_MC, 0.0).to(x_MC.dtype)
+            weight_CN = tl.load(weight_N[None, :] + column_C[:, None], (number_C < count)[:, None], other=0)
+            outlier_MN = tl.dot(x_MC, weight_CN.to(x_MC.dtype), outlier_MN, input_precision="ieee")
+        out_MN += outlier_MN
+    out_MN *= (tl.load(absmax_ptr + column_N) / 127.0)[None, :]
+    if BIAS:
+        out_MN += tl.load(bias_ptr + column_N).to(tl.float32)[None, :]
+    triton_float.store(out_ptr, out_MN, row, column, m, n)
+
+
+def reject(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    per_token_outliers: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> str | None:
+    if x.dtype not in DTYPES or out_dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if bias is not None and bias.dtype not in DTYPES:
+        return f"takes a bias of float32, bfloat16 or float16, got {bias.dtype}"
+    others = [absmax, weight] if bias is None else [absmax, weight, bias]
+    if any(t.device != x.device for t in others):
+        return f"needs all tensors on one device, got x on {x.device} and others on {[str(t.device) for t in others]}"
+    return None
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    per_token_outliers: bool,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As the reference."""
+    (m, k), n = x.shape, weight.size(0)
+    out = x.new_empty(m, n, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    if activation == "none":
+        return triton_float.forward(x, weight, absmax, bias, out)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes, rowmax, columns = quantize_for_product(x, threshold, per_token_outliers)
+    config = _config(m, n, hip=on_hip())
+    grid = (triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),)
+    absmax = absmax.contiguous()
+    _int8_linear_kernel[grid](
+        codes, rowmax, weight.contiguous(), absmax, absmax if bias is None else bias.contiguous(), x, x.stride(0),
+        codes if columns is None else columns, out, threshold, m, n, k, BIAS=bias is not None,
+        OUTLIERS=columns is not None, PER_TOKEN=per_token_outliers, WIDEN=INTERPRET, EVEN=k % config["BK"] == 0,
+        **config,
+    )  # fmt: skip
+    return out
+
+
+def _config(m: int, n: int, *, hip: bool) -> dict[str, int]:
+    """Blocks for the shape: few rows are bound by reading the weight, so there the programs must be many."""
+    stages = 2 if hip else 4
+    if m <= 16:
+        block = {"BM": 16, "BN": 16 if n < 4096 else 32, "BK": 256, "num_warps": 4}
+    elif m <= 64:
+        block = {"BM": 64, "BN": 32, "BK": 128, "num_warps": 4}
+    else:
+        block = {"BM": 128, "BN": 128, "BK": 64 if hip else 128, "num_warps": 8}
+        stages = 2 if hip else 3
+    return {**block, "BC": _COLUMNS, "GROUP": 8, "num_stages": stages}
+
+
+def _aot_cases() -> list[AotCase]:
+    cases = []
+    for m, n in ((1, 2048), (16, 4096), (64, 4096), (512, 4096)):
+        for dtype, outliers in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)):
+            name = _TRITON_NAMES[dtype]
+            for targets, hip in ((CUDA_TARGETS, False), (("gfx942",), True)):
+                config = _config(m, n, hip=hip)
+                options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+                pointers = {
+                    "codes_ptr": "*i8", "rowmax_ptr": "*fp32", "weight_ptr": "*i8", "absmax_ptr": "*fp32",
+                    "bias_ptr": f"*{name}", "x_ptr": f"*{name}", "x_stride": "i32", "columns_ptr": "*i32",
+                    "out_ptr": f"*{name}", "threshold": "fp32", "m": "i32", "n": "i32", "k": "i32",
+                }  # fmt: skip
+                cases.append(
+                    AotCase(
+                        name=f"{name}-m{m}-n{n}-{'outliers' if outliers else 'plain'}-{'hip' if hip else 'cuda'}",
+                        kernel=_int8_linear_kernel,
+                        signature=pointers,
+                        constexprs={
+                            "BIAS": True, "OUTLIERS": outliers, "PER_TOKEN": outliers, "WIDEN": False, "EVEN": True,
+                            **config,
+                        },
+                        options=options,
+                        mma="int8",
+                        targets=targets,
+                        unaligned=("m",),
+                    )
+                )  # fmt: skip
+    return cases
+
+
+AOT_CASES = [*_aot_cases(), *triton_float.AOT_CASES]
