@@ -83,7 +83,8 @@ def test_state_of_the_code(tmp_path):
     assert both.records[0].dirty is True
 
 
-def test_code_outside_a_repository_has_no_commit(tmp_path):
+def test_code_outside_a_repository_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))  # the temporary folder may lie in one
     (tmp_path / "code.py").write_text("1")
     recorder = Recorder("op", None, sources=[tmp_path / "code.py"])
     recorder.run("s", [sleeper("a", 0)], mode="m", rounds=2)

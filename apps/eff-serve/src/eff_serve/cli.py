@@ -40,7 +40,7 @@ class Serve:
 
     Attributes:
         host: Address to listen on.
-        port: Port to listen on.
+        port: Port to listen on; 0 takes a free one.
         api_key_file: File with one API key a line; requests need one of them then.
         max_waiting: Most requests in line; more are answered with 429.
         grace: Seconds that running answers get after SIGTERM.

@@ -41,7 +41,7 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Prints the banner once the port is open, and refuses new requests from the first signal on."""
+    """Prints the banner once the port is open; from the first signal on takes no new requests and ends with status 0."""
 
     def __init__(self, uvicorn_config: uvicorn.Config, app: object, loaded: LoadedModel, config: Serve) -> None:
         super().__init__(uvicorn_config)
@@ -51,19 +51,20 @@ class _Server(uvicorn.Server):
         """Open the port, then say where."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
-            _banner(self._loaded, self._settings)
+            _banner(self._loaded, self._settings, self.servers[0].sockets[0].getsockname()[1])
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Begin to drain."""
         self._app.state.serving.drain()  # type: ignore[attr-defined]
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        self._captured_signals.clear()  # uvicorn would raise the signal once more at the end, and the process die of it
 
 
-def _banner(loaded: LoadedModel, config: Serve) -> None:
-    address = f"http://{config.host}:{config.port}"
+def _banner(loaded: LoadedModel, config: Serve, port: int) -> None:
+    address = f"http://{config.host}:{port}"
     key = " -H 'Authorization: Bearer <key>'" if config.api_key_file else ""
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"Serving {loaded.description}")
-    console.print(f"at {address}/v1 (OpenAI-compatible). Try:")
+    console.print(f"Chat page {address}/ and OpenAI-compatible API at {address}/v1. Try:")
     console.print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")

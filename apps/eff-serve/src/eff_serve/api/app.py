@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eff_serve.api import chat, completions, system, tokens
+from eff_serve.api import chat, completions, page, system, tokens
 from eff_serve.api.errors import ApiError, add_error_handlers
 from eff_serve.api.serving import Serving
 from eff_serve.api.settings import Settings
@@ -34,6 +34,8 @@ def create_app(engine: Engine | None, tokenizer: Tokenizer | None, settings: Set
     app.state.serving = Serving(engine, tokenizer, settings)
     for module in (chat, completions, system, tokens):
         app.include_router(module.router)
+    if settings.chat_page:
+        page.add_chat_page(app)
     add_error_handlers(app)
     app.add_middleware(_Gate)
     if settings.cors_origins:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, swiglu
 from torch import Tensor
@@ -91,8 +92,8 @@ class Decoder:
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
         shape = (num_pages, c.num_kv_heads, PAGE, d)
-        self.keys = [torch.zeros(shape) for _ in range(c.num_layers)]
-        self.values = [torch.zeros(shape) for _ in range(c.num_layers)]
+        self.keys = [_untouched(shape) for _ in range(c.num_layers)]
+        self.values = [_untouched(shape) for _ in range(c.num_layers)]
 
     @property
     def weight_bytes(self) -> int:
@@ -195,3 +196,8 @@ class Decoder:
             norm = self.layers[i + 1].attention_norm if i + 1 < c.num_layers else self.norm
             x, residual = add_rms_norm(mlp, residual, norm, eps=c.rms_norm_eps)
         return x
+
+
+def _untouched(shape: tuple[int, ...]) -> Tensor:
+    """Zeros that take memory only where they are written: a large cache costs neither time nor memory in advance."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

@@ -7,9 +7,11 @@ waits; it is computed anew later, from the same tokens and the same random state
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -151,10 +153,10 @@ class BatchEngine:
         if decoding:
             self._guarded(decoding, lambda: self._decode(decoding))
 
-    def _guarded(self, sequences: list[Sequence], step: object) -> None:
+    def _guarded(self, sequences: list[Sequence], step: Callable[[], None]) -> None:
         """Run a step; an error ends the sequences that it was for, and the engine goes on."""
         try:
-            step()  # type: ignore[operator]
+            step()
         except Exception as error:
             _log.exception("a step of the model failed")
             for sequence in sequences:
@@ -219,7 +221,7 @@ class BatchEngine:
         best = logits.argmax(1).tolist()
         for row, sequence in enumerate(sequences):
             sequence.cached += 1
-            self._advance(sequence, logits[row], best[row])
+            self._guarded([sequence], functools.partial(self._advance, sequence, logits[row], best[row]))
 
     def _advance(self, sequence: Sequence, logits: Tensor, best: int) -> None:
         """Choose the next token from the logits, deliver it, and end the sequence where it ends."""

@@ -48,10 +48,13 @@ class Sampler:
         """
         s = self.sampling
         logits = adjusted(logits, s, prompt, output)
-        if len(output) < s.min_tokens:
-            logits[[t for t in self._ends if t < logits.numel()]] = -torch.inf
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
+        if len(output) < s.min_tokens:
+            longer = logits.clone()
+            longer[[t for t in self._ends if t < logits.numel()]] = -torch.inf
+            if longer.max() > -torch.inf:  # a grammar that is at its end goes before min_tokens
+                logits = longer
         if s.temperature == 0:
             return int(logits.argmax())
         probabilities = truncated(logits / s.temperature, s)

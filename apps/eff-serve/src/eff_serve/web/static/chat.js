@@ -1,0 +1,156 @@
+"use strict";
+
+const element = (id) => document.getElementById(id);
+const messages = element("messages");
+let history = []; // of this page: it is gone when the page is
+let running = null; // AbortController of the answer that is being written
+
+const headers = () => {
+  const key = element("key").value.trim();
+  return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
+};
+
+// Text goes in as text, never as HTML: an answer cannot bring markup or scripts.
+function show(kind, text) {
+  element("hint").hidden = true;
+  const box = document.createElement("div");
+  box.className = `message ${kind}`;
+  box.textContent = text;
+  messages.append(box);
+  messages.scrollTop = messages.scrollHeight;
+  return box;
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+async function failure(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `${response.status} ${response.statusText}`;
+  }
+}
+
+async function answer(question) {
+  const box = show("assistant", "");
+  const start = performance.now();
+  let first = null;
+  let usage = null;
+  let text = "";
+  let reason = null;
+  const system = element("system").value.trim();
+  const turns = [...history, { role: "user", content: question }];
+  running = new AbortController();
+  element("send").textContent = "Stop";
+  element("status").textContent = "";
+  try {
+    const response = await fetch("/v1/chat/completions", {
+      method: "POST",
+      headers: headers(),
+      signal: running.signal,
+      body: JSON.stringify({
+        messages: [...(system ? [{ role: "system", content: system }] : []), ...turns],
+        temperature: Number(element("temperature").value),
+        max_tokens: Number(element("max-tokens").value),
+        stream: true,
+        stream_options: { include_usage: true },
+      }),
+    });
+    if (!response.ok) throw new Error(await failure(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      usage = event.usage ?? usage;
+      const choice = event.choices?.[0];
+      if (!choice) continue;
+      reason = choice.finish_reason ?? reason;
+      if (!choice.delta.content) continue;
+      first ??= performance.now();
+      text += choice.delta.content;
+      const atEnd = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 60;
+      box.textContent = text;
+      if (atEnd) messages.scrollTop = messages.scrollHeight;
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      show("error", error.message);
+      reason = "error";
+    } else {
+      reason = "stopped";
+    }
+  } finally {
+    running = null;
+    element("send").textContent = "Send";
+  }
+  if (text) {
+    history = [...turns, { role: "assistant", content: text }];
+  } else {
+    box.remove();
+  }
+  if (usage && first !== null) {
+    const seconds = (performance.now() - first) / 1000;
+    const speed = usage.completion_tokens > 1 ? (usage.completion_tokens - 1) / seconds : 0;
+    const parts = [`${usage.completion_tokens} tokens`, `first after ${Math.round(first - start)} ms`];
+    if (speed) parts.push(`${speed.toFixed(1)} tokens/s`);
+    if (reason === "length") parts.push("cut at the limit of tokens");
+    element("status").textContent = parts.join(" · ");
+  } else if (reason === "stopped") {
+    element("status").textContent = "stopped";
+  }
+}
+
+element("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (running) {
+    running.abort();
+    return;
+  }
+  const prompt = element("prompt");
+  const question = prompt.value.trim();
+  if (!question) return;
+  prompt.value = "";
+  show("user", question);
+  answer(question);
+});
+
+element("prompt").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!running) element("ask").requestSubmit();
+});
+
+element("reset").addEventListener("click", () => {
+  running?.abort();
+  history = [];
+  messages.querySelectorAll(".message").forEach((box) => box.remove());
+  element("hint").hidden = false;
+  element("status").textContent = "";
+});
+
+async function connect() {
+  try {
+    const response = await fetch("/v1/models", { headers: headers() });
+    if (!response.ok) throw new Error(await failure(response));
+    const model = (await response.json()).data[0];
+    element("model").textContent = `${model.id}, up to ${model.max_model_len} tokens`;
+  } catch (error) {
+    element("model").textContent = error.message;
+    element("settings").open = true;
+  }
+}
+
+element("key").addEventListener("change", connect);
+connect();
