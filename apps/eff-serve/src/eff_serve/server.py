@@ -41,7 +41,7 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Prints the banner once the port is open; from the first signal on takes no new requests and ends with status 0."""
+    """Prints the banner once the port is open; from the first signal on refuses new requests, to end with status 0."""
 
     def __init__(self, uvicorn_config: uvicorn.Config, app: object, loaded: LoadedModel, config: Serve) -> None:
         super().__init__(uvicorn_config)
