@@ -27,7 +27,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def json_or_events(whole: type[BaseModel], event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses of a generating endpoint: a whole body, or with ``stream`` a stream of events."""
-    stream = {"schema": {"type": "string", "description": f"Events `data: {event.__name__}`, the last `data: [DONE]`."}}
+    text = f"One event: `data` is a {event.__name__} as JSON, and `[DONE]` in the last one."
+    data = {"type": "string", "contentMediaType": "application/json"}
+    schema = {"type": "object", "description": text, "properties": {"data": data}, "required": ["data"]}
+    stream = {"schema": schema}
     return {
         200: {"model": whole, "description": "The answer.", "content": {"text/event-stream": stream}},
         **errors(400, 401, 404, 413, 429, 500, 503, 504),
