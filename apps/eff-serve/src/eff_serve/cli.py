@@ -19,10 +19,11 @@ class Model:
 
     Attributes:
         model: Folder in transformers' layout or name on the hub; by default the embedded SmolLM2-135M-Instruct.
-        quantize: Weights of the projections: int8 (LLM.int8()) or float32.
+        quantize: Weights of the projections: int8 (LLM.int8()), or none: as in the checkpoint.
         threshold: Magnitude from which activations bypass int8; 0 switches that off.
         max_model_len: Most tokens of prompt and answer; by default the model's limit.
         max_batch: Most answers generated at once.
+        kv_gib: Most memory for keys and values, in GiB; taken as it fills.
         threads: CPU threads; by default PyTorch's choice.
     """
 
@@ -31,6 +32,7 @@ class Model:
     threshold: float = 6.0
     max_model_len: int | None = None
     max_batch: int = 16
+    kv_gib: float = 1.0
     threads: int | None = None
 
 
@@ -134,6 +136,7 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             threshold=model.threshold,
             max_model_len=model.max_model_len,
             max_batch=model.max_batch,
+            kv_gib=model.kv_gib,
             max_waiting=max_waiting,
         )
     except (FileNotFoundError, ValueError) as error:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from eff_serve.engine.types import Sampling
 from eff_serve.models.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from eff_serve.engine import LoadedModel
+
+
+Messages: TypeAlias = "list[dict[str, str]]"
+HELP = "/reset starts anew, /system TEXT too, /save FILE keeps the talk, /quit leaves, Ctrl-C stops an answer."
 
 
 def generate(loaded: LoadedModel, prompt: str, max_tokens: int, temperature: float, *, raw: bool) -> int:
@@ -31,14 +39,14 @@ def chat(loaded: LoadedModel, system: str | None, max_tokens: int, temperature: 
     from rich.console import Console
 
     console = Console()
-    console.print(f"{loaded.description}. /reset starts anew, /quit leaves, Ctrl-C stops an answer.", highlight=False)
+    console.print(f"{loaded.description}. {HELP}", highlight=False)
     loaded.engine.start()
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     try:
         while (line := console.input("[bold]> [/bold]")) != "/quit":
-            if line == "/reset":
-                messages = list(start)
+            if line.startswith("/"):
+                start, messages = _command(line, start, messages, console)
                 continue
             messages.append({"role": "user", "content": line})
             try:
@@ -56,6 +64,25 @@ def chat(loaded: LoadedModel, system: str | None, max_tokens: int, temperature: 
     finally:
         loaded.engine.stop(0)
     return 0
+
+
+def _command(line: str, start: Messages, messages: Messages, console: Console) -> tuple[Messages, Messages]:
+    """Do what a line with a slash asks for: the first message of every talk, and the talk so far."""
+    word, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if word == "/reset" and not rest:
+        return start, list(start)
+    if word == "/system":
+        start = [{"role": "system", "content": rest}] if rest else []
+        return start, list(start)
+    if word == "/save" and rest:
+        try:
+            Path(rest).expanduser().write_text(json.dumps(messages, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        except OSError as error:
+            console.print(f"eff-serve: {error}", style="red", markup=False)
+    else:
+        console.print(HELP, highlight=False)
+    return start, messages
 
 
 async def _answer(loaded: LoadedModel, text: str, max_tokens: int, temperature: float) -> str:

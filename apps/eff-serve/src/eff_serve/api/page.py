@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -25,7 +26,7 @@ def add_chat_page(app: FastAPI) -> None:
         app.add_api_route(path, _sender(name), include_in_schema=False, methods=["GET", "HEAD"])
 
 
-def _sender(name: str) -> object:
+def _sender(name: str) -> Callable[[], Awaitable[Response]]:
     async def send() -> Response:
         return FileResponse(_FOLDER / name, headers=_HEADERS)
 

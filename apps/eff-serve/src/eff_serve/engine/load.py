@@ -42,8 +42,8 @@ def load_engine(
 
     Args:
         model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model.
-        quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (float32). Models that the
-            lean decoder does not run go through transformers, in float32 only.
+        quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (weights in the dtype of
+            the checkpoint). Models that the lean decoder does not run go through transformers, in float32 only.
         threshold: Outlier threshold of int8; 0 takes no outliers out.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
         max_batch: Most sequences that run at once.
@@ -80,7 +80,7 @@ def load_engine(
         max_waiting=max_waiting,
     )
     name = embedded.NAME if model is None else Path(model).name if Path(model).is_dir() else model
-    weights = f"{quantize or 'float32'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
+    weights = f"{quantize or 'float weights'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
 
 

@@ -113,5 +113,5 @@ def _mappings(files: set[str]) -> list[_Mapping]:
                 found.append(_Mapping((int(low, 16), int(high, 16)), 0, 0))
         elif inside and word in ("Rss:", "Anonymous:"):
             size = 1024 * int(rest.split()[0])
-            found[-1] = found[-1]._replace(**{"resident" if word == "Rss:" else "written": size})
+            found[-1] = found[-1]._replace(resident=size) if word == "Rss:" else found[-1]._replace(written=size)
     return found
