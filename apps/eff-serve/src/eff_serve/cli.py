@@ -104,6 +104,7 @@ def _serve(config: tyro.conf.OmitArgPrefixes[Serve]) -> int:
     """Serve a model over HTTP (what eff-serve does without a subcommand)."""
     from eff_serve.server import serve
 
+    _at_least(0, grace=config.grace)
     return serve(config, _load(config.model, config.max_waiting))
 
 
@@ -111,6 +112,8 @@ def _generate(config: tyro.conf.OmitArgPrefixes[Generate]) -> int:
     """Answer one prompt and print the text."""
     from eff_serve.terminal import generate
 
+    _at_least(1, max_tokens=config.max_tokens)
+    _at_least(0, temperature=config.temperature)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     return generate(_load(config.model), prompt, config.max_tokens, config.temperature, raw=config.raw)
 
@@ -119,6 +122,8 @@ def _chat(config: tyro.conf.OmitArgPrefixes[Chat]) -> int:
     """Chat in the terminal."""
     from eff_serve.terminal import chat
 
+    _at_least(1, max_tokens=config.max_tokens)
+    _at_least(0, temperature=config.temperature)
     return chat(_load(config.model), config.system, config.max_tokens, config.temperature)
 
 
@@ -128,6 +133,7 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
     from eff_serve.engine import load_engine
 
     if model.threads is not None:
+        _at_least(1, threads=model.threads)
         torch.set_num_threads(model.threads)
     try:
         return load_engine(
@@ -141,3 +147,9 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
         )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"eff-serve: {error}")
+
+
+def _at_least(least: int, **given: float) -> None:
+    for name, value in given.items():
+        if not value >= least:  # so that NaN fails
+            sys.exit(f"eff-serve: {name} must be {least} or more, got {value}")

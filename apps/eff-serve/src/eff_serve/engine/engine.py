@@ -52,7 +52,13 @@ class BatchEngine:
         chunk: int = 512,
     ) -> None:
         self.decoder = decoder
-        self.max_model_len = min(max_model_len or decoder.config.max_model_len, decoder.config.max_model_len)
+        for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "chunk": chunk}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        limit = decoder.config.max_model_len
+        self.max_model_len = limit if max_model_len is None else max_model_len
+        if not 1 <= self.max_model_len <= limit:
+            raise ValueError(f"max_model_len must be 1 to {limit}, the most this model reads, got {max_model_len}")
         if -(-self.max_model_len // PAGE) > decoder.num_pages:
             raise ValueError(
                 f"a sequence of {self.max_model_len} tokens needs {-(-self.max_model_len // PAGE)} pages, "

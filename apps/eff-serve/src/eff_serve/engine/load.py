@@ -57,6 +57,8 @@ def load_engine(
     """
     if quantize not in _QUANTIZE:
         raise ValueError(f"quantize must be one of {_QUANTIZE}, got {quantize!r}")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 or more, got {threshold}")
     folder = embedded.folder(progress=progress) if model is None else find_folder(model)
     config = _config(folder, quantize)
     if isinstance(config, HFConfig):
@@ -66,7 +68,7 @@ def load_engine(
     num_pages = int(kv_gib * 2**30 / page_bytes)
     if num_pages < 1:
         raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
-    length = max_model_len or min(config.max_model_len, num_pages * PAGE)
+    length = min(config.max_model_len, num_pages * PAGE) if max_model_len is None else max_model_len
     decoder = (
         HFDecoder(folder, num_pages=num_pages)
         if isinstance(config, HFConfig)
