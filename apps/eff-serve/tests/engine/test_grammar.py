@@ -58,8 +58,10 @@ def test_each_request_follows_its_own_grammar(write):
     )
     assert reason == "stop"
     found = json.loads(as_json)
-    assert set(found) == {"city", "size"} and 0 <= found["size"] <= 99
-    assert len(number) == 10 and number.isdigit()
+    assert set(found) == {"city", "size"}
+    assert 0 <= found["size"] <= 99
+    assert len(number) == 10
+    assert number.isdigit()
     assert [beside] == alone
 
 
