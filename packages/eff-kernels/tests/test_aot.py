@@ -134,7 +134,7 @@ def test_autotune_keeps_one_config_under_the_interpreter(monkeypatch, samples):
     assert tuning.autotune(configs, key=["n"], hip=hip)(kernel).configs == configs[:1]
     monkeypatch.setattr(tuning, "INTERPRET", False)
     assert tuning.autotune(configs, key=["n"], hip=hip)(kernel).configs == configs
-    monkeypatch.setattr(tuning, "_on_hip", lambda: True)
+    monkeypatch.setattr(tuning, "on_hip", lambda: True)
     assert tuning.autotune(configs, key=["n"], hip=hip)(kernel).configs == hip
     assert tuning.autotune(configs, key=["n"])(kernel).configs == configs
 

@@ -67,6 +67,17 @@ def test_exact_where_both_sides_are_representable(backend):
     assert (y.double() - exact).abs().max() <= exact.abs().max() * 2**-22
 
 
+@pytest.mark.parametrize("code", [-128, -127, 127])
+@pytest.mark.parametrize("m", [1, 5])
+def test_the_largest_codes_do_not_saturate(backend, code, m):
+    """Sums of neighbouring products are the largest here; -128 is in no weight of ours but may be in a file."""
+    x = torch.full((m, 1500), 127.0)
+    x[:, 1::3] = -127
+    weight = torch.full((13, 1500), code, dtype=torch.int8)
+    y = int8_linear(x, weight, torch.full((13,), 127.0), backend=backend)
+    torch.testing.assert_close(y, x @ weight.float().t(), rtol=2**-22, atol=0)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     m=st.integers(0, 140),

@@ -106,7 +106,7 @@ async function answer(question) {
     const parts = [`${usage.completion_tokens} tokens`, `first after ${Math.round(first - start)} ms`];
     if (speed) parts.push(`${speed.toFixed(1)} tokens/s`);
     if (reason === "length") parts.push("cut at the limit of tokens");
-    element("status").textContent = parts.join(" · ");
+    element("status").textContent = parts.join(" \u00b7 ");
   } else if (reason === "stopped") {
     element("status").textContent = "stopped";
   }

@@ -67,6 +67,27 @@ INLINE int32_t eff_sum(eff_acc v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
+#define EFF_ONE_ROW 1
+/* One row of activations: sums[n] += products with NR weight rows, 32 entries at a time and bytes all the way, without the
+ * widening. |w| is at most 128 and |a| at most 127, so that a pair of products fits int16: exact. Returns how far it came. */
+INLINE int64_t eff_dot_one_row(const int NR, const eff_act *a, const int8_t *b, int64_t ldb, int64_t ahead, int64_t k_len,
+                               eff_acc *sums) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  int64_t k = 0;
+  for (; k + 32 <= k_len; k += 32) {
+    const __m256i low = _mm256_loadu_si256((const __m256i *)(a + k)), high = _mm256_loadu_si256((const __m256i *)(a + k + 16));
+    const __m256i code = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; n++) {
+      __builtin_prefetch(b + n * ldb + k + ahead);
+      const __m256i w = _mm256_loadu_si256((const __m256i *)(b + n * ldb + k));
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(code, w));
+      sums[n] = _mm256_add_epi32(sums[n], _mm256_madd_epi16(pairs, ones));
+    }
+  }
+  return k;
+}
+
 #else /* any processor: the compiler makes what it can of vectors of its own */
 #define EFF_STEP 16
 #define EFF_OFFSET 0
@@ -112,6 +133,9 @@ INLINE void eff_dot_block(const int MR, const int NR, const int first, const eff
     for (int m = 0; m < MR; m++) acc[m][n] = eff_acc_zero();
   }
   int64_t k = 0;
+#ifdef EFF_ONE_ROW
+  if (MR == 1) k = eff_dot_one_row(NR, a, b, ldb, ahead, k_len, acc[0]);
+#endif
   for (; k + EFF_STEP <= k_len; k += EFF_STEP) {
     eff_wide wide[EFF_BLOCK];
 #pragma GCC unroll 8

@@ -7,6 +7,7 @@
 #define ROWS 64
 #define COLUMNS 24
 #define K_BLOCK 2048
+#define RUNS 4 /* for each thread: few, since a run starts with weights that nothing has fetched */
 
 typedef struct {
   const void *x;
@@ -30,6 +31,7 @@ typedef struct {
   int32_t *outlier_index; /* [outliers] */
   float *outlier_x; /* [m, outliers] */
   float *outlier_w; /* [items, outliers, COLUMNS] */
+  int64_t items, run;
 } job;
 
 static void scan_rows(void *ctx, int64_t r) {
@@ -142,6 +144,12 @@ static void product_item(void *ctx, int64_t item) {
   }
 }
 
+/* A run of items that lie one after the other in memory: what is fetched ahead of one is what the same thread reads next. */
+static void product_run(void *ctx, int64_t run) {
+  const job *j = ctx;
+  for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(ctx, i);
+}
+
 int eff_int8_linear(const eff_int8_linear_args *a) {
   const int64_t m = a->m, n = a->n, k = a->k;
   const int threads = (int)a->threads;
@@ -169,7 +177,8 @@ int eff_int8_linear(const eff_int8_linear_args *a) {
       if (j.columns[i]) j.outlier_index[o++] = (int32_t)i;
     eff_parallel_for(m, row_threads, split_rows, &j);
   }
-  eff_parallel_for(items, threads, product_item, &j);
+  j.items = items, j.run = MAX(1, items / (threads * RUNS));
+  eff_parallel_for((items + j.run - 1) / j.run, threads, product_run, &j);
   free(outliers), free(scratch);
   return 0;
 }

@@ -12,6 +12,8 @@ from eff_kernels.ops.int8_linear import cpu, reference
 from eff_kernels.ops.int8_linear.backward import BACKWARD_OP
 from eff_kernels.ops.int8_quantize.api import check_float, check_threshold
 
+_ACTIVATIONS = ("dynamic", "none")
+
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, absmax, bias = inputs[:4]
@@ -86,24 +88,26 @@ def int8_linear(
         TypeError: ``weight`` is not int8, ``absmax`` not float32, or ``x`` or ``bias`` not of a float dtype.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    if x.dim() == 0 or weight.dim() != 2 or x.size(-1) != weight.size(1):
-        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(x.shape)} and {list(weight.shape)}")
-    if weight.dtype != torch.int8:
+    shape, stored = x.shape, weight.shape
+    if len(stored) != 2 or shape[-1:] != stored[1:]:
+        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(shape)} and {list(stored)}")
+    if weight.dtype is not torch.int8:
         raise TypeError(f"weight must be int8, got {weight.dtype}")
-    if absmax.dtype != torch.float32:
+    if absmax.dtype is not torch.float32:
         raise TypeError(f"absmax must be float32, got {absmax.dtype}")
-    n = weight.size(0)
-    if absmax.shape != (n,) or (bias is not None and bias.shape != (n,)):
-        seen = list(absmax.shape) if absmax.shape != (n,) or bias is None else list(bias.shape)
-        raise ValueError(f"absmax and bias must have shape [{n}], got {seen}")
-    check_float(x)
+    n = stored[0]
+    if absmax.shape != (n,):
+        raise ValueError(f"absmax must have shape [{n}], got {list(absmax.shape)}")
     if bias is not None:
         check_float(bias)
+        if bias.shape != (n,):
+            raise ValueError(f"bias must have shape [{n}], got {list(bias.shape)}")
+    check_float(x)
     check_threshold(threshold)
-    if activation not in ("dynamic", "none"):
+    if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be 'dynamic' or 'none', got {activation!r}")
     arguments = (weight, absmax, bias, float(threshold), per_token_outliers, activation, out_dtype or x.dtype)
-    if x.dim() == 2:
+    if len(shape) == 2:
         return OP(x, *arguments, backend=backend)
-    rows = x.reshape(x.shape[:-1].numel(), x.size(-1))
-    return OP(rows, *arguments, backend=backend).view(*x.shape[:-1], n)
+    rows = x.reshape(shape[:-1].numel(), shape[-1])
+    return OP(rows, *arguments, backend=backend).view(*shape[:-1], n)

@@ -48,18 +48,21 @@ def int8_linear(
     """As the reference."""
     if activation == "none":
         return product(x, weight, absmax.float() / 127, bias, out_dtype)
-    if x.stride(1) != 1:
+    step, unit = x.stride()
+    if unit != 1:
         x = x.contiguous()
+        step = x.size(1)
     weight, absmax = weight.contiguous(), absmax.contiguous()
-    if bias is not None and (bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    m, k = x.shape
-    n = weight.size(0)
-    y = torch.empty(m, n, dtype=out_dtype)
+    bias_at = bias_code = 0
+    if bias is not None:
+        if bias.dtype not in DTYPE_CODES or not bias.is_contiguous():
+            bias = bias.float().contiguous()
+        bias_at, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n) if out_dtype is x.dtype else torch.empty(m, n, dtype=out_dtype)
     failed = _kernel()(_ARGS(
-        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), absmax.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_CODES[bias.dtype], threshold,
-        per_token_outliers, y.data_ptr(), DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
+        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, step, weight.data_ptr(), absmax.data_ptr(), bias_at, bias_code,
+        threshold, per_token_outliers, y.data_ptr(), DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"int8_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -118,7 +117,7 @@ def int8_quantize_columns(x: Tensor, *, threshold: float = 0.0, backend: str = "
 
 def check_threshold(threshold: float) -> None:
     """Raise ValueError unless the threshold is a number from 0 to infinity."""
-    if math.isnan(threshold) or threshold < 0:
+    if not threshold >= 0:  # also true of NaN
         raise ValueError(f"threshold must be 0 (no outliers) or positive, got {threshold}")
 
 
