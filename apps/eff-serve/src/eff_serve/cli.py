@@ -20,7 +20,8 @@ class Model:
     Attributes:
         model: Folder in transformers' layout or name on the hub; by default the embedded SmolLM2-135M-Instruct.
         quantize: Weights of the projections: int8 (LLM.int8()), or none: as in the checkpoint.
-        threshold: Magnitude from which activations bypass int8; 0 switches that off.
+        threshold: Magnitude from which activations bypass int8; 0 switches that off. By default 6, or what an int8
+            folder says.
         max_model_len: Most tokens of prompt and answer; by default the model's limit.
         max_batch: Most answers generated at once.
         kv_gib: Most memory for keys and values, in GiB; taken as it fills.
@@ -29,7 +30,7 @@ class Model:
 
     model: str | None = None
     quantize: Literal["int8", "none"] = "int8"
-    threshold: float = 6.0
+    threshold: float | None = None
     max_model_len: int | None = None
     max_batch: int = 16
     kv_gib: float = 1.0
@@ -46,6 +47,7 @@ class Serve:
         api_key_file: File with one API key a line; requests need one of them then.
         max_waiting: Most requests in line; more are answered with 429.
         grace: Seconds that running answers get after SIGTERM.
+        log_requests: Write a line to standard error for each request that ends.
     """
 
     model: tyro.conf.OmitArgPrefixes[Model] = Model()
@@ -54,6 +56,7 @@ class Serve:
     api_key_file: Path | None = None
     max_waiting: int = 64
     grace: float = 20.0
+    log_requests: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

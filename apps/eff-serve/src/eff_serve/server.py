@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
             sys.exit(f"eff-serve: the key file cannot be read: {error}")
         if not keys:
             sys.exit(f"eff-serve: {config.api_key_file} holds no key")
+    _log_to_stderr(logging.INFO if config.log_requests else logging.WARNING)
     loaded.engine.start()
     eos = loaded.engine.decoder.config.eos_token_ids
     app = create_app(
@@ -58,6 +60,15 @@ class _Server(uvicorn.Server):
         self._app.state.serving.drain()  # type: ignore[attr-defined]
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
         self._captured_signals.clear()  # uvicorn would raise the signal once more at the end, and the process die of it
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("eff_serve")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
 
 
 def _banner(loaded: LoadedModel, config: Serve, port: int) -> None:

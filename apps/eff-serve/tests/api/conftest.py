@@ -14,18 +14,19 @@ VOCAB = 258
 
 
 class BytesDecoder:
-    def __init__(self):
+    def __init__(self, skip_special_tokens):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._special = "" if skip_special_tokens else "<special>"
 
     def push(self, token):
-        return self._decoder.decode(bytes([token])) if token < 256 else ""
+        return self._decoder.decode(bytes([token])) if token < 256 else self._special
 
     def flush(self):
         return self._decoder.decode(b"", True)
 
 
 class BytesTokenizer:
-    """Token i is byte i; 256 ends a text, 257 is a special token without text."""
+    """Token i is byte i; 256 ends a text, 257 is a special token."""
 
     vocab_size = VOCAB
     eos_token_ids = frozenset({EOS})
@@ -44,7 +45,7 @@ class BytesTokenizer:
         return text + ("|assistant:" if add_generation_prompt else "")
 
     def decoder(self, *, skip_special_tokens=True):
-        return BytesDecoder()
+        return BytesDecoder(skip_special_tokens)
 
 
 class FakeStream:

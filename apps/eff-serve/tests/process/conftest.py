@@ -39,7 +39,7 @@ def started(*arguments):
     reader.start()
     try:
         assert opened.wait(180), "the server did not start in time"
-        assert process.poll() is None, "".join(lines)
+        assert any("curl" in line for line in lines), f"exit status {process.wait(30)}: {''.join(lines)}"
         address = re.search(r"http://[\d.]+:\d+", "".join(lines))[0]
         yield SimpleNamespace(address=address, process=process, lines=lines)
     finally:

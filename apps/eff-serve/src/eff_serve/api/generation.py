@@ -204,7 +204,7 @@ class Generation:
             choice.stream.cancel()
             choice.metrics.end(self._outcome)
         log.info(
-            "%s user=%s prompt_tokens=%d completion_tokens=%d finished=%s seconds=%.3f",
+            "%s user=%r prompt_tokens=%d completion_tokens=%d finished=%s seconds=%.3f",
             self._request_id,
             self._user or "-",
             self._prompt_tokens,

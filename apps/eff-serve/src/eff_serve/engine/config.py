@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eff_quant import Int8Config
 from torch import Tensor
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -28,6 +29,7 @@ class DecoderConfig:
         inverse_frequencies: Rotary frequencies, [head_dim / 2], scaling included.
         attention_factor: Factor of cos and sin.
         eos_token_ids: Tokens that end a text.
+        int8_threshold: Outlier threshold that an int8 checkpoint was made with; None where the weights are floats.
     """
 
     architecture: str
@@ -45,6 +47,7 @@ class DecoderConfig:
     inverse_frequencies: tuple[float, ...]
     attention_factor: float
     eos_token_ids: frozenset[int]
+    int8_threshold: float | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> DecoderConfig:
@@ -52,7 +55,7 @@ class DecoderConfig:
 
         Raises:
             FileNotFoundError: there is no config.json.
-            UnsupportedModelError: the architecture or one of its settings is not supported.
+            UnsupportedModelError: the architecture, one of its settings or its quantisation is not supported.
         """
         path = folder / "config.json"
         if not path.is_file():
@@ -84,12 +87,30 @@ class DecoderConfig:
             inverse_frequencies=tuple(frequencies.tolist()),
             attention_factor=factor,
             eos_token_ids=_eos(folder, config),
+            int8_threshold=_int8_threshold(config.get("quantization_config")),
         )
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine at positions [T], each float32 [T, head_dim / 2]."""
         angles = positions.float()[:, None] * torch.tensor(self.inverse_frequencies)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+
+def _int8_threshold(stored: dict[str, Any] | None) -> float | None:
+    """Threshold of an int8 checkpoint of eff-quant or bitsandbytes; other kinds of weights are refused."""
+    if not stored:
+        return None
+    method = stored.get("quant_method")
+    if method == "bitsandbytes" and stored.get("load_in_8bit"):
+        return float(stored.get("llm_int8_threshold", 6.0))
+    if method != Int8Config.quant_method:
+        raise UnsupportedModelError(f"quantisation {method!r} is not int8 of eff-quant or bitsandbytes")
+    config = Int8Config.from_dict(stored)
+    if config.activation != "dynamic":
+        raise UnsupportedModelError(f"int8 with activation={config.activation!r} is not 'dynamic'")
+    if config.outlier_weights != "int8":
+        raise UnsupportedModelError(f"int8 with outlier_weights={config.outlier_weights!r} is not 'int8'")
+    return config.threshold
 
 
 def _rotary(config: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:

@@ -43,7 +43,8 @@ class Decoder:
     Args:
         folder: Model folder (config.json and safetensors).
         quantize: "int8" quantises the projections of a float checkpoint; None takes them as they are.
-        threshold: Outlier threshold of int8 layers; 0 takes no outliers out.
+        threshold: Outlier threshold of int8 layers; 0 takes no outliers out. None is that of the checkpoint where its
+            weights are int8, else 6.
         num_pages: Pages of `PAGE` keys in the cache, shared by all sequences.
         on_layer: Called after each loaded layer, for progress.
 
@@ -56,12 +57,14 @@ class Decoder:
         folder: Path,
         *,
         quantize: str | None = None,
-        threshold: float = 6.0,
+        threshold: float | None = None,
         num_pages: int,
         on_layer: Callable[[], object] = lambda: None,
     ) -> None:
         self.config = c = DecoderConfig.from_folder(folder)
         checkpoint = Checkpoint(folder)
+        if threshold is None:
+            threshold = 6.0 if c.int8_threshold is None else c.int8_threshold
         h, d = c.hidden_size, c.head_dim
 
         def linear(names: list[str], sizes: list[int], k: int) -> Linear:

@@ -40,6 +40,7 @@ class HFDecoder:
     """
 
     def __init__(self, folder: Path, *, num_pages: int) -> None:
+        import eff_quant.hf  # noqa: F401 - transformers learns to read int8 folders of eff-quant
         from transformers import AutoModelForCausalLM
 
         self.config = hf_config(folder)
@@ -50,7 +51,7 @@ class HFDecoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(p.nbytes for p in self._model.parameters())
+        return sum(t.nbytes for t in (*self._model.parameters(), *self._model.buffers()))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> Tensor:

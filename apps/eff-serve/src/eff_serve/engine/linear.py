@@ -10,7 +10,7 @@ import torch
 from eff_kernels import int8_linear, int8_quantize_rows, linear
 from torch import Tensor
 
-from eff_serve.engine.weights import Checkpoint
+from eff_serve.engine.weights import Checkpoint, CheckpointError
 
 
 class Linear(Protocol):
@@ -75,18 +75,28 @@ def load_linear(
 
     Int8 folders (``weight`` int8 with ``SCB``, the layout of bitsandbytes) are taken as they are; scales belong to rows
     and stacking changes no number. Float weights are quantised here when ``quantize`` is "int8".
+
+    Raises:
+        CheckpointError: a tensor is missing, or layers that share an input are of two kinds.
     """
-    weights, scales, biases = [], [], []
+    weights, scales, floats, biases = [], [], [], []
     for name, n in zip(names, sizes, strict=True):
         weight = checkpoint.get(f"{name}.weight", (n, k))
         if weight.dtype == torch.int8:
             scales.append(checkpoint.floats(f"{name}.SCB", (n,)))
+            layout = f"{name}.weight_format"
+            if layout in checkpoint and (kind := int(checkpoint.get(layout, ()))) != 0:
+                raise CheckpointError(f"{layout} must be 0 (row-major), got {kind}: weights in a GPU's order")
         elif quantize == "int8":
             weight, absmax, _ = int8_quantize_rows(weight)
             scales.append(absmax)
+        else:
+            floats.append(name)
         weights.append(weight)
         bias = f"{name}.bias"
         biases.append(checkpoint.floats(bias, (n,)) if bias in checkpoint else None)
+    if scales and floats:
+        raise CheckpointError(f"{', '.join(floats)} are floats beside int8 layers; load it with int8 quantisation")
     bias_of_all = None
     if any(b is not None for b in biases):
         bias_of_all = torch.cat([torch.zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])

@@ -31,7 +31,7 @@ def load_engine(
     model: str | None = None,
     *,
     quantize: str | None = "int8",
-    threshold: float = 6.0,
+    threshold: float | None = None,
     max_model_len: int | None = None,
     max_batch: int = 16,
     max_waiting: int = 64,
@@ -44,7 +44,8 @@ def load_engine(
         model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model.
         quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (weights in the dtype of
             the checkpoint). Models that the lean decoder does not run go through transformers, in float32 only.
-        threshold: Outlier threshold of int8; 0 takes no outliers out.
+        threshold: Outlier threshold of int8; 0 takes no outliers out. None is that of the folder where its weights are
+            int8, else 6.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
         max_batch: Most sequences that run at once.
         max_waiting: Most requests in line behind them.
@@ -57,7 +58,7 @@ def load_engine(
     """
     if quantize not in _QUANTIZE:
         raise ValueError(f"quantize must be one of {_QUANTIZE}, got {quantize!r}")
-    if not threshold >= 0:
+    if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
     folder = embedded.folder(progress=progress) if model is None else find_folder(model)
     config = _config(folder, quantize)
@@ -82,7 +83,8 @@ def load_engine(
         max_waiting=max_waiting,
     )
     name = embedded.NAME if model is None else Path(model).name if Path(model).is_dir() else model
-    weights = f"{quantize or 'float weights'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
+    int8 = quantize or (isinstance(config, DecoderConfig) and config.int8_threshold is not None)
+    weights = f"{'int8' if int8 else 'float weights'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
 
 
@@ -114,7 +116,9 @@ def find_folder(model: str) -> Path:
         raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub can give: {error}") from error
 
 
-def _load(folder: Path, quantize: str | None, threshold: float, num_pages: int, layers: int, progress: bool) -> Decoder:
+def _load(
+    folder: Path, quantize: str | None, threshold: float | None, num_pages: int, layers: int, progress: bool
+) -> Decoder:
     def load(on_layer: Callable[[], object]) -> Decoder:
         return Decoder(folder, quantize=quantize, threshold=threshold, num_pages=num_pages, on_layer=on_layer)
 
