@@ -37,7 +37,8 @@ class BatchEngine:
         max_batch: Most sequences that run at once.
         max_waiting: Most requests in line behind them.
         max_waiting_tokens: Most prompt tokens in line.
-        chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding.
+        chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding. Shorter pieces are no
+            slower on a CPU and hold the others up for less long.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class BatchEngine:
         max_batch: int = 16,
         max_waiting: int = 64,
         max_waiting_tokens: int = 65536,
-        chunk: int = 512,
+        chunk: int = 128,
     ) -> None:
         self.decoder = decoder
         for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "chunk": chunk}.items():
