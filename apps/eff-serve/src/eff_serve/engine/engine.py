@@ -37,8 +37,8 @@ class BatchEngine:
         max_batch: Most sequences that run at once.
         max_waiting: Most requests in line behind them.
         max_waiting_tokens: Most prompt tokens in line.
-        chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding. Shorter pieces are no
-            slower on a CPU and hold the others up for less long.
+        chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding.
+            Short pieces are no slower on a CPU and hold the others up for less long.
     """
 
     def __init__(
