@@ -115,12 +115,11 @@ class Decoder:
         """
         c = self.config
         rows = torch.arange(tokens.size(0))
-        pages, offsets = block_table[rows, positions // PAGE].long(), positions % PAGE
+        at = self._cache_rows(block_table[rows, positions // PAGE].long(), positions)
         lengths = (positions + 1).to(torch.int32)
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-            self.keys[layer][pages, :, offsets] = k_TGD
-            self.values[layer][pages, :, offsets] = v_TGD
+            self._write(layer, at, k_TGD, v_TGD)
             return decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=block_table)
 
         # Tokens of different sequences: a batch of sequences of length one for the rotation.
@@ -142,14 +141,13 @@ class Decoder:
         """
         end = start + tokens.size(0)
         positions = torch.arange(start, end)
-        in_page, offsets = pages[positions // PAGE], positions % PAGE
+        at = self._cache_rows(pages[positions // PAGE], positions)
         used = pages[: -(-end // PAGE)]
         # Query i may look at keys up to start + i; from the start on that is the causal mask which SDPA has built in.
         mask = None if start == 0 else torch.arange(end)[None, :] <= positions[:, None]
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-            self.keys[layer][in_page, :, offsets] = k_TGD
-            self.values[layer][in_page, :, offsets] = v_TGD
+            self._write(layer, at, k_TGD, v_TGD)
             if start == 0:
                 keys, values = k_TGD.transpose(0, 1), v_TGD.transpose(0, 1)
             else:
@@ -171,6 +169,15 @@ class Decoder:
             tokens, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend
         )
         return self.head(hidden if all_logits else hidden[-1:])
+
+    def _cache_rows(self, pages_T: Tensor, positions: Tensor) -> Tensor:
+        """Where the keys of T tokens lie in a layer's cache, seen as rows of head_dim numbers: [T * G]."""
+        heads = self.config.num_kv_heads
+        return (((pages_T[:, None] * heads + torch.arange(heads)) * PAGE) + positions[:, None] % PAGE).flatten()
+
+    def _write(self, layer: int, at: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
+        for cache, new in ((self.keys[layer], k_TGD), (self.values[layer], v_TGD)):
+            cache.view(-1, self.config.head_dim).index_copy_(0, at, new.reshape(at.size(0), -1))
 
     def _blocks(
         self,

@@ -185,25 +185,55 @@ static void merge(const job *j) {
   free(out);
 }
 
+typedef struct {
+  const void *q;
+  int64_t q_dtype;
+  const void *k, *v;
+  int64_t dtype, batch, heads, kv_heads, d;
+  int64_t pages, page, page_stride, head_stride, key_stride;
+  const int32_t *table;
+  int64_t max_pages;
+  const int32_t *lengths;
+  double scale;
+  void *out;
+  int64_t threads;
+} args;
+
+/* Whether every key that would be read lies in the cache. */
+static int inside(const args *a) {
+  const int64_t room = a->table ? a->page * a->max_pages : a->page;
+  for (int64_t b = 0; b < a->batch; b++) {
+    if (a->lengths[b] < 0 || a->lengths[b] > room) return 0;
+    for (int64_t i = 0; a->table && i * a->page < a->lengths[b]; i++) {
+      const int32_t page = a->table[b * a->max_pages + i];
+      if (page < 0 || page >= a->pages) return 0;
+    }
+  }
+  return 1;
+}
+
 /* out[batch, heads, d] (contiguous) for q of the same shape; d a multiple of 8. Keys and values share dtype and strides; the
- * last dimension is contiguous. `longest` is the largest of `lengths`. Returns 0, or 1 when memory ran out. */
-EXPORT int eff_decode_attention(const void *q, int q_dtype, const void *k, const void *v, int dtype, int64_t batch, int64_t heads,
-                                int64_t kv_heads, int64_t d, int64_t page, int64_t page_stride, int64_t head_stride, int64_t key_stride,
-                                const int32_t *table, int64_t max_pages, const int32_t *lengths, float scale, void *out, int threads) {
+ * last dimension is contiguous. Returns 0, 1 when memory ran out, 2 when a length or a page number lies outside the cache. */
+EXPORT int eff_decode_attention(const args *a) {
+  const int64_t batch = a->batch, heads = a->heads, kv_heads = a->kv_heads, d = a->d;
+  const int32_t *lengths = a->lengths;
+  int threads = (int)a->threads;
   if (batch == 0) return 0;
+  if (!inside(a)) return 2;
   int64_t longest = 0, total = 0;
   for (int64_t b = 0; b < batch; b++) longest = MAX(longest, lengths[b]), total += lengths[b];
   if (total * kv_heads * d < 16384) threads = 1;
   /* Cut at the same keys whatever the batch and the threads are: the sums of a sequence are its own. */
   const int64_t splits = MAX(1, (longest + SPLIT - 1) / SPLIT);
-  job j = {.k = k, .v = v, .dtype = (eff_dtype)dtype, .batch = batch, .heads = heads, .kv_heads = kv_heads, .d = d, .page = page,
-           .page_stride = page_stride, .head_stride = head_stride, .key_stride = key_stride, .table = table, .max_pages = max_pages,
-           .lengths = lengths, .splits = splits, .out = out, .out_dtype = (eff_dtype)q_dtype};
+  job j = {.k = a->k, .v = a->v, .dtype = (eff_dtype)a->dtype, .batch = batch, .heads = heads, .kv_heads = kv_heads, .d = d,
+           .page = a->page, .page_stride = a->page_stride, .head_stride = a->head_stride, .key_stride = a->key_stride,
+           .table = a->table, .max_pages = a->max_pages, .lengths = lengths, .splits = splits, .out = a->out,
+           .out_dtype = (eff_dtype)a->q_dtype};
   float *scratch = eff_scratch((size_t)(batch * heads * (d + splits * (d + 2))) * 4);
   if (!scratch) return 1;
   float *scaled = scratch;
-  eff_load_row((eff_dtype)q_dtype, q, scaled, batch * heads * d);
-  for (int64_t i = 0; i < batch * heads * d; i++) scaled[i] *= scale;
+  eff_load_row((eff_dtype)a->q_dtype, a->q, scaled, batch * heads * d);
+  for (int64_t i = 0; i < batch * heads * d; i++) scaled[i] *= (float)a->scale;
   j.q = scaled, j.partial = scratch + batch * heads * d;
   eff_parallel_for(batch * kv_heads * splits, threads, attend, &j);
   merge(&j);

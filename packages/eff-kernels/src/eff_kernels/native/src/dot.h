@@ -67,25 +67,14 @@ INLINE int32_t eff_sum(eff_acc v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-#define EFF_ONE_ROW 1
-/* One row of activations: sums[n] += products with NR weight rows, 32 entries at a time and bytes all the way, without the
- * widening. |w| is at most 128 and |a| at most 127, so that a pair of products fits int16: exact. Returns how far it came. */
-INLINE int64_t eff_dot_one_row(const int NR, const eff_act *a, const int8_t *b, int64_t ldb, int64_t ahead, int64_t k_len,
-                               eff_acc *sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  int64_t k = 0;
-  for (; k + 32 <= k_len; k += 32) {
-    const __m256i low = _mm256_loadu_si256((const __m256i *)(a + k)), high = _mm256_loadu_si256((const __m256i *)(a + k + 16));
-    const __m256i code = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
-#pragma GCC unroll 8
-    for (int n = 0; n < NR; n++) {
-      __builtin_prefetch(b + n * ldb + k + ahead);
-      const __m256i w = _mm256_loadu_si256((const __m256i *)(b + n * ldb + k));
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(code, w));
-      sums[n] = _mm256_add_epi32(sums[n], _mm256_madd_epi16(pairs, ones));
-    }
-  }
-  return k;
+/* A lone row takes its codes as bytes and 32 weights at a time, without the widening. |w| <= 128 and |a| <= 127, so that a pair
+ * of products fits int16: exact. */
+#define EFF_ROW_STEP 32
+typedef int8_t eff_row;
+INLINE eff_acc eff_row_dot(eff_acc c, const eff_row *a, const int8_t *b) {
+  const __m256i w = _mm256_loadu_si256((const __m256i *)b), code = _mm256_loadu_si256((const __m256i *)a);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(code, w));
+  return _mm256_add_epi32(c, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 #else /* any processor: the compiler makes what it can of vectors of its own */
@@ -120,27 +109,55 @@ INLINE eff_acc eff_dot_offset(eff_acc c, eff_wide b) {
 
 INLINE eff_act eff_act_of(int32_t code) { return (eff_act)(code + EFF_OFFSET); }
 
+#ifndef EFF_ROW_STEP
+#define EFF_ROW_STEP EFF_STEP
+typedef eff_act eff_row;
+INLINE eff_acc eff_row_dot(eff_acc c, const eff_row *a, const int8_t *b) { return eff_dot(c, a, eff_widen_weights(b)); }
+#endif
+
+/* sum_k a[k] * b[k] of one row of activations and one of weights. The speed is that of reading the weights, and memory is read
+ * quickest as one stream from beginning to end: one row of weights after the other, a fixed way ahead. `a` has room for a
+ * multiple of EFF_ROW_STEP. */
+INLINE int32_t eff_dot_row(const eff_row *a, const int8_t *b, int64_t k_len) {
+  eff_acc acc[4], off[4];
+  for (int i = 0; i < 4; i++) acc[i] = off[i] = eff_acc_zero();
+#define EFF_STEP_OF(i, weights)                                                            \
+  acc[i] = eff_row_dot(acc[i], a + k + (i) * EFF_ROW_STEP, weights);                       \
+  if (EFF_OFFSET) off[i] = eff_dot_offset(off[i], eff_widen_weights(weights));
+  int64_t k = 0;
+  for (; k + 4 * EFF_ROW_STEP <= k_len; k += 4 * EFF_ROW_STEP) {
+    for (int ahead = 2048; ahead < 2048 + 4 * EFF_ROW_STEP; ahead += 64) __builtin_prefetch(b + k + ahead);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { EFF_STEP_OF(i, b + k + i * EFF_ROW_STEP) }
+  }
+  for (; k + EFF_ROW_STEP <= k_len; k += EFF_ROW_STEP) { EFF_STEP_OF(0, b + k) }
+  if (k < k_len) {
+    int8_t tail[EFF_ROW_STEP] = {0};
+    memcpy(tail, b + k, (size_t)(k_len - k));
+    EFF_STEP_OF(0, tail)
+  }
+#undef EFF_STEP_OF
+  int32_t sum = 0; /* wraps with its surplus */
+  for (int i = 0; i < 4; i++) sum = (int32_t)((uint32_t)sum + (uint32_t)eff_sum(acc[i]) - (EFF_OFFSET ? (uint32_t)eff_sum(off[i]) : 0u));
+  return sum;
+}
+
 #define EFF_BLOCK 8 /* most rows of either side in one block */
 
 /* c[m * ldc + n] += sum_k a[m, k] * b[n, k] for MR rows of activations and NR rows of weights; `surplus[n]` is what the offset
- * of the activation codes adds to each of these sums: computed here when `first`, taken as given otherwise. With one row of
- * activations, whose speed is that of reading the weights, those `ahead` bytes further are fetched on the way. */
+ * of the activation codes adds to each of these sums: computed here when `first`, taken as given otherwise. */
 INLINE void eff_dot_block(const int MR, const int NR, const int first, const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb,
-                          int64_t ahead, int64_t k_len, int32_t *surplus, int32_t *c, int64_t ldc) {
+                          int64_t k_len, int32_t *surplus, int32_t *c, int64_t ldc) {
   eff_acc acc[EFF_BLOCK][EFF_BLOCK], off[EFF_BLOCK]; /* constant bounds, so that they live in registers */
   for (int n = 0; n < NR; n++) {
     off[n] = eff_acc_zero();
     for (int m = 0; m < MR; m++) acc[m][n] = eff_acc_zero();
   }
   int64_t k = 0;
-#ifdef EFF_ONE_ROW
-  if (MR == 1) k = eff_dot_one_row(NR, a, b, ldb, ahead, k_len, acc[0]);
-#endif
   for (; k + EFF_STEP <= k_len; k += EFF_STEP) {
     eff_wide wide[EFF_BLOCK];
 #pragma GCC unroll 8
     for (int n = 0; n < NR; n++) {
-      if (MR == 1) __builtin_prefetch(b + n * ldb + k + ahead);
       wide[n] = eff_widen_weights(b + n * ldb + k);
       if (EFF_OFFSET && first) off[n] = eff_dot_offset(off[n], wide[n]);
     }

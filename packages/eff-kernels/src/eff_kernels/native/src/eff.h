@@ -120,10 +120,6 @@ INLINE void eff_store_row(eff_dtype dtype, const float *restrict src, void *rest
 INLINE const void *eff_at(const void *base, eff_dtype dtype, int64_t i) { return (const char *)base + i * (int64_t)eff_size(dtype); }
 INLINE void *eff_at_mut(void *base, eff_dtype dtype, int64_t i) { return (char *)base + i * (int64_t)eff_size(dtype); }
 
-/* How far ahead of its use to fetch a byte of a matrix that is read `rows` rows at a time: the same place in the next rows while
- * these are short (the processor's own prefetch starts anew in every row), else further along the row. */
-INLINE int64_t eff_ahead(int rows, int64_t row_bytes) { return rows * row_bytes <= 16384 ? rows * row_bytes : 1024; }
-
 /* Scratch memory aligned for any vector. */
 INLINE void *eff_scratch(size_t bytes) { return aligned_alloc(64, (MAX(bytes, 1) + 63) / 64 * 64); }
 

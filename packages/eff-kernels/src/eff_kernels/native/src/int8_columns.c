@@ -39,6 +39,13 @@ INLINE void code(const float *restrict x, int64_t n, const float *restrict scale
   for (i = 0; i < n; i++) out[i] = (int8_t)(scale[i] == 0.0f ? 0 : wide[i]);
 }
 
+/* Rows are far apart, which the processor's own prefetch does not follow. */
+INLINE void fetch(const args *a, int64_t row, int64_t first, int64_t n) {
+  const eff_dtype dtype = (eff_dtype)a->dtype;
+  const char *p = eff_at(a->x, dtype, row * a->stride + first);
+  for (int64_t i = 0; row < a->rows && i < n * (int64_t)eff_size(dtype); i += 64) __builtin_prefetch(p + i);
+}
+
 static void strip(void *ctx, int64_t item) {
   const args *a = ctx;
   const eff_dtype dtype = (eff_dtype)a->dtype;
@@ -46,15 +53,19 @@ static void strip(void *ctx, int64_t item) {
   const float limit = a->threshold > 0 ? (float)a->threshold : NAN; /* nothing is >= NaN */
   float buffer[CHUNK], best[CHUNK] = {0}, scale[CHUNK];
   int32_t seen[CHUNK] = {0};
-  for (int64_t r = 0; r < a->rows; r++)
+  for (int64_t r = 0; r < a->rows; r++) {
+    fetch(a, r + 2, first, n);
     scan(eff_chunk(dtype, eff_at(a->x, dtype, r * a->stride), first, n, buffer), n, limit, best, seen);
+  }
   for (int64_t i = 0; i < n; i++) {
     a->absmax[first + i] = seen[i] & 2 ? NAN : best[i];
     a->columns[first + i] = (uint8_t)(seen[i] & 1);
     scale[i] = seen[i] || !(best[i] > 0.0f) ? 0.0f : 127.0f * (1.0f / best[i]);
   }
-  for (int64_t r = 0; r < a->rows; r++)
+  for (int64_t r = 0; r < a->rows; r++) {
+    fetch(a, r + 2, first, n);
     code(eff_chunk(dtype, eff_at(a->x, dtype, r * a->stride), first, n, buffer), n, scale, a->codes + r * a->n + first);
+  }
 }
 
 EXPORT void eff_int8_quantize_columns(const args *a) {

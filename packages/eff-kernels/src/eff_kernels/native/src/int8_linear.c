@@ -25,6 +25,7 @@ typedef struct {
   int64_t padded; /* k, rounded up to EFF_STEP */
   eff_act *codes; /* [m, padded] */
   float *x_absmax; /* [m] */
+  eff_row *row; /* [padded to EFF_ROW_STEP], for m = 1: the codes as a lone row takes them */
   uint8_t *columns; /* [k] */
   int found;
   int64_t outliers;
@@ -65,9 +66,8 @@ static void split_rows(void *ctx, int64_t r) {
 #define DOT(MR, NR, FIRST)                                                                                                   \
   static __attribute__((noinline)) void dot_##MR##x##NR##_##FIRST(const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb, \
                                                                   int64_t k, int32_t *surplus, int32_t *c) {                 \
-    eff_dot_block(MR, NR, FIRST, a, lda, b, ldb, eff_ahead(NR, ldb), k, surplus, c, COLUMNS);                                                    \
+    eff_dot_block(MR, NR, FIRST, a, lda, b, ldb, k, surplus, c, COLUMNS);                                                    \
   }
-DOT(1, 4, 1)
 DOT(1, 3, 0) DOT(2, 3, 0) DOT(3, 3, 0) DOT(1, 3, 1) DOT(2, 3, 1) DOT(3, 3, 1)
 DOT(1, 1, 0) DOT(1, 1, 1)
 
@@ -77,22 +77,13 @@ INLINE void gather_weights(const job *j, const int8_t *b, int nr, float *out) {
     for (int n = 0; n < nr; n++) out[o * COLUMNS + n] = (float)b[n * j->k + j->outlier_index[o]];
 }
 
-/* One row of x: four weight rows at a time, and at once what their outlier columns add. */
-static int one_row(const job *j, const eff_act *a, const float *x_out, int64_t n0, int columns, int32_t *surplus, int32_t *sums,
-                   float *outlier_sums) {
-  int n = 0;
-  for (; n + 4 <= columns; n += 4) {
+/* A lone row of x: one weight row after the other, and at once what its outlier columns add. */
+static void one_row(const job *j, int64_t n0, int columns, int32_t *sums, float *outlier_sums) {
+  for (int n = 0; n < columns; n++) {
     const int8_t *b = j->w + (n0 + n) * j->k;
-    dot_1x4_1(a, j->padded, b, j->k, j->k, surplus + n, sums + n);
-    float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-    for (int64_t o = 0; o < j->outliers; o++) {
-      const int8_t *w = b + j->outlier_index[o];
-      const float x = x_out[o];
-      s0 += x * (float)w[0], s1 += x * (float)w[j->k], s2 += x * (float)w[2 * j->k], s3 += x * (float)w[3 * j->k];
-    }
-    outlier_sums[n] = s0, outlier_sums[n + 1] = s1, outlier_sums[n + 2] = s2, outlier_sums[n + 3] = s3;
+    sums[n] = eff_dot_row(j->row, b, j->k);
+    for (int64_t o = 0; o < j->outliers; o++) outlier_sums[n] += j->outlier_x[o] * (float)b[j->outlier_index[o]];
   }
-  return n;
 }
 
 static void product_item(void *ctx, int64_t item) {
@@ -107,7 +98,8 @@ static void product_item(void *ctx, int64_t item) {
   memset(sums, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);
   float *w_out = j->outliers ? j->outlier_w + item * j->outliers * COLUMNS : NULL;
 
-  const int done = rows == 1 ? one_row(j, codes, x_out, n0, columns, surplus, sums, outlier_sums) : 0;
+  const int done = j->m == 1 ? columns : 0;
+  if (done) one_row(j, n0, columns, sums, outlier_sums);
   for (int64_t k0 = 0; k0 < j->k && done < columns; k0 += K_BLOCK) {
     const int64_t k = MIN(K_BLOCK, j->k - k0);
     const eff_act *a = codes + k0;
@@ -158,9 +150,11 @@ int eff_int8_linear(const eff_int8_linear_args *a) {
            .per_token = a->per_token != 0, .y = a->y, .y_dtype = (eff_dtype)a->y_dtype};
   j.padded = (k + EFF_STEP - 1) / EFF_STEP * EFF_STEP;
   const size_t codes = (size_t)(m * j.padded) * sizeof(eff_act), absmax = (size_t)m * 4, flags = j.threshold > 0.0f ? (size_t)k : 0;
-  char *scratch = eff_scratch(codes + absmax + flags);
+  const size_t row = m == 1 ? (size_t)(k + EFF_ROW_STEP) * sizeof(eff_row) : 0;
+  char *scratch = eff_scratch(codes + absmax + flags + row);
   if (!scratch) return 1;
   j.codes = (eff_act *)scratch, j.x_absmax = (float *)(scratch + codes), j.columns = (uint8_t *)(scratch + codes + absmax);
+  j.row = (eff_row *)(scratch + codes + absmax + flags);
   memset(j.columns, 0, flags);
   const int row_threads = m * k < 65536 ? 1 : threads;
   eff_parallel_for(m, row_threads, scan_rows, &j);
@@ -177,6 +171,7 @@ int eff_int8_linear(const eff_int8_linear_args *a) {
       if (j.columns[i]) j.outlier_index[o++] = (int32_t)i;
     eff_parallel_for(m, row_threads, split_rows, &j);
   }
+  for (int64_t i = 0; m == 1 && i < k; i++) j.row[i] = (eff_row)j.codes[i];
   j.items = items, j.run = MAX(1, items / (threads * RUNS));
   eff_parallel_for((items + j.run - 1) / j.run, threads, product_run, &j);
   free(outliers), free(scratch);

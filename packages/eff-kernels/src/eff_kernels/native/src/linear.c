@@ -99,7 +99,7 @@ INLINE void add_lanes_of_four(const eff_vf *v, float *c) {
 /* c[m * COLUMNS + n] += sum_k x[m, k] * w[n, k] for MR rows of x and NR rows of w, at most K_BLOCK entries each. */
 INLINE void block(const int MR, const int NR, const int dtype, const float *x, int64_t ldx, const void *w, int64_t ldw,
                   int64_t len, float *c) {
-  const int64_t ahead = eff_ahead(NR, ldw * weight_size(dtype));
+  const int64_t size = weight_size(dtype), ahead = NR * ldw * size; /* to the next rows */
   eff_vf acc[4][4], xv[4];
   for (int m = 0; m < MR; m++)
     for (int n = 0; n < NR; n++) acc[m][n] = eff_splat(0.0f);
@@ -107,10 +107,12 @@ INLINE void block(const int MR, const int NR, const int dtype, const float *x, i
   for (; k + EFF_LANES <= len; k += EFF_LANES) {
 #pragma GCC unroll 4
     for (int m = 0; m < MR; m++) xv[m] = eff_vload(x + m * ldx + k);
+    if (MR == 1 && ahead <= 8192) /* memory is quickest when it is fetched in the order in which it lies */
+      for (int i = 0; i < NR * EFF_LANES * size; i += 64) __builtin_prefetch((const char *)w + ahead + NR * k * size + i);
 #pragma GCC unroll 4
     for (int n = 0; n < NR; n++) {
       const char *p = weight_at(w, dtype, n * ldw + k);
-      if (MR == 1) __builtin_prefetch(p + ahead);
+      if (MR == 1 && ahead > 8192) __builtin_prefetch(p + (ahead <= 16384 ? ahead : 1024));
       eff_vf wide = load8(dtype, p);
       EFF_ROUNDED(wide); /* one load, not one for each multiply-add */
 #pragma GCC unroll 4

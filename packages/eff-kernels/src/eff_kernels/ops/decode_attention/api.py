@@ -72,21 +72,4 @@ def decode_attention(
             raise ValueError(f"k and v must hold {batch} sequences, as q does, got {k.size(0)}")
     elif block_table.dim() != 2 or block_table.size(0) != batch:
         raise ValueError(f"block_table must have shape [{batch}, max_pages], got {list(block_table.shape)}")
-    if lengths.device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
-        _check_on_cpu(k, lengths, block_table)
     return OP(q, k, v, lengths, block_table, d**-0.5 if scale is None else float(scale), backend=backend)
-
-
-def _check_on_cpu(k: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
-    """Refuse what would read outside the cache (on a GPU, looking at the values would stall the stream)."""
-    page = k.size(2)
-    counts = lengths.tolist()
-    room = page if block_table is None else page * block_table.size(1)
-    for b, length in enumerate(counts):
-        if not 0 <= length <= room:
-            raise ValueError(f"lengths must lie between 0 and {room}, got {length} for sequence {b}")
-    if block_table is not None:
-        for b, (length, pages) in enumerate(zip(counts, block_table.tolist(), strict=True)):
-            used = pages[: -(-length // page)]
-            if used and (min(used) < 0 or max(used) >= k.size(0)):
-                raise ValueError(f"block_table of sequence {b} names pages outside 0..{k.size(0) - 1}: {used}")

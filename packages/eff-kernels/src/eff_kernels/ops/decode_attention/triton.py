@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eff_kernels.autotune import INTERPRET, AotCase
+from eff_kernels.ops.decode_attention.reference import check_cache
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LONGEST_HEAD = 256
@@ -107,6 +108,8 @@ def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor
 
 def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> Tensor:
     """As the reference."""
+    if lengths.is_cpu:  # under the interpreter; on a GPU, looking at the values would stall the stream
+        check_cache(k, lengths, block_table)
     batch, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     room = k.size(2) if block_table is None else k.size(2) * block_table.size(1)
