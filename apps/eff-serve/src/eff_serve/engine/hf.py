@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class HFDecoder:
         self.config = hf_config(folder)
         self.num_pages = num_pages
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # transformers 5.24 gave the argument and the field of the output a new name
+        self._cache_name = "cache" if "cache" in signature(self._model.forward).parameters else "past_key_values"
         self._caches: dict[int, tuple[Any, int]] = {}  # first page -> cache and its length
 
     @property
@@ -70,12 +73,12 @@ class HFDecoder:
             raise RuntimeError(f"a sequence goes on at token {start}, but its cache holds {length}")
         out = self._model(
             input_ids=tokens[None],
-            past_key_values=cache,
             position_ids=torch.arange(start, start + tokens.numel())[None],
             use_cache=True,
             logits_to_keep=1 if last_only else 0,
+            **{self._cache_name: cache},
         )
-        self._caches[page] = (out.past_key_values, start + tokens.numel())
+        self._caches[page] = (out[self._cache_name], start + tokens.numel())
         logits: Tensor = out.logits[0]
         return (logits[-1:] if last_only else logits).float()
 
