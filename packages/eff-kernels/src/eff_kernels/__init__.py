@@ -6,6 +6,7 @@ Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
 from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
 from eff_kernels.ops.decode_attention import decode_attention
+from eff_kernels.ops.int4_linear import int4_linear, int4_pack, int4_unpack, int8_static_linear
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
 from eff_kernels.ops.linear import linear
@@ -27,9 +28,13 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "fits",
+    "int4_linear",
+    "int4_pack",
+    "int4_unpack",
     "int8_linear",
     "int8_quantize_columns",
     "int8_quantize_rows",
+    "int8_static_linear",
     "linear",
     "matches",
     "replace_module",
