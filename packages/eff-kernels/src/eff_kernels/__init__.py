@@ -6,6 +6,8 @@ Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
 from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
 from eff_kernels.ops.decode_attention import decode_attention
+from eff_kernels.ops.fp4_linear import fp4_linear
+from eff_kernels.ops.fp4_quantize import FP4Codes, fp4_dequantize, fp4_quantize
 from eff_kernels.ops.int4_linear import int4_linear, int4_pack, int4_unpack, int8_static_linear
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
@@ -19,6 +21,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "Explanation",
+    "FP4Codes",
     "Handle",
     "Int8Columns",
     "Int8Rows",
@@ -28,6 +31,9 @@ __all__ = [
     "add_rms_norm",
     "decode_attention",
     "fits",
+    "fp4_dequantize",
+    "fp4_linear",
+    "fp4_quantize",
     "int4_linear",
     "int4_pack",
     "int4_unpack",
