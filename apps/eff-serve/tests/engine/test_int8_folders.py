@@ -24,7 +24,7 @@ def make(tiny_model, tmp_path):
     def write(writer, **settings):
         config = Int8Config(**settings)
         model = AutoModelForCausalLM.from_pretrained(
-            tiny_model("llama"), quantization_config=eff_quant.hf.EffInt8Config(config), dtype=torch.float32
+            tiny_model("llama"), quantization_config=eff_quant.hf.EffConfig(config), dtype=torch.float32
         )
         save_bnb_int8(model, tmp_path) if writer == "bitsandbytes" else model.save_pretrained(tmp_path)
         with torch.inference_mode():

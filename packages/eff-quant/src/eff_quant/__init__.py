@@ -15,11 +15,13 @@ from eff_quant.llm_int8 import (
 )
 from eff_quant.load import load
 from eff_quant.lora import merge_lora
+from eff_quant.mixed import MixedConfig
 from eff_quant.quantize import dequantize_, quantize_
 
 __all__ = [
     "Int8Config",
     "Int8Linear",
+    "MixedConfig",
     "OutlierReport",
     "convert_from_bnb_",
     "dequantize_",

@@ -1,23 +1,29 @@
-"""LLM.int8() as a quantiser of transformers, registered under the name ``eff_int8`` when this module is imported.
+"""The methods of this package as quantisers of transformers, registered when this module is imported.
 
-After ``import eff_quant.hf``, ``from_pretrained(path, quantization_config=Int8Config(...))`` quantises each weight as
-it is read, and ``from_pretrained`` of a folder that such a model was saved to loads it as it was.
+After ``import eff_quant.hf``, ``from_pretrained(path, quantization_config=Int8Config(...))``, with the config of any
+method or a `MixedConfig`, quantises each weight as it is read, and ``from_pretrained`` of a folder that such a model
+was saved to loads it as it was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from eff_kernels.edit import Report, replace_module
 from torch import Tensor, nn
 
-from eff_quant.linears import Found, find_linears
-from eff_quant.llm_int8.checkpoint import CheckpointMemory, check_int8_files
-from eff_quant.llm_int8.config import Int8Config
-from eff_quant.llm_int8.layer import ROW_FORMAT, Int8Linear, is_conv1d
-from eff_quant.quantize import check_outlier_columns, dequantize_, report_plan, size_of
+from eff_quant.checkpoint import CheckpointMemory, check_files
+from eff_quant.linears import Found, find_linears, is_conv1d, on_skip_list, size_of
+from eff_quant.llm_int8.checkpoint import check_int8_files
+from eff_quant.llm_int8.layer import ROW_FORMAT, Int8Linear
+from eff_quant.mixed import MixedConfig, as_mixed
+from eff_quant.plan import groups_of, name_of, plan, report_plan, settings_of
+from eff_quant.quantize import dequantize_
+from eff_quant.registry import LAYERS, METHODS, config_from_dict, method_of
 
 try:
     from transformers.core_model_loading import ConversionOps
@@ -28,80 +34,81 @@ except ImportError as error:
     raise ImportError("eff_quant.hf needs transformers 5: pip install 'eff-quant[transformers]'") from error
 
 
-@register_quantization_config(Int8Config.quant_method)
-class EffInt8Config(QuantizationConfigMixin):
-    """`Int8Config` in the form in which transformers keeps it in a model's config and in config.json.
+class EffConfig(QuantizationConfigMixin):
+    """Settings in the form in which transformers keeps them in a model's config and in config.json.
 
     Args:
-        config: The settings, or none and then the same keyword arguments as `Int8Config`.
-        **settings: See `Int8Config`.
+        config: The config of a method, a `MixedConfig`, or a mapping from patterns to configs.
     """
 
-    def __init__(self, config: Int8Config | None = None, **settings: Any) -> None:
-        if config is not None and settings:
-            raise TypeError(f"give either an Int8Config or settings, got both: {sorted(settings)}")
-        self.quant_method = Int8Config.quant_method  # type: ignore[assignment]
-        self.int8 = config if config is not None else Int8Config.from_dict(settings)
+    def __init__(self, config: Any) -> None:
+        self.rules = as_mixed(config)
+        self.quant_method = self.settings.quant_method
+
+    @property
+    def settings(self) -> Any:
+        """The config of the one method that all layers have, or the `MixedConfig`."""
+        (patterns, first), *others = self.rules.rules
+        return first if not others and patterns == ("*",) else self.rules
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Rebuild from `to_dict`; keyword arguments are not settings of this method and are handed back."""
-        config = cls(Int8Config.from_dict(config_dict))
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Rebuild from `to_dict`; keyword arguments are not settings of a method and are handed back."""
+        mixed = config_dict.get("quant_method") == MixedConfig.quant_method
+        config = cls(MixedConfig.from_dict(config_dict) if mixed else config_from_dict(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The entry ``quantization_config`` of config.json."""
-        return self.int8.to_dict()
+        return self.settings.to_dict()
 
 
 class _Quantize(ConversionOps):
-    """Turns a weight that has just been read into the tensors of an `Int8Linear`."""
+    """Turns a weight that has just been read into the tensors of a quantised layer."""
 
-    def __init__(self, quantizer: EffInt8HfQuantizer) -> None:
+    def __init__(self, quantizer: EffHfQuantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:
-        """Return the tensors by parameter name; those that are not int8 weights pass through."""
+        """Return the tensors by parameter name; those that are no weights to quantise pass through."""
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             if model is None or not self.quantizer.param_needs_quantization(model, name):
                 result[name] = value
                 continue
-            module = name.removesuffix(".weight")
-            weight = value.T if module in self.quantizer.transposed else value
-            columns = self.quantizer.config.outlier_columns.get(module, ())
-            tensors = Int8Linear.quantized_tensors(weight, columns)
-            result.update({f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()})
-            self.quantizer.memory.took(value.nbytes)
+            result.update(self.quantizer.take(model, name.removesuffix(".weight"), value))
+            if name not in result and kwargs.get("missing_keys") is not None:
+                kwargs["missing_keys"].discard(name)
         return result
 
 
-@register_quantizer(Int8Config.quant_method)
-class EffInt8HfQuantizer(HfQuantizer):
-    """Quantises while loading, one weight at a time, or loads what was saved as int8."""
+class EffHfQuantizer(HfQuantizer):
+    """Quantises while loading, one weight or group of weights at a time, or loads what was saved quantised."""
 
     requires_calibration = False
 
-    def __init__(self, quantization_config: EffInt8Config | Int8Config, **kwargs: Any) -> None:
-        if isinstance(quantization_config, Int8Config):
-            quantization_config = EffInt8Config(quantization_config)
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if not isinstance(quantization_config, EffConfig):
+            quantization_config = EffConfig(quantization_config)
         super().__init__(quantization_config, **kwargs)
-        self.report = Report("from_pretrained with Int8Config")
-        self.quantization_config: EffInt8Config
-        self.transposed: set[str] = set()
+        self.quantization_config: EffConfig
+        self.report = Report(f"from_pretrained with {name_of(self.rules)}")
         self.memory = CheckpointMemory([])
+        self._planned: dict[str, Found] = {}
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._waiting: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._old_format: set[str] = set()
 
     @property
-    def config(self) -> Int8Config:
-        """The settings."""
-        return self.quantization_config.int8
+    def rules(self) -> MixedConfig:
+        """The settings by layer."""
+        return self.quantization_config.rules
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a device map with "disk": the weights are buffers, which are not offloaded."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("device_map puts modules on 'disk'; int8 layers can be on 'cpu' or a GPU")
+            raise ValueError("device_map puts modules on 'disk'; quantised layers can be on 'cpu' or a GPU")
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [f for f in checkpoint_files or () if str(f).endswith(".safetensors")]
@@ -109,35 +116,63 @@ class EffInt8HfQuantizer(HfQuantizer):
             self._old_format = check_int8_files(files)
         else:
             self.memory = CheckpointMemory(files)
-        found = find_linears(model, skip=self.config.skip, done=(Int8Linear,), keep=_tied(model))
-        if not self.pre_quantized:
-            found = [_kept_in_float32(model, f) for f in found]
-        check_outlier_columns(self.config, found)
-        self.report = report_plan("from_pretrained with Int8Config", found)
+        found = plan(model, self.rules, keep={**_tied(model), **({} if self.pre_quantized else _in_float32(model))})
+        self.report = report_plan(self.report.action, found)
+        self._groups = groups_of(found)
         for f in found:
             if f.reason:
                 continue
-            columns = self.config.outlier_columns.get(f.names[0], ())
-            new = Int8Linear.empty_like(f.module, self.config, outlier_columns=columns)
-            for name in f.names:
-                replace_module(model, name, new)
-                if is_conv1d(f.module):
-                    self.transposed.add(name)
+            new = method_of(f.config).empty(f.names[0], f.module, f.config, None)
+            size = size_of(new)
+            if not self.pre_quantized and "weight" not in new._buffers:
+                # transformers takes only entries that the model has; this one goes when its weight arrives
+                new._buffers["weight"] = torch.empty(new.out_features, new.in_features, device="meta")
             if any(_ends_with_any(name, self._old_format) for name in f.names):
                 del new.weight_format  # not in the file: put back after loading, else it is reported as missing
-            self.report.change(f.names[0], bytes_before=f.size, bytes_after=size_of(new))
+            for name in f.names:
+                replace_module(model, name, new)
+                self._planned[name] = f
+            self.report.change(f.names[0], bytes_before=f.size, bytes_after=size)
+        if self.pre_quantized:
+            check_files(files, self._planned)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the weight of a layer that becomes int8."""
+        """Whether this is the weight of a layer that becomes quantised."""
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(module), Int8Linear)
+        return leaf == "weight" and isinstance(model.get_submodule(module), LAYERS)
+
+    def take(self, model: nn.Module, module: str, weight: Tensor) -> dict[str, Tensor]:
+        """Quantise a layer's weight; one of a group waits for the others. Returns tensors by their full names."""
+        f = self._planned[module]
+        name = f.names[0]
+        self.memory.took(weight.nbytes)
+        members = self._groups.get(name, (name,))
+        waiting = self._waiting.setdefault(members, {})
+        waiting[name] = weight.T if is_conv1d(f.module) else weight
+        return self._quantize(model, members) if len(waiting) == len(members) else {}
+
+    def _quantize(self, model: nn.Module, members: tuple[str, ...]) -> dict[str, Tensor]:
+        weights, tensors = self._waiting.pop(members), {}
+        config = self._planned[members[0]].config
+        method = method_of(config)
+        shared = method.share([weights[m] for m in members], config) if len(members) > 1 else None
+        for module in members:
+            new = method.tensors(module, weights.pop(module), config, shared)
+            tensors.update({f"{module}.{leaf}": tensor for leaf, tensor in new.items()})
+            if "weight" not in new:
+                model.get_submodule(module)._buffers.pop("weight", None)
+        return tensors
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Cast to nothing that is not floating: a float weight must never be cut down to int8 by a cast."""
+        """Cast nothing to or from a dtype of codes: a float weight must never be cut down to codes by a cast."""
         new = super().get_new_dtype(converter, param, dtype)
-        if new is not None and not new.is_floating_point:
+        held = _STORED.get(param.get_dtype()) if hasattr(param, "get_dtype") else getattr(param, "dtype", None)
+        if new is not None and new != held and (_is_code(new) or (held is not None and _is_code(held))):
             where = getattr(converter, "target_patterns", ["a layer"])[0]
-            raise ValueError(f"the checkpoint holds {where} in a float dtype, its settings say that it is int8")
+            raise ValueError(
+                f"the checkpoint holds {where} in {held or param.get_dtype()}, its settings say that it is {new}; "
+                "correct quantization_config in config.json"
+            )
         return new
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -145,13 +180,12 @@ class EffInt8HfQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._waiting:
+            absent = [m for members, there in self._waiting.items() for m in members if m not in there]
+            raise ValueError(f"the checkpoint lacks the weights of {', '.join(absent)}")
         for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.dtype == torch.int8 and not isinstance(module, Int8Linear):
-                raise ValueError(
-                    f"the checkpoint holds {name} in int8, but it is on the skip list {list(self.config.skip)} "
-                    f"or is a {type(module).__name__}; correct quantization_config in config.json"
-                )
+            if isinstance(module, LAYERS) and "weight" in module._buffers and not _is_code(module.weight.dtype):
+                raise ValueError(f"the checkpoint lacks the weight of {name}")
             if isinstance(module, Int8Linear) and "weight_format" not in module._buffers:
                 row = torch.tensor(ROW_FORMAT, dtype=torch.uint8, device=module.weight.device)
                 module.register_buffer("weight_format", row)
@@ -159,11 +193,11 @@ class EffInt8HfQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes per weight."""
-        return 1
+        """Bytes per weight, of the largest method."""
+        return max(method_of(c).bytes_per_weight(c) for _, c in self.rules.rules)
 
     def is_serializable(self) -> bool:
-        """Int8 models can be saved."""
+        """Quantised models can be saved."""
         return True
 
     @property
@@ -173,12 +207,12 @@ class EffInt8HfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether no outlier search makes shapes depend on data."""
-        return self.config.threshold == 0
+        """Whether no method makes shapes depend on data."""
+        return all(method_of(c).compileable(c) for _, c in self.rules.rules)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Before saving: note which linear layers are float, so that loading exchanges the others only."""
-        record_settings(model, the_config(model))
+        """Before saving: note which linear layers have which settings, so that loading exchanges the same ones."""
+        record_settings(model)
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -186,12 +220,28 @@ class EffInt8HfQuantizer(HfQuantizer):
         return model
 
 
-def attach(model: Any, config: Int8Config) -> None:
-    """Make a transformers model that got `Int8Linear` layers look as if from_pretrained had quantised it."""
-    model.hf_quantizer = EffInt8HfQuantizer(EffInt8Config(config), pre_quantized=True)
+for _name in (*(c.quant_method for c in METHODS), MixedConfig.quant_method):  # type: ignore[attr-defined]
+    register_quantization_config(_name)(EffConfig)
+    register_quantizer(_name)(EffHfQuantizer)
+
+# Names of dtypes in safetensors files
+_STORED = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def _is_code(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point or dtype.itemsize == 1
+
+
+def attach(model: Any) -> None:
+    """Make a transformers model that got quantised layers look as if from_pretrained had quantised it."""
+    record_settings(model)
+    model.hf_quantizer = EffHfQuantizer(model.config.quantization_config, pre_quantized=True)
     model.is_quantized = True
-    model.quantization_method = Int8Config.quant_method
-    record_settings(model, config)
+    model.quantization_method = model.config.quantization_config.quant_method
 
 
 def detach(model: Any) -> None:
@@ -200,30 +250,33 @@ def detach(model: Any) -> None:
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def the_config(model: nn.Module) -> Int8Config:
-    """The settings that all int8 layers of a model share.
+def record_settings(model: Any) -> None:
+    """Put the settings of all layers in the model's config, such that loading exchanges the same layers.
 
     Raises:
-        ValueError: there are none, or layers with different settings, which one entry in config.json cannot hold.
+        ValueError: there are no quantised layers.
     """
-    configs = [m.config for m in model.modules() if isinstance(m, Int8Linear)]
-    if not configs:
-        raise ValueError("the model has no int8 layers; use quantize_ first")
-    for other in configs:
-        if replace(other, skip=()) != replace(configs[0], skip=()):
-            raise ValueError(
-                f"the model has int8 layers of two settings, {configs[0]} and {other}; a checkpoint holds one"
-            )
-    return configs[0]
-
-
-def record_settings(model: Any, config: Int8Config) -> None:
-    """Put the settings in the model's config, with every layer that could be int8 but is not on the skip list."""
-    found = find_linears(model, skip=config.skip, done=(Int8Linear,), keep=_tied(model))
-    left = [f.names[0] for f in found if not f.reason]
-    settings = EffInt8Config(replace(config, skip=(*config.skip, *left)))
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    if not layers:
+        raise ValueError("the model has no quantised layers; use quantize_ first")
+    different = settings_of(model)
+    if len(different) == 1:
+        config = next(iter(layers.values())).config
+        skip = tuple(p for p in config.skip if not any(on_skip_list(model, (p,), (n,), m) for n, m in layers.items()))
+        method = method_of(config)
+        found = find_linears(model, leave=partial(on_skip_list, model, skip), done=LAYERS, keep=_tied(model))
+        left = [f.names[0] for f in found if not f.reason and not method.refuse(f.module, config)]
+        settings = EffConfig(replace(config, skip=(*skip, *left)))
+    else:
+        prefix = f"{model.base_model_prefix}."
+        rules = []
+        for config in different:
+            names = tuple(n.removeprefix(prefix) for n, m in layers.items() if replace(m.config, skip=()) == config)
+            rules.append((names, config))
+        settings = EffConfig(MixedConfig(tuple(rules)))
     model.config.quantization_config = settings
-    model.hf_quantizer.quantization_config = settings
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.quantization_config = settings
 
 
 def _tied(model: Any) -> dict[str, str]:
@@ -231,12 +284,11 @@ def _tied(model: Any) -> dict[str, str]:
     return {name.removesuffix(".weight"): "is tied" for pair in tied.items() for name in pair}
 
 
-def _kept_in_float32(model: Any, f: Found) -> Found:
-    names = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if not f.reason and any(part in names for part in f.names[0].split(".")):
-        return replace(f, reason="is kept in float32 by its model class")
-    return f
+def _in_float32(model: Any) -> dict[str, str]:
+    parts = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    names = (name for name, _ in model.named_modules() if parts & set(name.split(".")))
+    return dict.fromkeys(names, "is kept in float32 by its model class")
 
 
 def _ends_with_any(name: str, others: set[str]) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from eff_kernels.edit import Where, fits
 from torch import Tensor, nn
 
-from eff_quant.llm_int8.layer import is_conv1d
+Choice = Callable[[Sequence[str], nn.Module], str]
+"""Why the caller wants a layer with these names left as it is; "" if it is to be quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Found:
         wanted: Whether the caller asked to leave it (skip list, output embedding, ``where``); such a layer is no
             surprise.
         size: Bytes of its parameters and buffers.
+        config: Settings with which it is to be quantised.
     """
 
     names: tuple[str, ...]
@@ -30,13 +33,14 @@ class Found:
     reason: str = ""
     wanted: bool = False
     size: int = 0
+    config: Any = None
 
 
 def find_linears(
     model: nn.Module,
     *,
     where: Where = "*",
-    skip: Sequence[str] = (),
+    leave: Choice = lambda names, module: "",
     done: tuple[type[nn.Module], ...] = (),
     keep: Mapping[str, str] | None = None,
 ) -> list[Found]:
@@ -45,13 +49,12 @@ def find_linears(
     Args:
         model: Any module; its tensors may be on the meta device.
         where: Layers to quantise; others are left as the caller wants.
-        skip: Patterns of layers to leave; ``"lm_head"`` also means a transformers model's output embedding.
+        leave: Says which layers the caller wants left, and why.
         done: Classes of layers that are quantised already.
         keep: More modules to leave as they are, by name, with the reason.
     """
     names = _names_by_module(model)
     users = _users_of_parameters(model)
-    head = _output_embedding(model) if "lm_head" in skip else None
     found = []
     for module, where_it_is in names.items():
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -63,14 +66,37 @@ def find_linears(
             found.append(Found(where_it_is, module, "not asked for (where)", wanted=True, size=size))
         elif isinstance(module, done):
             found.append(Found(where_it_is, module, "is quantised already", size=size))
-        elif pattern := next((p for p in skip if any(fits(p, name, module) for name in plain)), None):
-            found.append(Found(where_it_is, module, f"on the skip list ({pattern})", wanted=True, size=size))
-        elif module is head:
-            found.append(Found(where_it_is, module, "is the output embedding (lm_head)", wanted=True, size=size))
+        elif reason := leave(plain, module):
+            found.append(Found(where_it_is, module, reason, wanted=True, size=size))
         else:
             reason = _refusal(where_it_is, module, users) or next((keep[n] for n in plain if keep and n in keep), "")
             found.append(Found(where_it_is, module, reason, size=size))
     return found
+
+
+def on_skip_list(model: nn.Module, skip: Sequence[str], names: Sequence[str], module: nn.Module) -> str:
+    """Why a skip list takes a layer in; "" if it does not. ``"lm_head"`` also means the output embedding."""
+    if pattern := next((p for p in skip if any(fits(p, name, module) for name in names)), None):
+        return f"on the skip list ({pattern})"
+    if "lm_head" in skip and module is _output_embedding(model):
+        return "is the output embedding (lm_head)"
+    return ""
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D``, a linear layer with a transposed weight (GPT-2), told by its name."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of an `nn.Linear` or a ``Conv1D``."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.T if is_conv1d(linear) else weight
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,20 +1,26 @@
-"""Loading a saved int8 model without having to remember how it was saved."""
+"""Loading a quantised model without having to remember how it was saved."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eff_quant.llm_int8.config import Int8Config
+from eff_quant.method import MethodConfig
+from eff_quant.mixed import MixedConfig
+from eff_quant.registry import METHODS
 
 
-def load(path: str | Path, config: Int8Config | None = None, **kwargs: Any) -> Any:
-    """Load a model: int8 as we saved it, int8 of bitsandbytes, or float weights that are quantised on the way.
+def load(
+    path: str | Path, config: MethodConfig | MixedConfig | Mapping[str, MethodConfig] | None = None, **kwargs: Any
+) -> Any:
+    """Load a model: quantised as we saved it, int8 of bitsandbytes, or float weights that are quantised on the way.
 
     Args:
         path: Folder with config.json and safetensors files, or a model's name.
-        config: Needed for float weights. With bitsandbytes int8 it replaces the file's settings, see
-            `load_bnb_int8`. A folder that we saved says itself how it is quantised.
+        config: Needed for float weights; any that `quantize_` takes. With bitsandbytes int8 it replaces the file's
+            settings, see `load_bnb_int8`. A folder that we saved says itself how it is quantised.
         **kwargs: Passed on to ``from_pretrained``, such as ``dtype`` and ``device_map``.
 
     Returns:
@@ -31,15 +37,18 @@ def load(path: str | Path, config: Int8Config | None = None, **kwargs: Any) -> A
     hf_config, cls = model_class(path)
     found = quantization_settings(hf_config)
     if found.get("load_in_8bit"):
+        if not isinstance(config, Int8Config | None):
+            raise TypeError(f"{path} is int8 of bitsandbytes; its config is an Int8Config, got {type(config).__name__}")
         return load_bnb_int8(path, config, **kwargs)
     method = found.get("quant_method")
     if method is None and config is None:
         raise ValueError(f"{path} holds float weights; give a config to quantise it, such as Int8Config()")
-    if method not in (None, Int8Config.quant_method):
-        raise ValueError(f"{path} is quantised by {method!r}; wanted {Int8Config.quant_method!r} or bitsandbytes int8")
+    known = [*(c.quant_method for c in METHODS), MixedConfig.quant_method]  # type: ignore[attr-defined]
+    if method not in (None, *known):
+        raise ValueError(f"{path} is quantised by {method!r}; wanted {', '.join(known)} or bitsandbytes int8")
     if method is not None and config is not None:
         raise ValueError(f"{path} is quantised already with its own settings {found}; leave out config")
-    settings = {} if config is None else {"quantization_config": hf.EffInt8Config(config)}
+    settings = {} if config is None else {"quantization_config": hf.EffConfig(config)}
     return cls.from_pretrained(path, **settings, **kwargs)
 
 

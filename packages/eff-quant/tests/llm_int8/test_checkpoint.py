@@ -2,7 +2,8 @@ import sys
 
 import pytest
 import torch
-from eff_quant.llm_int8.checkpoint import RELEASE_EVERY, CheckpointMemory, check_int8_files
+from eff_quant.checkpoint import RELEASE_EVERY, CheckpointMemory
+from eff_quant.llm_int8.checkpoint import check_int8_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

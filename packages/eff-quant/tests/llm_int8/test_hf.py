@@ -36,7 +36,7 @@ def folder(llama, tmp_path):
     return tmp_path / "float"
 
 
-@pytest.mark.parametrize("wrap", [lambda c: c, eff_quant.hf.EffInt8Config], ids=["Int8Config", "EffInt8Config"])
+@pytest.mark.parametrize("wrap", [lambda c: c, eff_quant.hf.EffConfig], ids=["Int8Config", "EffConfig"])
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_quantised_while_loading_saved_and_loaded_again(folder, tmp_path, ids, llama, config, wrap):
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -61,7 +61,7 @@ def test_quantised_while_loading_saved_and_loaded_again(folder, tmp_path, ids, l
 def test_a_model_that_was_quantised_in_place_saves_just_as_well(llama, tmp_path, ids):
     model = llama()
     quantize_(model, Int8Config(threshold=3.0), where="*.mlp.*")
-    assert model.config.quantization_config.int8.skip[1:] == tuple(
+    assert model.config.quantization_config.settings.skip[1:] == tuple(
         f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"
     )
     model.save_pretrained(tmp_path)
@@ -74,12 +74,24 @@ def test_a_model_that_was_quantised_in_place_saves_just_as_well(llama, tmp_path,
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "float")(ids).logits, again(ids).logits)
 
 
-def test_layers_with_different_settings_cannot_share_a_checkpoint(llama, tmp_path):
+def test_layers_with_different_settings_share_a_checkpoint(llama, tmp_path, ids):
     model = llama()
     quantize_(model, Int8Config(threshold=3.0), where="*.mlp.*")
     quantize_(model, Int8Config(threshold=6.0))
-    with pytest.raises(ValueError, match="int8 layers of two settings"):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "eff_mixed"
+    again = load(tmp_path)
+    same_state(again, model)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.model.layers[1].mlp.up_proj.config.threshold == 3.0
+    base = load_base(tmp_path)  # the class without the head has other names for the same layers
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def load_base(path):
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(path)
 
 
 def test_transformers_own_dequantize(folder, ids):
@@ -170,7 +182,7 @@ def test_a_float_weight_in_an_int8_checkpoint_is_an_error(int8_folder):
         state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].float()
 
     rewrite(int8_folder, change)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in a float dtype"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight in torch\.float32, its settings say that it is torch\.int8"):
         load(int8_folder)
 
 
@@ -179,7 +191,7 @@ def test_an_int8_weight_for_a_layer_on_the_skip_list_is_an_error(int8_folder):
     settings = json.loads(file.read_text())
     settings["quantization_config"]["skip"].append("model.layers.1.mlp.up_proj")
     file.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"holds model\.layers\.1\.mlp\.up_proj in int8, but it is on the skip list"):
+    with pytest.raises(ValueError, match=r"holds model\.layers\.1\.mlp\.up_proj quantised, but its settings leave"):
         load(int8_folder)
 
 

@@ -114,7 +114,7 @@ def test_their_own_merge_does_not_touch_the_codes(llama):
 def test_there_must_be_something_to_merge(llama):
     with pytest.raises(TypeError, match="merge_lora takes a PEFT model, got LlamaForCausalLM"):
         merge_lora(llama())
-    with pytest.raises(ValueError, match="no int8 layer has an adapter"):
+    with pytest.raises(ValueError, match="no quantised layer has an adapter"):
         merge_lora(adapted(llama()))
 
 

@@ -15,7 +15,7 @@ import torch
 from eff_kernels.edit import Report, replace_module
 from torch import nn
 
-from eff_quant.linears import find_linears
+from eff_quant.linears import find_linears, size_of
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.layer import Int8Linear
 
@@ -54,7 +54,7 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
     config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0))
     names = _float_layers(cls, hf_config, settings.get("llm_int8_skip_modules"))
     values = {**config.to_dict(), "skip": [f"re:{re.escape(n)}" for n in names]}
-    hf_config.quantization_config = hf.EffInt8Config.from_dict(values).to_dict()
+    hf_config.quantization_config = hf.EffConfig.from_dict(values).to_dict()
     return cls.from_pretrained(path, config=hf_config, **kwargs)
 
 
@@ -83,9 +83,12 @@ def bnb_settings(model: nn.Module) -> dict[str, Any]:
         ValueError: settings that bitsandbytes does not have (weight-only, per-token outliers, static outlier columns),
             or layers with different settings.
     """
-    from eff_quant.hf import the_config
+    from eff_quant.plan import settings_of
 
-    config = the_config(model)
+    different = settings_of(model)
+    if len(different) != 1 or not isinstance(different[0], Int8Config):
+        raise ValueError(f"bitsandbytes' int8 needs int8 layers of one setting, the model has {different or 'none'}")
+    config = different[0]
     extra = {
         "activation='none'": config.activation == "none",
         "per_token_outliers=True": config.per_token_outliers,
@@ -151,11 +154,10 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
         from bitsandbytes.nn import Linear8bitLt
     except ImportError as error:
         raise ImportError("convert_from_bnb_ needs bitsandbytes: pip install bitsandbytes") from error
-    from eff_quant.quantize import size_of, tell_transformers
+    from eff_quant.quantize import tell_transformers
 
     _check_no_columns(config)
     report = Report("convert_from_bnb_")
-    used = config
     for name, old in list(model.named_modules()):
         if not isinstance(old, Linear8bitLt):
             continue
@@ -174,8 +176,8 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
         new.bias = old.bias
         replace_module(model, name, new.train(old.training))
         report.change(name, bytes_before=size_of(old), bytes_after=size_of(new))
-    if used is not None and report.changed:
-        tell_transformers(model, "attach", used)
+    if report.changed:
+        tell_transformers(model, "attach")
         _forget_bnb(model)
     return report
 

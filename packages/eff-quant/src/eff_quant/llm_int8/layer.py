@@ -9,6 +9,7 @@ import torch
 from eff_kernels import int8_linear
 from torch import Tensor, nn
 
+from eff_quant.linears import is_conv1d, linear_weight
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.weight import dequantize_weight, quantize_weight
 
@@ -223,14 +224,3 @@ def check_int8_entry(prefix: str, *, has_scales: bool, weight_format: Tensor | s
     found = weight_format.item() if isinstance(weight_format, Tensor) else weight_format
     if found not in (None, ROW_FORMAT, "row"):
         raise ValueError(f"{name}: weight_format={found!r} is a tiled layout; only 0 or 'row' (row-major) is supported")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D``, a linear layer with a transposed weight (GPT-2), told by its name."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def linear_weight(linear: nn.Module) -> Tensor:
-    """The weight [N, K] of an `nn.Linear` or a ``Conv1D``."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    return weight.T if is_conv1d(linear) else weight

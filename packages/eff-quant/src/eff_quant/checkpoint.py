@@ -1,0 +1,109 @@
+"""Looking into a safetensors checkpoint before it is loaded, and giving pages of the file back while it is."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+# Looking through the process' mappings takes some milliseconds, so it is done once for this many bytes of weights.
+RELEASE_EVERY = 2**24
+
+
+def check_files(files: Iterable[str | Path], layers: Iterable[str]) -> None:
+    """Check that each layer that a checkpoint holds quantised is one that is going to be loaded so.
+
+    Only headers are read. Names may differ by what a model class puts in front of them.
+
+    Raises:
+        ValueError: one is not; its codes would be passed over and the layer would stay as it was initialised.
+    """
+    from safetensors import safe_open
+
+    stored = set()
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                name, _, leaf = key.rpartition(".")
+                if leaf == "SCB" or leaf.startswith("weight_"):
+                    stored.add(name)
+    loaded = tuple(layers)
+    ends = {name.split(".", n)[-1] for name in loaded for n in range(name.count(".") + 1)}
+    for name in sorted(stored):
+        if name not in ends and not any(name.endswith("." + other) for other in loaded):
+            raise ValueError(
+                f"the checkpoint holds {name} quantised, but its settings leave this layer as it is; "
+                "correct quantization_config in config.json"
+            )
+
+
+class CheckpointMemory:
+    """Gives memory back to the system while the files of a checkpoint are read and quantised.
+
+    Two things pile up meanwhile. transformers maps the files, and pages that were read stay part of the process until
+    the file is closed, whether the weight was used as it is or cast to another dtype; and the allocator keeps freed
+    temporaries between the new weights. Pages are released only of mappings that are younger than this object and that
+    nobody has written to. Tensors in them stay valid: touching one reads the file again. Does something on Linux only.
+
+    Args:
+        files: Files that are about to be loaded.
+    """
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self._files = {str(Path(f).resolve()) for f in files}
+        self._old = {m.span for m in _mappings(self._files)}
+        self._taken = 0
+
+    def took(self, nbytes: int) -> None:
+        """Count a weight that has been quantised; now and then release."""
+        self._taken += nbytes
+        if self._taken >= RELEASE_EVERY:
+            self._taken = 0
+            self.release()
+
+    def release(self) -> int:
+        """Release now and return how many bytes of mapped files were let go."""
+        if sys.platform != "linux":
+            return 0
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc
+            libc.malloc_trim(0)
+        released = 0
+        for mapping in _mappings(self._files):
+            start, end = mapping.span
+            if mapping.span in self._old or mapping.written or not mapping.resident:
+                continue
+            if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED) == 0:
+                released += mapping.resident
+        return released
+
+
+class _Mapping(NamedTuple):
+    """A file's mapping: addresses, bytes in memory, and bytes of pages that are private copies as they were written."""
+
+    span: tuple[int, int]
+    resident: int
+    written: int
+
+
+def _mappings(files: set[str]) -> list[_Mapping]:
+    """The mappings of these files in this process, according to the kernel."""
+    if sys.platform != "linux" or not files:
+        return []
+    found = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        word, _, rest = line.partition(" ")
+        if not word.endswith(":"):  # a mapping's first line: low-high permissions offset device inode path
+            path = rest.split(maxsplit=4)[4:]
+            inside = path != [] and path[0] in files
+            if inside:
+                low, _, high = word.partition("-")
+                found.append(_Mapping((int(low, 16), int(high, 16)), 0, 0))
+        elif inside and word in ("Rss:", "Anonymous:"):
+            size = 1024 * int(rest.split()[0])
+            found[-1] = found[-1]._replace(resident=size) if word == "Rss:" else found[-1]._replace(written=size)
+    return found

@@ -1,0 +1,80 @@
+"""Several methods in one model: which layers get which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from eff_kernels.edit import fits
+from torch import nn
+
+from eff_quant.method import check_version
+from eff_quant.registry import config_from_dict, method_of
+
+VERSION = 1
+
+Patterns = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedConfig:
+    """Settings by layer: the first rule whose patterns take a layer in decides; a layer without a rule stays as it is.
+
+    Attributes:
+        rules: Pairs of patterns (see `eff_kernels.edit.matches`) and the settings of one method.
+
+    Raises:
+        ValueError: no rules, or a rule without patterns.
+        TypeError: the settings of a rule belong to no method.
+    """
+
+    rules: tuple[tuple[Patterns, Any], ...]
+
+    # The method's name in transformers, see `eff_quant.hf`.
+    quant_method: ClassVar[str] = "eff_mixed"
+
+    def __post_init__(self) -> None:
+        rules = tuple(((p,) if isinstance(p, str) else tuple(p), config) for p, config in self.rules)
+        if not rules:
+            raise ValueError("a mixed config needs at least one rule, got none")
+        for patterns, config in rules:
+            if not patterns:
+                raise ValueError(f"a rule with {config} has no patterns, so it would never apply")
+            method_of(config)
+        object.__setattr__(self, "rules", rules)
+
+    def choose(self, names: Sequence[str], module: nn.Module) -> Any:
+        """The settings of the layer with these names, or None."""
+        return next((c for patterns, c in self.rules if any(fits(patterns, n, module) for n in names)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rules as JSON types, with the format version and the method's name."""
+        rules = [{"where": list(patterns), "config": config.to_dict()} for patterns, config in self.rules]
+        return {"quant_method": self.quant_method, "version": VERSION, "rules": rules}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MixedConfig:
+        """Rebuild the rules from `to_dict`.
+
+        Raises:
+            ValueError: another method's settings, a version that this code does not know, or an unknown entry.
+        """
+        check_version(values, cls, VERSION)
+        if unknown := sorted(set(values) - {"quant_method", "version", "rules"}):
+            raise ValueError(f"unknown settings {unknown}; MixedConfig has ['rules']")
+        return cls(tuple((tuple(r["where"]), config_from_dict(r["config"])) for r in values["rules"]))
+
+
+def as_mixed(config: Any) -> MixedConfig:
+    """Any accepted form of settings as rules: one config for all layers, a mapping from patterns to configs, rules.
+
+    Raises:
+        TypeError: a config belongs to no method.
+        ValueError: see `MixedConfig`.
+    """
+    if isinstance(config, MixedConfig):
+        return config
+    if isinstance(config, Mapping):
+        return MixedConfig(tuple(config.items()))
+    return MixedConfig(((("*",), config),))

@@ -1,0 +1,88 @@
+"""What is to be done with each linear layer of a model: its settings, or the reason to leave it, and its group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from eff_kernels.edit import Report, Where
+from torch import nn
+
+from eff_quant.linears import Found, find_linears, on_skip_list, without_wrapper
+from eff_quant.mixed import MixedConfig
+from eff_quant.registry import LAYERS, method_of
+
+
+def plan(
+    model: nn.Module, config: MixedConfig, *, where: Where = "*", keep: Mapping[str, str] | None = None
+) -> list[Found]:
+    """List the linear layers of a model in its order, each with its settings or the reason why it stays as it is.
+
+    Args:
+        model: Any module; its tensors may be on the meta device.
+        config: Settings by layer.
+        where: Layers to quantise; others are left as the caller wants.
+        keep: More modules to leave as they are, by name, with the reason.
+
+    Raises:
+        ValueError: settings name a layer that is not there or is left.
+    """
+
+    def leave(names: Sequence[str], module: nn.Module) -> str:
+        chosen = config.choose(names, module)
+        return on_skip_list(model, chosen.skip, names, module) if chosen else "no rule takes it in"
+
+    found = []
+    for f in find_linears(model, where=where, leave=leave, done=LAYERS, keep=keep):
+        chosen = config.choose([without_wrapper(n) for n in f.names], f.module)
+        reason = f.reason or method_of(chosen).refuse(f.module, chosen)
+        found.append(f if f.reason else replace(f, reason=reason, config=chosen))
+    for _, settings in config.rules:
+        others = "has other settings"
+        own = [f if f.reason or f.config is settings else replace(f, reason=others) for f in found]
+        method_of(settings).check(settings, own)
+    return found
+
+
+def groups_of(found: Sequence[Found]) -> dict[str, tuple[str, ...]]:
+    """For each layer that shares something with others, the names of all members of its group.
+
+    Layers belong together if their method says so of the last parts of their names, they have the same parent and the
+    same settings.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    todo = {without_wrapper(f.names[0]): f for f in found if not f.reason}
+    for name, f in todo.items():
+        parent, dot, leaf = name.rpartition(".")
+        for leaves in method_of(f.config).groups(f.config):
+            names = [parent + dot + other for other in leaves]
+            members = [todo[n].names[0] for n in names if n in todo and todo[n].config == f.config]
+            if leaf in leaves and len(members) > 1:
+                groups[f.names[0]] = tuple(members)
+    return groups
+
+
+def report_plan(action: str, found: Sequence[Found]) -> Report:
+    """A report that holds the layers that stay as they are."""
+    report = Report(action)
+    for f in found:
+        if f.reason:
+            report.skip(f.names[0], f.reason, size=f.size)
+    return report
+
+
+def name_of(config: MixedConfig) -> str:
+    """The classes of the settings, for reports."""
+    return ", ".join(dict.fromkeys(type(c).__name__ for _, c in config.rules))
+
+
+def settings_of(model: nn.Module, layer: type[nn.Module] | tuple[type[nn.Module], ...] = LAYERS) -> list[Any]:
+    """The different settings of a model's quantised layers, without their skip lists, in the model's order."""
+    different: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, layer):
+            config = replace(module.config, skip=())  # type: ignore[type-var]
+            if config not in different:
+                different.append(config)
+    return different
