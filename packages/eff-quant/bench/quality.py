@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the results into this file and end")
     args = parser.parse_args()
     if args.plot:
-        plot(read(args.results), args.plot)
+        plot(read(args.results), args.plot, CONFIGURATIONS)
         return
     try:
-        run(Measurement(args.model or _smollm2.folder(), args.windows, args.results))
+        run(Measurement(args.model or _smollm2.folder(), args.windows, args.results, CONFIGURATIONS))
     except KeyboardInterrupt:
         sys.exit("stopped; the next run continues with the configuration that was under way")
 
@@ -74,7 +74,7 @@ def main() -> None:
 def run(measurement: Measurement) -> None:
     results = measurement.results
     done = {line["key"] for line in read(results)}
-    pending = [name for name in CONFIGURATIONS if measurement.key(name) not in done]
+    pending = [name for name in measurement.configurations if measurement.key(name) not in done]
     if not pending:
         print(f"nothing to do: {results} holds every configuration")
         return
@@ -90,14 +90,21 @@ def run(measurement: Measurement) -> None:
 
 
 class Measurement:
-    """One model on one choice of windows."""
+    """One model on one choice of windows.
 
-    def __init__(self, folder: Path, count: int, results: Path) -> None:
+    Args:
+        folder: The model in floats.
+        count: How many windows.
+        results: File to continue.
+        configurations: What to build, see `build`, by name.
+    """
+
+    def __init__(self, folder: Path, count: int, results: Path, configurations: dict[str, dict]) -> None:
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.folder, self.results = folder, results
+        self.folder, self.results, self.configurations = folder, results, configurations
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.backend_tokenizer.encode_special_tokens = True  # a "<|im_end|>" in a text is text
         self.sources = _text.scored()
@@ -124,7 +131,7 @@ class Measurement:
     def key(self, name: str) -> str:
         """What a result depends on, as a hash."""
         libraries = [version(p) for p in PACKAGES]
-        return sha256(json.dumps([name, CONFIGURATIONS[name], self.hashes, libraries, WINDOW]).encode())
+        return sha256(json.dumps([name, self.configurations[name], self.hashes, libraries, WINDOW]).encode())
 
     @torch.inference_mode()
     def measure(self, name: str, advance) -> dict:
@@ -143,7 +150,7 @@ class Measurement:
         return {
             "key": self.key(name),
             "configuration": name,
-            "settings": CONFIGURATIONS[name],
+            "settings": self.configurations[name],
             "bits_per_byte": float(np.mean(nll)) * tokens / math.log(2) / self.bytes,
             "kl": float(np.mean(kl)),
             "kl_error": standard_error(kl),
@@ -192,7 +199,7 @@ class Measurement:
         """The model in bfloat16 with the layers of a configuration; float layers emulate bfloat16 arithmetic."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        settings = dict(CONFIGURATIONS[name])
+        settings = dict(self.configurations[name])
         extra = {}
         if "llm_int8_threshold" in settings:
             extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, **settings)
@@ -262,12 +269,12 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def plot(lines: list[dict], path: Path) -> None:
+def plot(lines: list[dict], path: Path, configurations: dict[str, dict]) -> None:
     """KL to float32 and loss over bfloat16 of each configuration, with twice the standard error on either side."""
     from matplotlib import pyplot as plt
 
     latest = {line["configuration"]: line for line in lines}
-    shown = [latest[name] for name in CONFIGURATIONS if name in latest and name != "float32"]
+    shown = [latest[name] for name in configurations if name in latest and name != "float32"]
     names, at = [line["configuration"] for line in shown], range(len(shown))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.32 * len(shown) + 1.1), sharey=True, layout="constrained")
     colours = ["tab:gray" if "int8" not in name else "tab:blue" for name in names]
