@@ -4,6 +4,7 @@ Importing this package loads torch and nothing larger; transformers, PEFT and bi
 that need them.
 """
 
+from eff_quant.fp4 import FP4Config, FP4Linear, InputRanges, calibrate_fp4, fake_fp4
 from eff_quant.llm_int8 import (
     Int8Config,
     Int8Linear,
@@ -19,12 +20,17 @@ from eff_quant.mixed import MixedConfig
 from eff_quant.quantize import dequantize_, quantize_
 
 __all__ = [
+    "FP4Config",
+    "FP4Linear",
+    "InputRanges",
     "Int8Config",
     "Int8Linear",
     "MixedConfig",
     "OutlierReport",
+    "calibrate_fp4",
     "convert_from_bnb_",
     "dequantize_",
+    "fake_fp4",
     "load",
     "load_bnb_int8",
     "merge_lora",

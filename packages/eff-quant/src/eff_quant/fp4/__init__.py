@@ -1,0 +1,8 @@
+"""FP4: linear layers in NVFP4 and MXFP4, fake quantisation, calibration, checkpoints of other libraries."""
+
+from eff_quant.fp4.calibrate import InputRanges, calibrate_fp4
+from eff_quant.fp4.config import FP4Config
+from eff_quant.fp4.fake import fake_fp4
+from eff_quant.fp4.layer import FP4Linear
+
+__all__ = ["FP4Config", "FP4Linear", "InputRanges", "calibrate_fp4", "fake_fp4"]

@@ -1,0 +1,128 @@
+"""The settings of FP4: one frozen dataclass that checks itself and travels as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+Format = Literal["nvfp4", "mxfp4"]
+ScaleRounding = Literal["floor", "even", "rceil", "ceil"]
+Activations = Literal["dynamic", "static"]
+
+VERSION = 1
+
+# Values of the last axis that share one block scale.
+BLOCK: dict[str, int] = {"nvfp4": 16, "mxfp4": 32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FP4Config:
+    """How linear layers are turned into 4-bit floating point (E2M1 values in blocks with a shared scale).
+
+    Attributes:
+        format: ``"nvfp4"``: blocks of 16 with an E4M3 scale, and one float32 scale per tensor; 4.5 bits a weight.
+            ``"mxfp4"``: blocks of 32 with a power of two as scale; 4.25 bits a weight.
+        activations: None leaves activations as they are (W4A16). ``"dynamic"`` rounds them to the same format at each
+            call (W4A4). ``"static"`` (nvfp4 only) does so with a tensor scale that `calibrate_fp4` has found, which is
+            what serving engines do.
+        scale_rounding: How mxfp4 chooses a block's exponent from its largest magnitude: ``"floor"`` (OCP), ``"even"``
+            (compressed-tensors), ``"rceil"`` (NVIDIA) or ``"ceil"``. nvfp4 has no such choice.
+        skip: Modules that keep their weights, as patterns of `eff_kernels.matches`. ``"lm_head"`` also stands for the
+            output embedding of a transformers model, whatever that is called.
+        fuse_groups: Names of sibling layers that serving engines run as one, and that therefore get one tensor scale.
+        out_dtype: dtype of the layers' outputs; None means that of the input.
+        backend: Backend of the op `eff_kernels.fp4_linear`: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and says what is wanted.
+        TypeError: a value is of the wrong kind.
+    """
+
+    format: Format = "nvfp4"
+    activations: Activations | None = None
+    scale_rounding: ScaleRounding = "floor"
+    skip: tuple[str, ...] = ("lm_head",)
+    fuse_groups: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    out_dtype: torch.dtype | None = None
+    backend: str = "auto"
+
+    # The method's name in transformers; with it an FP4Config can be given to from_pretrained as it is.
+    quant_method: ClassVar[str] = "eff_fp4"
+
+    def __post_init__(self) -> None:
+        check_choice("format", self.format, get_args(Format))
+        check_choice("activations", self.activations, (None, *get_args(Activations)))
+        check_choice("scale_rounding", self.scale_rounding, get_args(ScaleRounding))
+        check_choice("backend", self.backend, ("auto", "cpu", "triton", "reference"))
+        if isinstance(self.skip, str):
+            raise TypeError(f"skip={self.skip!r} is one string; use a tuple of patterns, such as ({self.skip!r},)")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "fuse_groups", _check_groups(self.fuse_groups))
+        if self.out_dtype is not None and not (
+            isinstance(self.out_dtype, torch.dtype) and self.out_dtype.is_floating_point
+        ):
+            raise TypeError(f"out_dtype={self.out_dtype!r}; use a floating torch.dtype or None")
+        if self.format == "nvfp4" and self.scale_rounding != "floor":
+            raise ValueError(
+                f"scale_rounding={self.scale_rounding!r} with format='nvfp4', whose block scales are E4M3 numbers; "
+                "leave it out or use format='mxfp4'"
+            )
+        if self.format == "mxfp4" and self.activations == "static":
+            raise ValueError(
+                "activations='static' with format='mxfp4', which has no tensor scale to calibrate; use 'dynamic'"
+            )
+
+    @property
+    def block(self) -> int:
+        """How many values share a block scale: 16 (nvfp4) or 32 (mxfp4)."""
+        return BLOCK[self.format]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON types, with the format version and the method's name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["skip"] = list(self.skip)
+        values["fuse_groups"] = [list(group) for group in self.fuse_groups]
+        values["out_dtype"] = None if self.out_dtype is None else str(self.out_dtype).removeprefix("torch.")
+        return {"quant_method": self.quant_method, "version": VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FP4Config:
+        """Rebuild the settings from `to_dict`.
+
+        Raises:
+            ValueError: another method's settings, a version that this code does not know, or an unknown entry.
+        """
+        values = dict(values)
+        method = values.pop("quant_method", cls.quant_method)
+        if method != cls.quant_method:
+            raise ValueError(f"quant_method={method!r}; FP4Config reads {cls.quant_method!r}")
+        version = values.pop("version", VERSION)
+        if version != VERSION:
+            raise ValueError(
+                f"settings of version {version!r}; this eff_quant reads version {VERSION}, a newer one may help"
+            )
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown settings {unknown}; FP4Config has {sorted(known)}")
+        if isinstance(name := values.get("out_dtype"), str):
+            values["out_dtype"] = getattr(torch, name, name)
+        return cls(**values)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError if an argument is not one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, choices))}")
+
+
+def _check_groups(groups: Any) -> tuple[tuple[str, ...], ...]:
+    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
+        raise TypeError(f"fuse_groups={groups!r}; use a tuple of groups, such as (('gate_proj', 'up_proj'),)")
+    groups = tuple(tuple(group) for group in groups)
+    names = [name for group in groups for name in group]
+    if any(len(group) < 2 for group in groups) or len(set(names)) < len(names):
+        raise ValueError(f"fuse_groups={groups!r}; a group has two names or more, and a name is in one group only")
+    return groups
