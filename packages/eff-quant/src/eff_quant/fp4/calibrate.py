@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eff_quant.fp4.layer import FP4Linear
 from eff_quant.fp4.weight import reciprocal_scale
-from eff_quant.llm_int8.layer import is_conv1d
+from eff_quant.linears import is_conv1d
 
 VERSION = 1
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import FP4Config
 from eff_quant.fp4.weight import FP4Weight, dequantize_weight, empty_weight, multiplier, quantize_weight, shape_refusal
-from eff_quant.llm_int8.layer import is_conv1d, linear_weight
+from eff_quant.linears import is_conv1d, linear_weight
 
 
 class FP4Linear(nn.Linear):
@@ -40,6 +40,9 @@ class FP4Linear(nn.Linear):
     Raises:
         ValueError: in_features is not a multiple of the block.
     """
+
+    # transformers has nothing to initialise here; it would dequantise each layer to do so, see `weight`
+    _is_hf_initialized = True
 
     weight_packed: Tensor
     weight_scale: Tensor

@@ -111,7 +111,7 @@ def quantize_weight(weight: Tensor, config: FP4Config, *, reciprocal: Tensor | N
     if checked:
         reciprocal = reciprocal_scale(largest_magnitude(weight))
     if reciprocal is not None:
-        new = new._replace(reciprocal=reciprocal.to(weight.device))
+        new = new._replace(reciprocal=reciprocal.to(weight.device, copy=True))  # files hold one for each layer
     global_scale = new.codes.global_scale
     for start, piece in _pieces(weight):
         if not checked:
