@@ -4,7 +4,15 @@ Importing this package loads torch and nothing larger; transformers, PEFT and bi
 that need them.
 """
 
-from eff_quant.fp4 import FP4Config, FP4Linear, InputRanges, calibrate_fp4, fake_fp4
+from eff_quant.fp4 import (
+    FP4Config,
+    FP4Linear,
+    InputRanges,
+    calibrate_fp4,
+    fake_fp4,
+    load_fp4_checkpoint,
+    save_fp4_checkpoint,
+)
 from eff_quant.llm_int8 import (
     Int8Config,
     Int8Linear,
@@ -33,8 +41,10 @@ __all__ = [
     "fake_fp4",
     "load",
     "load_bnb_int8",
+    "load_fp4_checkpoint",
     "merge_lora",
     "outlier_report",
     "quantize_",
     "save_bnb_int8",
+    "save_fp4_checkpoint",
 ]
