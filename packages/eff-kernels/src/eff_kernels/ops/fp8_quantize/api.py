@@ -1,0 +1,75 @@
+"""fp8_quantize: checks of the arguments, then dispatch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.ops.fp8_quantize import cpu, reference
+
+OP = Op(
+    "fp8_quantize",
+    "(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
+    [
+        Backend("cpu", cpu.quantize, cpu.reject),
+        triton_backend("eff_kernels.ops.fp8_quantize.triton", run="quantize"),
+        Backend("reference", reference.quantize),
+    ],
+    fake=lambda x, dtype, power_of_two: (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty(x.shape[:1], dtype=torch.float32),
+    ),
+)
+
+
+class FP8Rows(NamedTuple):
+    """Result of `fp8_quantize`: x is about codes * scale, row by row."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def fp8_quantize(
+    x: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, power_of_two: bool = False, backend: str = "auto"
+) -> FP8Rows:
+    """Round each row to FP8, scaled so that its largest magnitude becomes the largest number of the format.
+
+    scale = max(max |x|, 1e-12) / M with M = 448 (E4M3) or 57344 (E5M2), and codes = x / scale clamped to -M .. M and
+    rounded half to even. All in float32, whatever the dtype of x.
+
+    Args:
+        x: Rows, [..., K]; any float dtype.
+        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        power_of_two: Round the scale up to a power of two; quantising what was quantised then changes no bit.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
+
+    Returns:
+        FP8Rows(codes of ``dtype`` [..., K], scale float32 [...]). A row of zeros has codes of zero; a row with a NaN or
+        an infinity has a scale and codes that are all NaN.
+
+    Raises:
+        ValueError: ``x`` is a scalar.
+        TypeError: ``x`` is not of a float dtype, or ``dtype`` is neither of the two.
+        BackendError: the named backend cannot run this call; the message says why.
+
+    Example:
+        >>> fp8_quantize(torch.tensor([[1.0, -0.5, 0.3, 7.0]])).scale
+        tensor([0.0156])
+    """
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if not x.is_floating_point():
+        raise TypeError(f"x must have a float dtype, got {x.dtype}")
+    check_fp8("dtype", dtype)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
+    codes, scale = OP(rows, dtype, power_of_two, backend=backend)
+    return FP8Rows(codes.view(dtype).view(x.shape), scale.view(x.shape[:-1]))
+
+
+def check_fp8(name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless the dtype is one of the two."""
+    if dtype not in cpu.FORMATS:
+        raise TypeError(f"{name} must be torch.float8_e4m3fn or torch.float8_e5m2, got {dtype}")
