@@ -9,7 +9,7 @@ from eff_kernels.ops.decode_attention import decode_attention
 from eff_kernels.ops.fp4_linear import fp4_linear
 from eff_kernels.ops.fp4_quantize import FP4Codes, fp4_dequantize, fp4_quantize
 from eff_kernels.ops.fp8_linear import fp8_linear
-from eff_kernels.ops.fp8_quantize import FP8Rows, fp8_quantize
+from eff_kernels.ops.fp8_quantize import FP8Rows, fp8_quantize, fp8_round
 from eff_kernels.ops.int4_linear import int4_linear, int4_pack, int4_unpack, int8_static_linear
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
@@ -39,6 +39,7 @@ __all__ = [
     "fp4_quantize",
     "fp8_linear",
     "fp8_quantize",
+    "fp8_round",
     "int4_linear",
     "int4_pack",
     "int4_unpack",

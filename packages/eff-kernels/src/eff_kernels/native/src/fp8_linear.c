@@ -128,14 +128,10 @@ INLINE void decode_block(const eff_fp8 format, const fp8_table *table, const uin
   }
 }
 
-/* NR columns of one item: columns beyond n repeat the last one and are not stored. */
-INLINE void four_columns(const eff_fp8 format, const job *j, int64_t m0, int rows, int64_t n0, float *c) {
+/* Several rows of x: the part of x of a K_BLOCK stays in the second-level cache for all columns of the item. Columns beyond the
+ * last repeat it and are not stored. */
+INLINE void several_rows(const eff_fp8 format, const job *j, int64_t m0, int rows, int64_t n0, int columns, float *c) {
   const args *a = j->a;
-  const float *x = j->x + m0 * j->padded;
-  if (rows == 1 && n0 + NR <= a->n) {
-    lone_row(format, j->table, x, a->w + n0 * a->w_stride, a->w_stride, a->k, c);
-    return;
-  }
   const block_fn of_rows[] = {block_1, block_2, block_3,
 #if MR == 6
                               block_4, block_5, block_6
@@ -144,11 +140,22 @@ INLINE void four_columns(const eff_fp8 format, const job *j, int64_t m0, int row
   float wide[NR * K_BLOCK] __attribute__((aligned(64)));
   for (int64_t k0 = 0; k0 < a->k; k0 += K_BLOCK) {
     const int64_t len = MIN(K_BLOCK, a->k - k0), padded = (len + STEP - 1) / STEP * STEP;
-    for (int n = 0; n < NR; n++)
-      decode_block(format, j->table, a->w + MIN(n0 + n, a->n - 1) * a->w_stride + k0, len, wide + n * K_BLOCK);
-    for (int m = 0; m < rows; m += MR)
-      of_rows[MIN(MR, rows - m) - 1](x + m * j->padded + k0, j->padded, wide, padded, c + m * COLUMNS);
+    const float *x = j->x + m0 * j->padded + k0;
+    for (int n = 0; n < columns; n += NR) {
+      for (int i = 0; i < NR; i++)
+        decode_block(format, j->table, a->w + MIN(n0 + n + i, a->n - 1) * a->w_stride + k0, len, wide + i * K_BLOCK);
+      for (int m = 0; m < rows; m += MR)
+        of_rows[MIN(MR, rows - m) - 1](x + m * j->padded, j->padded, wide, padded, c + m * COLUMNS + n);
+    }
   }
+}
+
+INLINE void item_sums(const eff_fp8 format, const job *j, int64_t m0, int rows, int64_t n0, int columns, float *c) {
+  const args *a = j->a;
+  const int whole = rows == 1 ? columns / NR * NR : 0;
+  for (int n = 0; n < whole; n += NR)
+    lone_row(format, j->table, j->x + m0 * j->padded, a->w + (n0 + n) * a->w_stride, a->w_stride, a->k, c + n);
+  if (whole < columns) several_rows(format, j, m0, rows, n0 + whole, columns - whole, c + whole);
 }
 
 static void product_item(void *ctx, int64_t item) {
@@ -159,12 +166,10 @@ static void product_item(void *ctx, int64_t item) {
   const int rows = (int)MIN(ROWS, a->m - m0), columns = (int)MIN(COLUMNS, a->n - n0);
   float sums[ROWS * COLUMNS];
   memset(sums, 0, sizeof(float) * COLUMNS * (size_t)rows);
-  for (int n = 0; n < columns; n += NR) {
-    if (a->format == E4M3)
-      four_columns(E4M3, j, m0, rows, n0 + n, sums + n);
-    else
-      four_columns(E5M2, j, m0, rows, n0 + n, sums + n);
-  }
+  if (a->format == E4M3)
+    item_sums(E4M3, j, m0, rows, n0, columns, sums);
+  else
+    item_sums(E5M2, j, m0, rows, n0, columns, sums);
   for (int m = 0; m < rows; m++) {
     float *row = sums + m * COLUMNS;
     for (int n = 0; n < columns; n++) row[n] = row[n] * j->row_scale[m0 + m] * a->scale[n0 + n];

@@ -1,4 +1,4 @@
-"""fp8_quantize: checks of the arguments, then dispatch."""
+"""fp8_quantize and fp8_round: checks of the arguments, then dispatch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ OP = Op(
         x.new_empty(x.shape, dtype=torch.uint8),
         x.new_empty(x.shape[:1], dtype=torch.float32),
     ),
+)
+
+ROUND_OP = Op(
+    "fp8_round",
+    "(Tensor x, ScalarType dtype, bool power_of_two) -> Tensor",
+    [
+        Backend("cpu", cpu.round_rows, cpu.reject),
+        triton_backend("eff_kernels.ops.fp8_quantize.triton", run="round_rows"),
+        Backend("reference", reference.round_rows),
+    ],
+    fake=lambda x, dtype, power_of_two: x.new_empty(x.shape),
+    backward=lambda ctx, grad: (grad, None, None),
 )
 
 
@@ -59,14 +71,40 @@ def fp8_quantize(
         >>> fp8_quantize(torch.tensor([[1.0, -0.5, 0.3, 7.0]])).scale
         tensor([0.0156])
     """
+    codes, scale = OP(_rows(x, dtype), dtype, power_of_two, backend=backend)
+    return FP8Rows(codes.view(dtype).view(x.shape), scale.view(x.shape[:-1]))
+
+
+def fp8_round(
+    x: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, power_of_two: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Round each row to numbers that FP8 and one scale express; the gradient passes as if nothing were rounded.
+
+    The values are ``codes * scale`` of `fp8_quantize`, rounded once to the dtype of x. Nothing is kept for the
+    backward.
+
+    Args:
+        x: Rows, [..., K]; any float dtype.
+        dtype: As for `fp8_quantize`.
+        power_of_two: As for `fp8_quantize`.
+        backend: As for `fp8_quantize`.
+
+    Returns:
+        Tensor like ``x``, contiguous. A row with a NaN or an infinity is all NaN.
+
+    Raises:
+        ValueError, TypeError, BackendError: As for `fp8_quantize`.
+    """
+    return ROUND_OP(_rows(x, dtype), dtype, power_of_two, backend=backend).view(x.shape)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     if not x.is_floating_point():
         raise TypeError(f"x must have a float dtype, got {x.dtype}")
     check_fp8("dtype", dtype)
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
-    codes, scale = OP(rows, dtype, power_of_two, backend=backend)
-    return FP8Rows(codes.view(dtype).view(x.shape), scale.view(x.shape[:-1]))
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
 
 
 def check_fp8(name: str, dtype: torch.dtype) -> None:

@@ -21,6 +21,12 @@ def quantize(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor,
     return scaled.clamp(-most, most).to(dtype).view(torch.uint8), scale
 
 
+def round_rows(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """The numbers [T, K] for which the codes of x [T, K] stand, of ``x.dtype``."""
+    codes, scale = quantize(x, dtype, power_of_two)
+    return (codes.view(dtype).float() * scale[:, None]).to(x.dtype)
+
+
 def scale_of(amax: Tensor, dtype: torch.dtype, power_of_two: bool, eps: float = EPS) -> Tensor:
     """The scale for entries of magnitude up to ``amax`` (float32); NaN for NaN and infinity, which have none."""
     scale = torch.where(amax.isfinite(), amax, torch.nan).clamp(min=eps) / torch.finfo(dtype).max
