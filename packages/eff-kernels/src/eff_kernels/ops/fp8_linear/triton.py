@@ -1,8 +1,9 @@
 """Triton kernels of fp8_linear. Not yet run on a GPU: compiled and interpreted only.
 
 Where both sides are FP8 and the matrix units multiply that (sm_89 and later), one kernel hands them the codes as they
-are. Everywhere else, and where x is no FP8, the codes are widened in registers by their bits and the product runs in the
-dtype of x. That serves sm_80, where Triton refuses E4M3, and gfx942, whose own FP8 has another bias. Sums are float32.
+are. Everywhere else, and where x is no FP8, the codes are widened in registers by their bits and the product runs in
+the dtype of x. That serves sm_80, where Triton refuses E4M3, and gfx942, whose own FP8 has another bias. Sums are
+float32.
 
 M: rows. N: outputs. K: inner dimension of a block.
 """
