@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -132,12 +133,19 @@ def _as_modelopt(state: dict[str, Tensor], layers: Mapping[str, FP4Linear]) -> d
 
 
 def load_fp4_checkpoint(
-    path: str | Path, *, out_dtype: torch.dtype | None = None, backend: str = "auto", **kwargs: Any
+    path: str | Path,
+    *,
+    round_activations: bool = True,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    **kwargs: Any,
 ) -> Any:
     """Load a folder with FP4 weights of compressed-tensors or ModelOpt; they stay packed.
 
     Args:
         path: Folder with config.json and safetensors files.
+        round_activations: Round activations to FP4 if the folder says so. False leaves them as they are, which is more
+            exact and, where there are no FP4 matrix units, faster.
         out_dtype: As in `FP4Config`.
         backend: As in `FP4Config`.
         **kwargs: Passed on to ``from_pretrained``.
@@ -181,11 +189,18 @@ def load_fp4_checkpoint(
     hf_config.quantization_config = hf.EffConfig(config).to_dict()
     if folder.modelopt:
         model = cls.from_pretrained(None, config=hf_config, state_dict=folder.as_compressed_tensors(layers), **kwargs)
+        if (folder.path / "generation_config.json").exists():
+            model.generation_config = model.generation_config.from_pretrained(path)
     else:
         model = cls.from_pretrained(path, config=hf_config, **kwargs)
     for name, layer in model.named_modules():
         if isinstance(layer, FP4Linear):
             check_fp4_tensors(name, layer.state_dict(), format)
+            if not round_activations:
+                layer.config = replace(layer.config, activations=None)
+                layer.input_global_scale = None
+    if not round_activations:
+        hf.record_settings(model)
     return model
 
 
