@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from eff_quant.fp4.method import METHOD as FP4
+from eff_quant.fp8_qat.method import METHOD as FP8
 from eff_quant.llm_int8.method import METHOD as INT8
 from eff_quant.method import Method
 
-METHODS: dict[type, Method] = {m.config: m for m in (INT8, FP4)}
+METHODS: dict[type, Method] = {m.config: m for m in (INT8, FP4, FP8)}
 LAYERS: tuple[type[nn.Linear], ...] = tuple(m.layer for m in METHODS.values())
 
 

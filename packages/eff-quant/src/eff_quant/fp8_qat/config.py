@@ -77,7 +77,9 @@ class FP8QATConfig:
     def __post_init__(self) -> None:
         check_patterns(self, "where", "skip")
         if not isinstance(self.weight, FP8Spec) or not isinstance(self.activation, FP8Spec | None):
-            raise TypeError(f"weight={self.weight!r}, activation={self.activation!r}; use an FP8Spec, or None for inputs")
+            raise TypeError(
+                f"weight={self.weight!r}, activation={self.activation!r}; use an FP8Spec, or None for inputs"
+            )
         specs = [s for s in (self.weight, self.activation) if s is not None]
         if self.scale_grad and any(s.power_of_two for s in specs):
             raise ValueError("scale_grad=True with scales that are powers of two, which have no gradient; leave it out")

@@ -34,11 +34,16 @@ class AttentionOutputDistiller(Handle):
         super().__init__()
         if match not in ("name", "order"):
             raise ValueError(f"match={match!r}; use 'name' or 'order'")
-        ours, theirs = dict(select(student, where)), dict(select(teacher, where))
+        ours: dict[str, nn.Module] = dict(select(student, where))
+        theirs: dict[str, nn.Module] = dict(select(teacher, where))
         if not ours or not theirs:
-            raise ValueError(f"where={where!r} takes in {len(ours)} modules of the student, {len(theirs)} of the teacher")
+            raise ValueError(
+                f"where={where!r} takes in {len(ours)} modules of the student, {len(theirs)} of the teacher"
+            )
         if match == "name" and ours.keys() != theirs.keys():
-            raise ValueError(f"modules in one model only: {sorted(ours.keys() ^ theirs.keys())}; match='order' may help")
+            raise ValueError(
+                f"modules in one model only: {sorted(ours.keys() ^ theirs.keys())}; match='order' may help"
+            )
         if len(ours) != len(theirs):
             raise ValueError(f"the student has {len(ours)} such modules, the teacher {len(theirs)}")
         self._outputs: dict[tuple[str, int], Tensor] = {}
@@ -66,7 +71,9 @@ class AttentionOutputDistiller(Handle):
         for i, name in enumerate(self._names):
             missing = [role for role in ("teacher", "student") if (role, i) not in self._outputs]
             if missing:
-                raise RuntimeError(f"{name}: no output of the {missing[0]}; run teacher(x) and student(x) before loss()")
+                raise RuntimeError(
+                    f"{name}: no output of the {missing[0]}; run teacher(x) and student(x) before loss()"
+                )
             ours, theirs = self._outputs["student", i], self._outputs["teacher", i]
             if ours.shape != theirs.shape:
                 raise ValueError(f"{name}: the student gives {list(ours.shape)}, the teacher {list(theirs.shape)}")

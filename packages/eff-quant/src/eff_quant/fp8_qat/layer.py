@@ -188,7 +188,7 @@ def check_fp8_tensors(
         raise KeyError(f"{name}: FP8 weight without its scales weight_scale")
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name}: weight has shape {list(weight.shape)}, wanted {list(shape)}")
-    if scale.numel() not in (1, shape[0]) or scale.shape[:1].numel() not in (1, shape[0]):
+    if scale.numel() != 1 and scale.shape not in ((shape[0],), (shape[0], 1)):
         raise ValueError(
             f"{name}: weight_scale has shape {list(scale.shape)}, wanted [{shape[0]}, 1] or one scale for the tensor"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from eff_quant.fp8_qat.config import FP8QATConfig
 from eff_quant.fp8_qat.fake import fake_quant_fp8
-from eff_quant.linears import find_linears
+from eff_quant.linears import find_linears, on_skip_list
 
 
 class FP8QATLinear(nn.Linear):
@@ -129,10 +130,12 @@ def prepare_qat_(model: nn.Module, config: FP8QATConfig | None = None) -> QATHan
     if isinstance(model, nn.Linear):
         raise ValueError("the model itself is one linear layer; put it in a module, such as nn.Sequential(layer)")
     if prepared := [name for name, _ in qat_layers(model)]:
-        raise ValueError(f"the model is prepared already ({prepared[0]} and {len(prepared) - 1} more); remove that first")
+        raise ValueError(
+            f"the model is prepared already ({prepared[0]} and {len(prepared) - 1} more); remove that first"
+        )
     report = Report("prepare_qat_")
     handle = QATHandle(model, report)
-    for f in find_linears(model, where=config.where, skip=config.skip):
+    for f in find_linears(model, where=config.where, leave=partial(on_skip_list, model, config.skip)):
         layer = f.module
         reason = f.reason or ("" if type(layer) is nn.Linear else f"is a {type(layer).__name__}, not an nn.Linear")
         if reason:
@@ -155,8 +158,8 @@ def qat_layers(model: nn.Module) -> Iterator[tuple[str, FP8QATLinear]]:
 def unprepare(layer: nn.Module) -> None:
     """Make a prepared layer an `nn.Linear` again; nothing happens to one that is."""
     if isinstance(layer, FP8QATLinear):
-        layer.__class__ = nn.Linear
         del layer.fp8_qat
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def freeze_except_(model: nn.Module, patterns: Sequence[str]) -> list[str]:

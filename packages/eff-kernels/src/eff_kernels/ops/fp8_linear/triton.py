@@ -147,7 +147,7 @@ def _config(m: int, dtype: torch.dtype, *, hip: bool) -> dict[str, int]:
     if m <= 16:
         return {"BM": 16, "BN": 32, "BK": 128, "GROUP": 8, "num_warps": 4, "num_stages": stages}
     if m <= 64:
-        return {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": stages}
+        return {"BM": 64, "BN": 32, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": stages}
     return {"BM": 128, "BN": 128, "BK": 32 if hip else 64, "GROUP": 8, "num_warps": 8, "num_stages": stages}
 
 
