@@ -3,7 +3,7 @@
  * Each output is the same sum in the same order whatever the number of rows of x: eight lanes along k, one chain of
  * multiply-adds each, joined after every K_BLOCK entries. So the result of a row never depends on its neighbours in the batch,
  * which libraries that choose a blocking by the shape do not give. Weights are read once, in the dtype they are stored in. */
-#include "eff.h"
+#include "lanes.h"
 
 /* An item of work is ROWS x COLUMNS outputs: its part of x stays in the second-level cache, its weights in the first. */
 #define ROWS 64
@@ -69,31 +69,6 @@ INLINE eff_vf load_tail(const int dtype, const void *p, int64_t len) {
   float v[EFF_LANES] = {0};
   load_weights(dtype, p, v, len);
   return eff_vload(v);
-}
-
-/* a * b + c with one rounding where the processor has the instruction, for every caller alike. */
-INLINE eff_vf multiply_add(eff_vf a, eff_vf b, eff_vf c) {
-#if defined(__FMA__)
-  c = (eff_vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  __asm__ volatile("" : "+x"(c)); /* as in dot.h */
-  return c;
-#else
-  return c + a * b;
-#endif
-}
-
-INLINE float sum_lanes(eff_vf v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
-
-/* Sums of the eight lanes of four vectors, in the order of sum_lanes. */
-INLINE void add_lanes_of_four(const eff_vf *v, float *c) {
-#if defined(__AVX2__)
-  const __m256 ab = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
-  const __m256 s = _mm256_hadd_ps(ab, cd);
-  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-  _mm_storeu_ps(c, _mm_add_ps(_mm_loadu_ps(c), sum));
-#else
-  for (int n = 0; n < 4; n++) c[n] += sum_lanes(v[n]);
-#endif
 }
 
 /* c[m * COLUMNS + n] += sum_k x[m, k] * w[n, k] for MR rows of x and NR rows of w, at most K_BLOCK entries each. */

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eff_kernels.op import Backend, Op
-from eff_kernels.ops.fp4_linear import reference
+from eff_kernels.ops.fp4_linear import cpu, reference
 from eff_kernels.ops.fp4_linear.backward import BACKWARD_OP
 from eff_kernels.ops.fp4_quantize.api import (
     Format,
@@ -32,7 +32,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad = grad.contiguous()
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = BACKWARD_OP(grad, *ctx.saved_tensors, ctx.format, ctx.x_dtype)
+        dx = BACKWARD_OP(grad, *ctx.saved_tensors, ctx.format, ctx.x_dtype, backend=ctx.backend)
     if ctx.needs_input_grad[4]:
         dbias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
     return dx, None, None, None, dbias, None, None, None, None, None
@@ -42,7 +42,7 @@ OP = Op(
     "fp4_linear",
     "(Tensor x, Tensor packed, Tensor scale, Tensor? global_scale, Tensor? bias, Tensor? input_global_scale, "
     "str format, str activations, str scale_rounding, ScalarType out_dtype) -> Tensor",
-    [Backend("reference", reference.fp4_linear)],
+    [Backend("cpu", cpu.fp4_linear, cpu.reject), Backend("reference", reference.fp4_linear)],
     fake=lambda x, packed, *args: x.new_empty((x.shape[0], packed.shape[0]), dtype=args[-1]),
     setup_context=_remember,
     backward=_backward,

@@ -23,8 +23,14 @@ def _blocked(
     return out.to(dtype)
 
 
-def _reject_blocked(grad: Tensor, *_: object) -> str | None:
-    return None if grad.device.type == "cpu" else f"needs CPU tensors, got the gradient on {grad.device}"
+def _reject_blocked(
+    grad: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype
+) -> str | None:
+    if grad.device.type != "cpu":
+        return f"needs CPU tensors, got the gradient on {grad.device}"
+    if grad.dtype == torch.float64 or dtype == torch.float64:
+        return "sums in float32, got float64"
+    return None
 
 
 BACKWARD_OP = Op(

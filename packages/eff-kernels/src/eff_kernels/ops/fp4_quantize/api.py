@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eff_kernels.op import Backend, Op
-from eff_kernels.ops.fp4_quantize import reference
+from eff_kernels.ops.fp4_quantize import cpu, reference
 from eff_kernels.ops.fp4_quantize.reference import BLOCKS, SCALE_ROUNDINGS
 from eff_kernels.ops.int8_quantize.api import check_float
 
@@ -18,7 +18,7 @@ ScaleRounding = Literal["floor", "even", "ceil", "rceil"]
 OP = Op(
     "fp4_quantize",
     "(Tensor x, Tensor? global_scale, str format, str scale_rounding) -> (Tensor, Tensor)",
-    [Backend("reference", reference.quantize)],
+    [Backend("cpu", cpu.quantize, cpu.reject), Backend("reference", reference.quantize)],
     fake=lambda x, global_scale, format, scale_rounding: (
         x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8),
         x.new_empty((x.shape[0], x.shape[1] // BLOCKS[format]), dtype=torch.uint8),
@@ -28,7 +28,7 @@ OP = Op(
 DEQUANTIZE_OP = Op(
     "fp4_dequantize",
     "(Tensor packed, Tensor scale, Tensor? global_scale, str format, ScalarType dtype) -> Tensor",
-    [Backend("reference", reference.dequantize)],
+    [Backend("cpu", cpu.dequantize, cpu.reject_dequantize), Backend("reference", reference.dequantize)],
     fake=lambda packed, scale, global_scale, format, dtype: packed.new_empty(
         (packed.shape[0], 2 * packed.shape[1]), dtype=dtype
     ),
