@@ -23,6 +23,7 @@ class TestInt8Linear(OpTests):
         x, weight, absmax, bias = args
         k = spec.kwargs
         options = (k.get("threshold", 0.0), k.get("per_token_outliers", False), k.get("activation", "dynamic"))
+        options = (*options, k.get("activation_group"))
         return x, weight, absmax, bias, *options, x.dtype
 
     def expected(self, schema_args):
@@ -85,19 +86,20 @@ def test_the_largest_codes_do_not_saturate(backend, code, m):
     k=st.integers(1, 150),
     threshold=st.sampled_from([0.0, 0.01, 2.5, 6.0]),
     per_token=st.booleans(),
+    group=st.sampled_from([None, 32, 64, 96]),
     bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_compiled_code_equals_the_reference(m, n, k, threshold, per_token, bias, seed):
+def test_compiled_code_equals_the_reference(m, n, k, threshold, per_token, group, bias, seed):
     codes, absmax = layer(n, k, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator) * 2
     b = torch.randn(n, generator=generator) if bias else None
-    kwargs = {"threshold": threshold, "per_token_outliers": per_token}
+    kwargs = {"threshold": threshold, "per_token_outliers": per_token, "activation_group": group}
     actual = int8_linear(x, codes, absmax, b, backend="cpu", **kwargs)
     wide_bias = None if b is None else b.double()
     wide = reference.int8_linear(
-        x.double(), codes, absmax.double(), wide_bias, threshold, per_token, "dynamic", torch.float64
+        x.double(), codes, absmax.double(), wide_bias, threshold, per_token, "dynamic", group, torch.float64
     )
     # Each sum of K products in float32 is off by at most K roundings of its terms.
     bound = (x.abs().double() @ dequantized(codes, absmax).abs().t() + (0 if b is None else b.abs())) * (k + 8) * 2**-24

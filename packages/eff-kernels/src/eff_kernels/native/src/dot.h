@@ -8,7 +8,7 @@
 #pragma once
 #include "eff.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(EFF_NO_VNNI)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(EFF_NO_VNNI) && !defined(EFF_EMULATE_VNNI)
 #define EFF_STEP 64
 #define EFF_OFFSET 128
 typedef uint8_t eff_act;
@@ -28,7 +28,7 @@ typedef __m256i eff_acc;
 typedef __m256i eff_wide;
 INLINE eff_acc eff_acc_zero(void) { return _mm256_setzero_si256(); }
 INLINE eff_wide eff_widen_weights(const int8_t *b) { return _mm256_loadu_si256((const __m256i *)b); }
-#if defined(__AVXVNNI__)
+#if defined(__AVXVNNI__) && !defined(EFF_EMULATE_VNNI)
 INLINE eff_acc eff_dpbusd(eff_acc c, __m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
 #else /* the same function without the instruction, so that machines without it can test this path */
 INLINE eff_acc eff_dpbusd(eff_acc c, __m256i a, __m256i b) {

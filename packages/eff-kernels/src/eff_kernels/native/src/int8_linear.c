@@ -1,138 +1,114 @@
 /* y = x W^T with x quantised on the fly and W stored as int8 rows (LLM.int8()), in one call: scan and quantise the rows of x,
  * integer products, dequantisation, the outlier columns in float32, bias, one rounding to the output dtype. */
 #include "int8_linear.h"
-#include "int8_rows.h"
+#include "int8_tile.h"
 
-/* An item of work is ROWS x COLUMNS outputs: its activation codes stay in the second-level cache, its weights in the first. */
-#define ROWS 64
-#define COLUMNS 24
-#define K_BLOCK 2048
-#define RUNS 4 /* for each thread: few, since a run starts with weights that nothing has fetched */
+#define RUNS 4      /* for each thread: few, since a run starts with weights that nothing has fetched */
+#define OUTLIERS 64 /* outlier columns at a time */
 
 typedef struct {
-  const void *x;
+  const eff_int8_linear_args *a;
   eff_dtype x_dtype;
-  int64_t m, n, k, x_stride;
-  const int8_t *w;
-  const float *w_absmax;
-  const void *bias; /* NULL: none */
-  eff_dtype bias_dtype;
   float threshold;
-  int per_token;
-  void *y;
-  eff_dtype y_dtype;
-  /* scratch */
-  int64_t padded; /* k, rounded up to EFF_STEP */
-  eff_act *codes; /* [m, padded] */
-  float *x_absmax; /* [m] */
-  eff_row *row; /* [padded to EFF_ROW_STEP], for m = 1: the codes as a lone row takes them */
+  tile_rows t;
   uint8_t *columns; /* [k] */
   int found;
   int64_t outliers;
   int32_t *outlier_index; /* [outliers] */
-  float *outlier_x; /* [m, outliers] */
-  float *outlier_w; /* [items, outliers, COLUMNS] */
+  float *outlier_x;       /* [m, outliers] */
   int64_t items, run;
 } job;
 
 static void scan_rows(void *ctx, int64_t r) {
   job *j = ctx;
-  const void *source = eff_at(j->x, j->x_dtype, r * j->x_stride);
-  float *row = j->x_dtype == EFF_F32 ? (float *)source : eff_scratch((size_t)j->k * 4);
-  if (j->x_dtype != EFF_F32) eff_load_row(j->x_dtype, source, row, j->k);
-  j->x_absmax[r] = eff_scan_row(row, j->k, j->threshold, j->columns, &j->found);
-  /* Most calls have no outliers: make the codes while the row is at hand, and again below if it turns out otherwise. */
-  eff_row_codes(row, j->k, j->x_absmax[r], j->codes + r * j->padded, j->padded);
+  const tile_rows *t = &j->t;
+  const void *source = eff_at(j->a->x, j->x_dtype, r * j->a->x_stride);
+  float *row = j->x_dtype == EFF_F32 ? (float *)source : eff_scratch((size_t)t->k * 4);
+  if (j->x_dtype != EFF_F32) eff_load_row(j->x_dtype, source, row, t->k);
+  eff_act *codes = t->codes + r * t->padded;
+  for (int64_t g = 0; g < t->groups; g++) {
+    const int64_t k = g * t->group, len = MIN(t->group, t->k - k);
+    const float absmax = eff_scan_row(row + k, len, j->threshold, j->columns + k, &j->found);
+    t->scale[r * t->groups + g] = absmax / 127.0f;
+    /* Most calls have no outliers: make the codes while the row is at hand, and again below if it turns out otherwise. */
+    eff_row_codes(row + k, len, absmax, codes + k, g + 1 < t->groups ? len : t->padded - k);
+  }
   if (j->x_dtype != EFF_F32) free(row);
 }
 
-/* With outliers: their codes become 0 and their values go to outlier_x. */
-static void split_rows(void *ctx, int64_t r) {
-  job *j = ctx;
-  const void *source = eff_at(j->x, j->x_dtype, r * j->x_stride);
-  eff_act *codes = j->codes + r * j->padded;
+/* Outliers get codes of 0 and go to outlier_x. */
+static void split_row(const job *j, int64_t r) {
+  const void *source = eff_at(j->a->x, j->x_dtype, r * j->a->x_stride);
   float *values = j->outlier_x + r * j->outliers;
   for (int64_t o = 0; o < j->outliers; o++) {
-    int32_t i = j->outlier_index[o];
+    const int32_t i = j->outlier_index[o];
     float v;
     eff_load_row(j->x_dtype, eff_at(source, j->x_dtype, i), &v, 1);
-    int taken = !j->per_token || fabsf(v) >= j->threshold;
+    const int taken = !j->a->per_token || fabsf(v) >= j->threshold;
     values[o] = taken ? v : 0.0f;
-    if (taken) codes[i] = eff_act_of(0);
+    if (taken) j->t.codes[r * j->t.padded + i] = eff_act_of(0);
   }
 }
 
-/* One function per block shape: each gets its own registers. */
-#define DOT(MR, NR, FIRST)                                                                                                   \
-  static __attribute__((noinline)) void dot_##MR##x##NR##_##FIRST(const eff_act *a, int64_t lda, const int8_t *b, int64_t ldb, \
-                                                                  int64_t k, int32_t *surplus, int32_t *c) {                 \
-    eff_dot_block(MR, NR, FIRST, a, lda, b, ldb, k, surplus, c, COLUMNS);                                                    \
-  }
-DOT(1, 3, 0) DOT(2, 3, 0) DOT(3, 3, 0) DOT(1, 3, 1) DOT(2, 3, 1) DOT(3, 3, 1)
-DOT(1, 1, 0) DOT(1, 1, 1)
-
-/* Codes of the outlier columns of NR weight rows as floats: out[o, n]. Called while the rows are in the first-level cache. */
-INLINE void gather_weights(const job *j, const int8_t *b, int nr, float *out) {
-  for (int64_t o = 0; o < j->outliers; o++)
-    for (int n = 0; n < nr; n++) out[o * COLUMNS + n] = (float)b[n * j->k + j->outlier_index[o]];
+static void finish_rows(void *ctx, int64_t r) {
+  const job *j = ctx;
+  if (j->outliers) split_row(j, r);
+  tile_codes(j->t.codes + r * j->t.padded, &j->t, r);
 }
 
-/* A lone row of x: one weight row after the other, and at once what its outlier columns add. */
-static void one_row(const job *j, int64_t n0, int columns, int32_t *sums, float *outlier_sums) {
-  for (int n = 0; n < columns; n++) {
-    const int8_t *b = j->w + (n0 + n) * j->k;
-    sums[n] = eff_dot_row(j->row, b, j->k);
-    for (int64_t o = 0; o < j->outliers; o++) outlier_sums[n] += j->outlier_x[o] * (float)b[j->outlier_index[o]];
+/* Column i of `columns` weight rows as floats. */
+INLINE void gather(const int8_t *w, int64_t k, int64_t i, int columns, float *out) {
+  int n = 0;
+#if EFF_STEP == 64
+  if (k >= 4) { /* four bytes of each row, of which one counts */
+    const int64_t at = MIN(i, k - 4);
+    const __m512i step = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)k));
+    const __m128i up = _mm_cvtsi32_si128(8 * (int)(3 - (i - at)));
+    for (; n < columns; n += 16) {
+      const __mmask16 mask = (__mmask16)(0xffffu >> (16 - MIN(16, columns - n)));
+      const __m512i v = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, step, w + n * k + at, 1);
+      _mm512_storeu_ps(out + n, _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(v, up), 24)));
+    }
+  }
+#endif
+  for (; n < columns; n++) out[n] = (float)w[n * k + i];
+}
+
+/* sums += what the outlier columns add. Called while the weights are in a near cache. */
+INLINE void add_outliers(const job *j, int64_t r0, int rows, const int8_t *w, int columns, float *sums) {
+  float weights[OUTLIERS * COLUMNS];
+  for (int64_t o0 = 0; o0 < j->outliers; o0 += OUTLIERS) {
+    const int count = (int)MIN(OUTLIERS, j->outliers - o0);
+    for (int o = 0; o < count; o++) gather(w, j->t.k, j->outlier_index[o0 + o], columns, weights + o * COLUMNS);
+    for (int m = 0; m < rows; m++) {
+      const float *x = j->outlier_x + (r0 + m) * j->outliers + o0;
+      for (int n = 0; n < columns; n += EFF_LANES) {
+        eff_vf sum = eff_vload(sums + m * COLUMNS + n);
+        for (int o = 0; o < count; o++) sum += eff_splat(x[o]) * eff_vload(weights + o * COLUMNS + n);
+        eff_vstore(sums + m * COLUMNS + n, sum);
+      }
+    }
   }
 }
 
 static void product_item(void *ctx, int64_t item) {
-  job *j = ctx;
-  const int64_t tiles = (j->n + COLUMNS - 1) / COLUMNS;
-  const int64_t m0 = item / tiles * ROWS, n0 = item % tiles * COLUMNS;
-  const int rows = (int)MIN(ROWS, j->m - m0), columns = (int)MIN(COLUMNS, j->n - n0);
-  const eff_act *codes = j->codes + m0 * j->padded;
-  const float *x_out = j->outlier_x + m0 * j->outliers;
-  int32_t sums[ROWS * COLUMNS], surplus[COLUMNS];
-  float outlier_sums[COLUMNS] = {0};
-  memset(sums, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);
-  float *w_out = j->outliers ? j->outlier_w + item * j->outliers * COLUMNS : NULL;
-
-  const int done = j->m == 1 ? columns : 0;
-  if (done) one_row(j, n0, columns, sums, outlier_sums);
-  for (int64_t k0 = 0; k0 < j->k && done < columns; k0 += K_BLOCK) {
-    const int64_t k = MIN(K_BLOCK, j->k - k0);
-    const eff_act *a = codes + k0;
-    int n = done;
-    for (; n + 3 <= columns; n += 3) { /* three weight rows stay in the first-level cache while all rows of x pass */
-      const int8_t *b = j->w + (n0 + n) * j->k + k0;
-      int m = 0;
-#define ARGUMENTS a + m * j->padded, j->padded, b, j->k, k, surplus + n, sums + m * COLUMNS + n
-      if (rows >= 3) dot_3x3_1(ARGUMENTS), m = 3;
-      for (; m + 3 <= rows; m += 3) dot_3x3_0(ARGUMENTS);
-      if (rows - m == 2) m ? dot_2x3_0(ARGUMENTS) : dot_2x3_1(ARGUMENTS);
-      if (rows - m == 1) m ? dot_1x3_0(ARGUMENTS) : dot_1x3_1(ARGUMENTS);
-#undef ARGUMENTS
-    }
-    for (; n < columns; n++)
-      for (int m = 0; m < rows; m++)
-        (m ? dot_1x1_0 : dot_1x1_1)(a + m * j->padded, j->padded, j->w + (n0 + n) * j->k + k0, j->k, k, surplus + n,
-                                    sums + m * COLUMNS + n);
+  const job *j = ctx;
+  const eff_int8_linear_args *a = j->a;
+  const int64_t tiles = (a->n + COLUMNS - 1) / COLUMNS, m0 = item / tiles * ROWS, n0 = item % tiles * COLUMNS;
+  const int rows = (int)MIN(ROWS, a->m - m0), columns = (int)MIN(COLUMNS, a->n - n0), step = a->m == 1 ? LONE : COLUMNS;
+  float sums[ROWS * COLUMNS] __attribute__((aligned(64)));
+  for (int n = 0; n < columns; n += step) {
+    const int8_t *w = a->w + (n0 + n) * a->k;
+    const int some = MIN(step, columns - n);
+    tile_product(&j->t, m0, rows, w, some, sums + n);
+    if (j->outliers) add_outliers(j, m0, rows, w, some, sums + n);
   }
-  if (j->outliers && done < columns) gather_weights(j, j->w + (n0 + done) * j->k, columns - done, w_out + done);
-
-  float scale[COLUMNS], bias[COLUMNS] = {0}, out[COLUMNS];
-  for (int n = 0; n < columns; n++) scale[n] = j->w_absmax[n0 + n];
-  if (j->bias) eff_load_row(j->bias_dtype, eff_at(j->bias, j->bias_dtype, n0), bias, columns);
+  float scale[COLUMNS] = {0}, bias[COLUMNS] = {0}, out[COLUMNS];
+  for (int n = 0; n < columns; n++) scale[n] = a->w_absmax[n0 + n] / 127.0f;
+  if (a->bias) eff_load_row((eff_dtype)a->bias_dtype, eff_at(a->bias, (eff_dtype)a->bias_dtype, n0), bias, columns);
   for (int m = 0; m < rows; m++) {
-    const float s = j->x_absmax[m0 + m] / 127.0f;
-    for (int64_t o = 0; o < j->outliers && done < columns; o++)
-      for (int n = done; n < columns; n++) outlier_sums[n] += x_out[m * j->outliers + o] * w_out[o * COLUMNS + n];
-    for (int n = 0; n < columns; n++) {
-      out[n] = ((float)sums[m * COLUMNS + n] * s + outlier_sums[n]) * (scale[n] / 127.0f) + bias[n];
-      outlier_sums[n] = 0.0f;
-    }
-    eff_store_row(j->y_dtype, out, eff_at_mut(j->y, j->y_dtype, (m0 + m) * j->n + n0), columns);
+    for (int n = 0; n < COLUMNS; n++) out[n] = sums[m * COLUMNS + n] * scale[n] + bias[n];
+    eff_store_row((eff_dtype)a->y_dtype, out, eff_at_mut(a->y, (eff_dtype)a->y_dtype, (m0 + m) * a->n + n0), columns);
   }
 }
 
@@ -142,38 +118,41 @@ static void product_run(void *ctx, int64_t run) {
   for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(ctx, i);
 }
 
+/* The next `bytes` of scratch memory, aligned for any vector. */
+INLINE void *take(char **scratch, size_t bytes) {
+  void *p = *scratch;
+  *scratch += (bytes + 63) / 64 * 64;
+  return p;
+}
+
 int eff_int8_linear(const eff_int8_linear_args *a) {
   const int64_t m = a->m, n = a->n, k = a->k;
-  const int threads = (int)a->threads;
-  job j = {.x = a->x, .x_dtype = (eff_dtype)a->x_dtype, .m = m, .n = n, .k = k, .x_stride = a->x_stride, .w = a->w,
-           .w_absmax = a->w_absmax, .bias = a->bias, .bias_dtype = (eff_dtype)a->bias_dtype, .threshold = (float)a->threshold,
-           .per_token = a->per_token != 0, .y = a->y, .y_dtype = (eff_dtype)a->y_dtype};
-  j.padded = (k + EFF_STEP - 1) / EFF_STEP * EFF_STEP;
-  const size_t codes = (size_t)(m * j.padded) * sizeof(eff_act), absmax = (size_t)m * 4, flags = j.threshold > 0.0f ? (size_t)k : 0;
-  const size_t row = m == 1 ? (size_t)(k + EFF_ROW_STEP) * sizeof(eff_row) : 0;
-  char *scratch = eff_scratch(codes + absmax + flags + row);
+  const int threads = (int)a->threads, row_threads = m * k < 65536 ? 1 : threads;
+  job j = {.a = a, .x_dtype = (eff_dtype)a->x_dtype, .threshold = (float)a->threshold};
+  tile_rows *t = &j.t;
+  t->rows = m, t->k = k, t->group = a->group ? MIN(a->group, MAX(k, 1)) : MAX(k, 1);
+  t->groups = MAX(1, (k + t->group - 1) / t->group);
+  t->padded = ((k + EFF_STEP - 1) / EFF_STEP | 1) * EFF_STEP; /* odd: rows do not all fall into the same sets of the cache */
+  const size_t codes = (size_t)(m * t->padded) * sizeof(eff_act), scales = (size_t)(m * t->groups) * 4;
+  const size_t flags = j.threshold > 0.0f ? (size_t)k : 0, row = m == 1 ? (size_t)(t->padded + EFF_ROW_STEP) * sizeof(eff_row) : 0;
+  char *scratch = eff_scratch(codes + 2 * scales + flags + row + 5 * 64), *free_part = scratch, *outliers = NULL;
   if (!scratch) return 1;
-  j.codes = (eff_act *)scratch, j.x_absmax = (float *)(scratch + codes), j.columns = (uint8_t *)(scratch + codes + absmax);
-  j.row = (eff_row *)(scratch + codes + absmax + flags);
+  t->codes = take(&free_part, codes), t->scale = take(&free_part, scales), t->surplus = take(&free_part, scales);
+  t->row = take(&free_part, row), j.columns = take(&free_part, flags);
   memset(j.columns, 0, flags);
-  const int row_threads = m * k < 65536 ? 1 : threads;
   eff_parallel_for(m, row_threads, scan_rows, &j);
-  char *outliers = NULL;
-  const int64_t items = (m + ROWS - 1) / ROWS * ((n + COLUMNS - 1) / COLUMNS);
   if (j.found) {
     for (int64_t i = 0; i < k; i++) j.outliers += j.columns[i];
-    outliers = eff_scratch((size_t)(j.outliers * (m + 1 + items * COLUMNS)) * 4);
+    outliers = eff_scratch((size_t)(j.outliers * (m + 1)) * 4);
     if (!outliers) return free(scratch), 1;
     j.outlier_index = (int32_t *)outliers, j.outlier_x = (float *)outliers + j.outliers;
-    j.outlier_w = j.outlier_x + m * j.outliers;
     int64_t o = 0;
     for (int64_t i = 0; i < k; i++)
       if (j.columns[i]) j.outlier_index[o++] = (int32_t)i;
-    eff_parallel_for(m, row_threads, split_rows, &j);
   }
-  for (int64_t i = 0; m == 1 && i < k; i++) j.row[i] = (eff_row)j.codes[i];
-  j.items = items, j.run = MAX(1, items / (threads * RUNS));
-  eff_parallel_for((items + j.run - 1) / j.run, threads, product_run, &j);
+  eff_parallel_for(m, row_threads, finish_rows, &j);
+  j.items = (m + ROWS - 1) / ROWS * ((n + COLUMNS - 1) / COLUMNS), j.run = MAX(1, j.items / (threads * RUNS));
+  eff_parallel_for((j.items + j.run - 1) / j.run, threads, product_run, &j);
   free(outliers), free(scratch);
   return 0;
 }

@@ -11,6 +11,7 @@ typedef struct {
   int64_t bias_dtype;
   double threshold; /* 0: no outliers */
   int64_t per_token;
+  int64_t group; /* columns of x with one scale, a multiple of 32; 0: all */
   void *y; /* [m, n] */
   int64_t y_dtype, threads;
 } eff_int8_linear_args;

@@ -12,6 +12,9 @@ from eff_kernels.ops.int8_linear import cpu, reference
 from eff_kernels.ops.int8_linear.backward import BACKWARD_OP
 from eff_kernels.ops.int8_quantize.api import check_float, check_threshold
 
+GROUP_STEP = 32
+"""Groups of activations are whole steps of the kernels."""
+
 _ACTIVATIONS = ("dynamic", "none")
 
 
@@ -26,21 +29,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad = grad.contiguous()
     dx = BACKWARD_OP(grad, weight, absmax, ctx.x_dtype, backend=ctx.backend) if ctx.needs_input_grad[0] else None
     dbias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return dx, None, None, dbias, None, None, None, None
+    return dx, None, None, dbias, None, None, None, None, None
 
 
 OP = Op(
     "int8_linear",
     "(Tensor x, Tensor weight, Tensor absmax, Tensor? bias, float threshold, bool per_token_outliers, str activation, "
-    "ScalarType out_dtype) -> Tensor",
+    "int? activation_group, ScalarType out_dtype) -> Tensor",
     [
         Backend("cpu", cpu.int8_linear, cpu.reject),
         triton_backend("eff_kernels.ops.int8_linear.triton"),
         Backend("reference", reference.int8_linear),
     ],
-    fake=lambda x, weight, absmax, bias, threshold, per_token_outliers, activation, out_dtype: x.new_empty(
-        (x.shape[0], weight.shape[0]), dtype=out_dtype
-    ),
+    fake=lambda x, weight, *options: x.new_empty((x.shape[0], weight.shape[0]), dtype=options[-1]),
     setup_context=_remember,
     backward=_backward,
 )
@@ -55,16 +56,18 @@ def int8_linear(
     threshold: float = 0.0,
     per_token_outliers: bool = False,
     activation: Literal["dynamic", "none"] = "dynamic",
+    activation_group: int | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Multiply by an int8 weight: LLM.int8(), sections 2 and 3.
 
-    y = (codes @ weight^T) * rowmax / 127 * absmax / 127 + x[:, out] @ (weight[:, out] * absmax / 127)^T + bias
+    y = (sum over groups g of columns: codes_g @ weight_g^T * rowmax_g / 127) * absmax / 127
+        + x[:, out] @ (weight[:, out] * absmax / 127)^T + bias
 
-    The activations are quantised row by row (see `int8_quantize_rows`), the integer products are exact, and the columns
-    ``out`` that hold an activation of magnitude >= threshold are multiplied in floating point. Sums are
-    float32, rounded once.
+    The activations are quantised row by row (see `int8_quantize_rows`), each row as a whole or in groups of columns.
+    The integer products are exact, and the columns ``out`` that hold an activation of magnitude >= threshold are
+    multiplied in floating point. Sums are float32, rounded once.
     Differentiable in x and bias: dx = dy @ dequantised weight, so that adapters can be trained on a frozen int8 base.
 
     Args:
@@ -77,6 +80,8 @@ def int8_linear(
             result depends on the other rows: an outlier anywhere takes its whole column out of the int8 product.
         per_token_outliers: Take out only the outlying entries themselves, which makes rows independent of each other.
         activation: "dynamic" quantises x; "none" leaves it as it is (weight-only; no outliers then).
+        activation_group: Give each row of x one scale for every so many consecutive columns, a multiple of 32; the last
+            group may be shorter. Fewer columns to a scale round activations less. None: one scale for the whole row.
         out_dtype: Dtype of the result; that of ``x`` by default.
         backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
@@ -84,7 +89,8 @@ def int8_linear(
         [..., N] of ``out_dtype``. A row of x with a NaN, or an infinity that is no outlier, gives a row of NaN.
 
     Raises:
-        ValueError: shapes do not fit, ``threshold`` is negative or NaN, ``activation`` is unknown.
+        ValueError: shapes do not fit, ``threshold`` is negative or NaN, ``activation`` is unknown,
+            ``activation_group`` is no positive multiple of 32 or comes with ``activation="none"``.
         TypeError: ``weight`` is not int8, ``absmax`` not float32, or ``x`` or ``bias`` not of a float dtype.
         BackendError: the named backend cannot run this call; the message says why.
     """
@@ -106,8 +112,22 @@ def int8_linear(
     check_threshold(threshold)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be 'dynamic' or 'none', got {activation!r}")
-    arguments = (weight, absmax, bias, float(threshold), per_token_outliers, activation, out_dtype or x.dtype)
+    if activation_group is not None:
+        check_activation_group(activation_group)
+        if activation == "none":
+            raise ValueError(f"activation_group={activation_group} with activation='none', which has no scales")
+        if activation_group >= shape[-1]:
+            activation_group = None
+    arguments = (
+        weight, absmax, bias, float(threshold), per_token_outliers, activation, activation_group, out_dtype or x.dtype
+    )  # fmt: skip
     if len(shape) == 2:
         return OP(x, *arguments, backend=backend)
     rows = x.reshape(shape[:-1].numel(), shape[-1])
     return OP(rows, *arguments, backend=backend).view(*shape[:-1], n)
+
+
+def check_activation_group(group: int) -> None:
+    """Raise ValueError unless activations can have one scale for each ``group`` columns."""
+    if group < 1 or group % GROUP_STEP:
+        raise ValueError(f"activation_group must be a positive multiple of {GROUP_STEP} or None, got {group}")

@@ -14,7 +14,7 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.ops.linear.cpu import product
 
-_ARGS = struct.Struct("PqqqqqPPPqdqPqq").pack  # the fields of args in int8_linear.c
+_ARGS = struct.Struct("PqqqqqPPPqdqqPqq").pack  # the fields of args in int8_linear.h
 
 
 def reject(
@@ -25,6 +25,7 @@ def reject(
     threshold: float,
     per_token_outliers: bool,
     activation: str,
+    activation_group: int | None,
     out_dtype: torch.dtype,
 ) -> str | None:
     """Why the compiled code cannot run this call."""
@@ -43,6 +44,7 @@ def int8_linear(
     threshold: float,
     per_token_outliers: bool,
     activation: str,
+    activation_group: int | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """As the reference."""
@@ -62,7 +64,8 @@ def int8_linear(
     y = x.new_empty(m, n) if out_dtype is x.dtype else torch.empty(m, n, dtype=out_dtype)
     failed = _kernel()(_ARGS(
         x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, step, weight.data_ptr(), absmax.data_ptr(), bias_at, bias_code,
-        threshold, per_token_outliers, y.data_ptr(), DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
+        threshold, per_token_outliers, activation_group or 0, y.data_ptr(), DTYPE_CODES[out_dtype],
+        native.threads_for(m * n * k),
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"int8_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")

@@ -16,6 +16,7 @@ def int8_linear(
     threshold: float,
     per_token_outliers: bool,
     activation: str,
+    activation_group: int | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Y [T, N] of x [T, K] and weight [N, K]; with float64 inputs all but the choice of codes is in float64."""
@@ -29,15 +30,21 @@ def int8_linear(
         # In 16 bits go the outliers alone (per token), or every entry of a column that has one.
         taken = outlier if per_token_outliers else outlier.any(0).expand_as(outlier)
         inlier = x.masked_fill(outlier, 0.0)
-        row_absmax = inlier.abs().amax(1) if x.size(1) else x.new_zeros(x.size(0))
-        row_absmax = torch.where(row_absmax.isfinite(), row_absmax, torch.nan)
-        codes = (inlier * inverse_scale(row_absmax)[:, None]).round().masked_fill(taken, 0.0).nan_to_num(0.0)
-        # float64 holds the integer sums exactly for every K that int32 can (float32 would not, from K = 1041 on).
-        sums = (codes.double() @ weight.double().t()).to(wide)
+        group = activation_group or max(x.size(1), 1)
+        sums = torch.zeros(x.size(0), weight.size(0), dtype=wide, device=x.device)
+        for k in range(0, x.size(1), group):  # one scale for each row of a group
+            part = inlier[:, k : k + group]
+            part_absmax = part.abs().amax(1)
+            part_absmax = torch.where(part_absmax.isfinite(), part_absmax, torch.nan)
+            codes = (part * inverse_scale(part_absmax)[:, None]).round()
+            codes = codes.masked_fill(taken[:, k : k + group], 0.0).nan_to_num(0.0)
+            # float64 holds the integer sums exactly for every K that int32 can (float32 would not, from K = 1041 on).
+            exact = (codes.double() @ weight[:, k : k + group].double().t()).to(wide)
+            sums += exact * (part_absmax.to(wide)[:, None] / 127)
         columns = taken.any(0).nonzero().view(-1)
         outlier_x = x.where(taken, 0.0)[:, columns].to(wide)
         outlier_sums = outlier_x @ weight[:, columns].to(wide).t()
-        y = (sums * (row_absmax.to(wide)[:, None] / 127) + outlier_sums) * (absmax / 127)
+        y = (sums + outlier_sums) * (absmax / 127)
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(out_dtype)

@@ -23,17 +23,13 @@ _COLUMNS = 16  # outlier columns of a block
 
 
 @triton.jit
-def _int8_linear_kernel(
-    codes_ptr, rowmax_ptr, weight_ptr, absmax_ptr, bias_ptr, x_ptr, x_stride, columns_ptr, out_ptr, threshold, m, n, k,
-    BIAS: tl.constexpr, OUTLIERS: tl.constexpr, PER_TOKEN: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+def _exact_sums(
+    codes_M, weight_N, begin, end, k, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    row_M, column_N, row, column = triton_float.place(m, n, BM, BN, GROUP)
-    codes_M = codes_ptr + row_M.to(tl.int64) * k
-    weight_N = weight_ptr + column_N.to(tl.int64) * k
+    """Sums of products over the columns from ``begin`` to ``end``: whole blocks, but for the end of the row."""
     inner_K = tl.arange(0, BK)
     sums_MN = tl.zeros([BM, BN], tl.int32)
-    for first in range(0, k, BK):
+    for first in range(begin, end, BK):
         if EVEN:
             codes_MK = tl.load(codes_M[:, None] + (first + inner_K)[None, :])
             weight_KN = tl.load(weight_N[None, :] + (first + inner_K)[:, None])
@@ -42,9 +38,29 @@ def _int8_linear_kernel(
             codes_MK = tl.load(codes_M[:, None] + (first + inner_K)[None, :], inside_K[None, :], other=0)
             weight_KN = tl.load(weight_N[None, :] + (first + inner_K)[:, None], inside_K[:, None], other=0)
         sums_MN = tl.dot(codes_MK, weight_KN, sums_MN)
+    return sums_MN
 
-    rowmax_M = tl.load(rowmax_ptr + row_M)
-    out_MN = sums_MN.to(tl.float32) * (rowmax_M / 127.0)[:, None]
+
+@triton.jit
+def _int8_linear_kernel(
+    codes_ptr, rowmax_ptr, weight_ptr, absmax_ptr, bias_ptr, x_ptr, x_stride, columns_ptr, out_ptr, threshold, m, n, k,
+    group, GROUPED: tl.constexpr, BIAS: tl.constexpr, OUTLIERS: tl.constexpr, PER_TOKEN: tl.constexpr,
+    WIDEN: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_M, column_N, row, column = triton_float.place(m, n, BM, BN, GROUP)
+    codes_M = codes_ptr + row_M.to(tl.int64) * k
+    weight_N = weight_ptr + column_N.to(tl.int64) * k
+    if GROUPED:
+        out_MN = tl.zeros([BM, BN], tl.float32)
+        groups = tl.cdiv(k, group)
+        for g in range(groups):
+            sums_MN = _exact_sums(codes_M, weight_N, g * group, tl.minimum(k, (g + 1) * group), k, EVEN, BM, BN, BK)
+            rowmax_M = tl.load(rowmax_ptr + row_M * groups + g)
+            out_MN += sums_MN.to(tl.float32) * (rowmax_M / 127.0)[:, None]
+    else:
+        sums_MN = _exact_sums(codes_M, weight_N, 0, k, k, EVEN, BM, BN, BK)
+        out_MN = sums_MN.to(tl.float32) * (tl.load(rowmax_ptr + row_M) / 127.0)[:, None]
     if OUTLIERS:
         outlier_MN = tl.zeros([BM, BN], tl.float32)
         count = tl.load(columns_ptr + k)
@@ -77,6 +93,7 @@ def reject(
     threshold: float,
     per_token_outliers: bool,
     activation: str,
+    activation_group: int | None,
     out_dtype: torch.dtype,
 ) -> str | None:
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
@@ -97,6 +114,7 @@ def run(
     threshold: float,
     per_token_outliers: bool,
     activation: str,
+    activation_group: int | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """As the reference."""
@@ -107,52 +125,61 @@ def run(
     if activation == "none":
         return triton_float.forward(x, weight, absmax, bias, out)
     x = x if x.stride(1) == 1 else x.contiguous()
-    codes, rowmax, columns = quantize_for_product(x, threshold, per_token_outliers)
-    config = _config(m, n, hip=on_hip())
+    codes, rowmax, columns = quantize_for_product(x, threshold, per_token_outliers, activation_group)
+    config = _config(m, n, activation_group, hip=on_hip())
     grid = (triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),)
     absmax = absmax.contiguous()
     _int8_linear_kernel[grid](
         codes, rowmax, weight.contiguous(), absmax, absmax if bias is None else bias.contiguous(), x, x.stride(0),
-        codes if columns is None else columns, out, threshold, m, n, k, BIAS=bias is not None,
-        OUTLIERS=columns is not None, PER_TOKEN=per_token_outliers, WIDEN=INTERPRET, EVEN=k % config["BK"] == 0,
+        codes if columns is None else columns, out, threshold, m, n, k, activation_group or k,
+        GROUPED=activation_group is not None, BIAS=bias is not None, OUTLIERS=columns is not None,
+        PER_TOKEN=per_token_outliers, WIDEN=INTERPRET, EVEN=k % config["BK"] == 0,
         **config,
     )  # fmt: skip
     return out
 
 
-def _config(m: int, n: int, *, hip: bool) -> dict[str, int]:
-    """Blocks for the shape: few rows are bound by reading the weight, so there the programs must be many."""
+def _config(m: int, n: int, group: int | None, *, hip: bool) -> dict[str, int]:
+    """Blocks for the shape: few rows are bound by reading the weight, so there the programs must be many.
+
+    No block of inputs reaches into the next group.
+    """
     stages = 2 if hip else 4
     if m <= 16:
         block = {"BM": 16, "BN": 16 if n < 4096 else 32, "BK": 256, "num_warps": 4}
     elif m <= 64:
         block = {"BM": 64, "BN": 32, "BK": 128, "num_warps": 4}
     else:
-        block = {"BM": 128, "BN": 128, "BK": 64 if hip else 128, "num_warps": 8}
+        block = {"BM": 128, "BN": 128 if group is None else 64, "BK": 64 if hip else 128, "num_warps": 8}
         stages = 2 if hip else 3
+    while group is not None and group % block["BK"]:
+        block["BK"] //= 2
     return {**block, "BC": _COLUMNS, "GROUP": 8, "num_stages": stages}
 
 
 def _aot_cases() -> list[AotCase]:
     cases = []
-    for m, n in ((1, 2048), (16, 4096), (64, 4096), (512, 4096)):
+    shapes = ((1, 2048, None), (16, 4096, None), (64, 4096, None), (512, 4096, None), (1, 2048, 128), (512, 4096, 32))
+    for m, n, group in shapes:
         for dtype, outliers in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)):
             name = _TRITON_NAMES[dtype]
             for targets, hip in ((CUDA_TARGETS, False), (("gfx942",), True)):
-                config = _config(m, n, hip=hip)
+                config = _config(m, n, group, hip=hip)
                 options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
                 pointers = {
                     "codes_ptr": "*i8", "rowmax_ptr": "*fp32", "weight_ptr": "*i8", "absmax_ptr": "*fp32",
                     "bias_ptr": f"*{name}", "x_ptr": f"*{name}", "x_stride": "i32", "columns_ptr": "*i32",
                     "out_ptr": f"*{name}", "threshold": "fp32", "m": "i32", "n": "i32", "k": "i32",
+                    "group": "i32",
                 }  # fmt: skip
                 cases.append(
                     AotCase(
-                        name=f"{name}-m{m}-n{n}-{'outliers' if outliers else 'plain'}-{'hip' if hip else 'cuda'}",
+                        name=f"{name}-m{m}-n{n}-g{group}-{'outliers' if outliers else 'plain'}-{targets[0][:2]}",
                         kernel=_int8_linear_kernel,
                         signature=pointers,
                         constexprs={
-                            "BIAS": True, "OUTLIERS": outliers, "PER_TOKEN": outliers, "WIDEN": False, "EVEN": True,
+                            "GROUPED": group is not None, "BIAS": True, "OUTLIERS": outliers, "PER_TOKEN": outliers,
+                            "WIDEN": False, "EVEN": True,
                             **config,
                         },
                         options=options,

@@ -59,29 +59,36 @@ def _encode(x, scale, zero):
 
 
 @triton.jit
+def _columns_of(row_R, rows, k, group, groups, first, C: tl.constexpr):
+    """Columns of x that a block of the groups R takes, and which of them there are."""
+    inside_C = first + tl.arange(0, C)
+    column_RC = (row_R % groups * group)[:, None] + inside_C[None, :]
+    return column_RC, (row_R < rows)[:, None] & (inside_C < group)[None, :] & (column_RC < k)
+
+
+@triton.jit
 def _row_bits(
-    x_ptr, x_stride, threshold, flags_ptr, row_R, rows, k, OUTLIERS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+    x_ptr, x_stride, threshold, flags_ptr, row_R, rows, k, group, groups,
+    OUTLIERS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Bits of the absmax of each row; marks the outlier columns on the way."""
     bits_R = tl.zeros([R], tl.int32)
-    for first in range(0, k, C):
-        column_C = first + tl.arange(0, C)
-        mask_RC = (row_R < rows)[:, None] & (column_C < k)[None, :]
-        x_RC = tl.load(x_ptr + row_R[:, None] * x_stride + column_C[None, :], mask_RC, other=0.0).to(tl.float32)
+    for first in range(0, group, C):
+        column_RC, mask_RC = _columns_of(row_R, rows, k, group, groups, first, C)
+        x_RC = tl.load(x_ptr + (row_R // groups * x_stride)[:, None] + column_RC, mask_RC, other=0.0).to(tl.float32)
         bits_RC, outlier_RC = _magnitude(x_RC, threshold, OUTLIERS)
         bits_R = tl.maximum(bits_R, tl.max(bits_RC, 1))
         if OUTLIERS:
-            found_C = tl.max((outlier_RC & mask_RC).to(tl.int32), 0) > 0
-            tl.store(flags_ptr + column_C, tl.full([C], 1, tl.uint8), found_C)
+            tl.store(flags_ptr + column_RC, tl.full([R, C], 1, tl.uint8), outlier_RC & mask_RC)
     return bits_R
 
 
 @triton.jit
 def _row_absmax_kernel(
-    x_ptr, x_stride, threshold, absmax_ptr, flags_ptr, rows, k, R: tl.constexpr, C: tl.constexpr
+    x_ptr, x_stride, threshold, absmax_ptr, flags_ptr, rows, k, group, groups, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    bits_R = _row_bits(x_ptr, x_stride, threshold, flags_ptr, row_R, rows, k, True, R, C)
+    bits_R = _row_bits(x_ptr, x_stride, threshold, flags_ptr, row_R, rows, k, group, groups, True, R, C)
     tl.store(absmax_ptr + row_R, _finish(bits_R), row_R < rows)
 
 
@@ -99,26 +106,24 @@ def _list_columns(flags_ptr, columns_ptr, k, C: tl.constexpr):
 
 @triton.jit
 def _row_codes_kernel(
-    x_ptr, x_stride, threshold, absmax_ptr, flags_ptr, codes_ptr, columns_ptr, rows, k,
+    x_ptr, x_stride, threshold, absmax_ptr, flags_ptr, codes_ptr, columns_ptr, rows, k, group, groups,
     OUTLIERS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, LIST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     if OUTLIERS:
         absmax_R = tl.load(absmax_ptr + row_R, row_R < rows, other=0.0)
     else:
-        absmax_R = _finish(_row_bits(x_ptr, x_stride, threshold, flags_ptr, row_R, rows, k, False, R, C))
+        absmax_R = _finish(_row_bits(x_ptr, x_stride, threshold, flags_ptr, row_R, rows, k, group, groups, False, R, C))
         tl.store(absmax_ptr + row_R, absmax_R, row_R < rows)
     scale_R = _scale(absmax_R)
-    for first in range(0, k, C):
-        column_C = first + tl.arange(0, C)
-        mask_RC = (row_R < rows)[:, None] & (column_C < k)[None, :]
-        x_RC = tl.load(x_ptr + row_R[:, None] * x_stride + column_C[None, :], mask_RC, other=0.0).to(tl.float32)
+    for first in range(0, group, C):
+        column_RC, mask_RC = _columns_of(row_R, rows, k, group, groups, first, C)
+        x_RC = tl.load(x_ptr + (row_R // groups * x_stride)[:, None] + column_RC, mask_RC, other=0.0).to(tl.float32)
         zero_RC = (tl.abs(x_RC) >= threshold) & OUTLIERS
         if OUTLIERS and WHOLE_COLUMNS:
-            flag_C = tl.load(flags_ptr + column_C, column_C < k, other=0) != 0
-            zero_RC = zero_RC | flag_C[None, :]
+            zero_RC = zero_RC | (tl.load(flags_ptr + column_RC, mask_RC, other=0) != 0)
         codes_RC = _encode(x_RC, scale_R[:, None], zero_RC)
-        tl.store(codes_ptr + row_R[:, None] * k + column_C[None, :], codes_RC, mask_RC)
+        tl.store(codes_ptr + (row_R // groups * k)[:, None] + column_RC, codes_RC, mask_RC)
     if LIST:  # noqa: SIM102 - a constexpr: no branch is compiled without it
         if tl.program_id(0) == 0:
             _list_columns(flags_ptr, columns_ptr, k, 1024)
@@ -162,21 +167,24 @@ def reject(x: Tensor, threshold: float) -> str | None:
 def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     flags = x.new_zeros(x.size(1), dtype=torch.uint8)
-    codes, absmax = _rows(x, threshold, flags, None, whole_columns=True)
-    return codes, absmax, flags.view(torch.bool)
+    codes, absmax = _rows(x, threshold, None, flags, None, whole_columns=True)
+    return codes, absmax.view(-1), flags.view(torch.bool)
 
 
-def quantize_for_product(x: Tensor, threshold: float, per_token: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes [T, K] and absmax [T] of x [T, K], and the outlier columns as the product wants them.
+def quantize_for_product(
+    x: Tensor, threshold: float, per_token: bool, group: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [T, K] and absmax [T, groups] of x [T, K], and the outlier columns as the product wants them.
 
     Those are int32 [K + 1]: the numbers of the columns, ascending, and at position K how many there are, so that no
     count must travel to the host; None if ``threshold`` is 0. ``per_token`` leaves in what is no outlier itself.
+    ``group`` columns of a row have one absmax, all of them if it is None.
     """
     if threshold == 0:
-        return (*_rows(x, threshold, None, None, whole_columns=False), None)
+        return (*_rows(x, threshold, group, None, None, whole_columns=False), None)
     columns = x.new_empty(x.size(1) + 1, dtype=torch.int32)
     flags = x.new_zeros(x.size(1), dtype=torch.uint8)
-    return (*_rows(x, threshold, flags, columns, whole_columns=not per_token), columns)
+    return (*_rows(x, threshold, group, flags, columns, whole_columns=not per_token), columns)
 
 
 def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,20 +205,31 @@ def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def _rows(
-    x: Tensor, threshold: float, flags: Tensor | None, columns: Tensor | None, *, whole_columns: bool
+    x: Tensor,
+    threshold: float,
+    group: int | None,
+    flags: Tensor | None,
+    columns: Tensor | None,
+    *,
+    whole_columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows, k = x.shape
-    codes, absmax = x.new_empty(rows, k, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
+    tokens, k = x.shape
+    group = min(group or k, k)
+    groups = triton.cdiv(k, group) if k else 1
+    codes = x.new_empty(tokens, k, dtype=torch.int8)
+    absmax = x.new_empty(tokens, groups, dtype=torch.float32)
+    if tokens == 0:
         return codes, absmax
     x = _unit_stride(x)
-    block = _row_block(k)
+    block = _row_block(group)
+    rows = tokens * groups  # of the kernel
     grid = (triton.cdiv(rows, block["R"]),)
     marks = codes if flags is None else flags  # a kernel without outliers touches neither flags nor columns
+    sizes = (rows, k, group, groups)
     if threshold > 0:
-        _row_absmax_kernel[grid](x, x.stride(0), threshold, absmax, marks, rows, k, **block, **_OPTIONS)
+        _row_absmax_kernel[grid](x, x.stride(0), threshold, absmax, marks, *sizes, **block, **_OPTIONS)
     _row_codes_kernel[grid](
-        x, x.stride(0), threshold, absmax, marks, codes, marks if columns is None else columns, rows, k,
+        x, x.stride(0), threshold, absmax, marks, codes, marks if columns is None else columns, *sizes,
         OUTLIERS=threshold > 0, WHOLE_COLUMNS=whole_columns, LIST=columns is not None, **block, **_OPTIONS,
     )  # fmt: skip
     return codes, absmax
@@ -230,6 +249,8 @@ def _aot_cases() -> list[AotCase]:
     def case(name: str, dtype: str, kernel: object, pointers: dict[str, str], **constexprs: object) -> AotCase:
         floats = {} if kernel is _column_codes_kernel else {"threshold": "fp32"}
         sizes = dict.fromkeys(("x_stride", "rows", "k"), "i32")
+        if kernel in (_row_absmax_kernel, _row_codes_kernel):
+            sizes |= {"group": "i32", "groups": "i32"}
         return AotCase(
             name=f"{name}-{dtype}",
             kernel=kernel,
