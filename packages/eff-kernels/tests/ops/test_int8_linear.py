@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from eff_kernels import native
@@ -55,6 +57,56 @@ def test_worked_example(backend):
     torch.testing.assert_close(mixed, torch.tensor([[5.54730, -32.74598], [-5.00295, 4.78554]]), rtol=0, atol=1e-4)
     plain = int8_linear(a, codes, absmax, backend=backend)
     torch.testing.assert_close(plain, torch.tensor([[5.56315, -32.76186], [-5.00192, 4.76979]]), rtol=0, atol=1e-4)
+
+
+def test_worked_example_with_groups(backend):
+    """Two groups of 32 columns with two entries each; the scales of x are 2 / 127 and 0.5 / 127."""
+    x, weight = torch.zeros(1, 64), torch.zeros(1, 64, dtype=torch.int8)
+    x[0, [0, 1, 32, 33]] = torch.tensor([2.0, -1.0, 0.5, 0.25])
+    weight[0, [0, 1, 32, 33]] = torch.tensor([10, 20, 30, 40], dtype=torch.int8)
+    absmax = torch.tensor([127.0])
+    y = int8_linear(x, weight, absmax, activation_group=32, backend=backend)
+    wanted = (127 * 10 - 64 * 20) * 2 / 127 + (127 * 30 + 64 * 40) * 0.5 / 127
+    torch.testing.assert_close(y, torch.tensor([[wanted]]), rtol=1e-6, atol=0)
+    whole = int8_linear(x, weight, absmax, backend=backend)
+    torch.testing.assert_close(whole, torch.tensor([[(127 * 10 - 64 * 20 + 32 * 30 + 16 * 40) * 2 / 127]]))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_groups_round_less_than_rows(backend, group):
+    codes, absmax = layer(40, 512)
+    x = torch.randn(20, 512, generator=torch.Generator().manual_seed(4)).pow(3)
+    exact = x.double() @ dequantized(codes, absmax).t()
+
+    def error(group):
+        y = int8_linear(x, codes, absmax, activation_group=group, backend=backend)
+        return (y.double() - exact).norm() / exact.norm()
+
+    assert error(group) < 0.8 * error(None)
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_a_group_as_long_as_the_row_is_the_row(backend, m):
+    codes, absmax = layer(40, 160)
+    x = torch.randn(m, 160) * 3
+    for threshold in (0.0, 6.0):
+        whole = int8_linear(x, codes, absmax, threshold=threshold, backend=backend)
+        for group in (160, 192, 4096):
+            options = {"threshold": threshold, "activation_group": group}
+            assert torch.equal(whole, int8_linear(x, codes, absmax, backend=backend, **options))
+
+
+@pytest.mark.parametrize("group", [None, 32, 64, 96, 128, 320, 512])
+@pytest.mark.parametrize("k", [190, 1111])
+def test_compiled_rows_have_the_same_bits_in_any_batch(group, k):
+    """Sums are exact within a group and float32 across groups in one order, whichever way a batch takes."""
+    codes, absmax = layer(53, k)
+    x = torch.randn(67, k, generator=torch.Generator().manual_seed(5)) * 3
+    for options in ({}, {"threshold": 6.0, "per_token_outliers": True}):
+        options = {**options, "activation_group": group, "backend": "cpu"}
+        together = int8_linear(x, codes, absmax, **options)
+        assert torch.equal(together, torch.cat([int8_linear(row[None], codes, absmax, **options) for row in x]))
+        assert torch.equal(together[:7], int8_linear(x[:7], codes, absmax, **options))
 
 
 def test_exact_where_both_sides_are_representable(backend):
@@ -184,11 +236,12 @@ def test_shared_outliers_take_the_column_out_for_all_rows(backend):
     assert (beside - exact).abs().max() < (alone - exact).abs().max()
 
 
-@pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32), (2, 1, 3, 32)])
-def test_gradients(backend, shape):
-    codes, absmax = layer(10, 32)
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40), (2, 1, 3, 40)])
+@pytest.mark.parametrize("group", [None, 32])
+def test_gradients(backend, shape, group):
+    codes, absmax = layer(10, 40)
     x, bias = torch.randn(shape, requires_grad=True), torch.randn(10, requires_grad=True)
-    y = int8_linear(x, codes, absmax, bias, threshold=2.0, backend=backend)
+    y = int8_linear(x, codes, absmax, bias, threshold=2.0, activation_group=group, backend=backend)
     grad = torch.randn(y.shape)
     y.backward(grad)
     torch.testing.assert_close(x.grad.double(), grad.double() @ dequantized(codes, absmax), rtol=1e-5, atol=1e-5)
@@ -215,7 +268,7 @@ def test_an_adapter_learns_on_a_frozen_base():
     assert torch.equal(codes, before)
 
 
-@pytest.mark.parametrize("define", ["EFF_EMULATE_VNNI", "EFF_GENERIC"])
+@pytest.mark.parametrize("define", ["EFF_EMULATE_VNNI", "EFF_NO_VNNI", "EFF_GENERIC"])
 def test_code_paths_of_other_processors(define, monkeypatch):
     """Paths that this processor would not take, compiled for it; loading runs the self test on top."""
     if native.unavailable():
@@ -225,15 +278,17 @@ def test_code_paths_of_other_processors(define, monkeypatch):
     library = native.library(define, *(["EFF_NO_VNNI"] if define == "EFF_GENERIC" else []))
     kernel = library.eff_int8_linear
     kernel.argtypes, kernel.restype = cpu._kernel().argtypes, cpu._kernel().restype
-    codes, absmax = layer(31, 77)
-    for m in (1, 2, 3, 4, 66):
-        x = torch.randn(m, 77) * 2.5
-        for threshold in (0.0, 6.0):
-            wanted = int8_linear(x, codes, absmax, threshold=threshold, backend="cpu")
+    for k in (77, 400):
+        codes, absmax = layer(31, k)
+        for m, threshold, group in itertools.product((1, 2, 3, 4, 66), (0.0, 6.0), (None, 32, 64, 160)):
+            x = torch.randn(m, k) * 2.5
+            options = {"threshold": threshold, "activation_group": group, "backend": "cpu"}
+            wanted = int8_linear(x, codes, absmax, **options)
             with monkeypatch.context() as patch:
                 patch.setattr(cpu, "_kernel", lambda: kernel)
-                actual = int8_linear(x, codes, absmax, threshold=threshold, backend="cpu")
-            torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-5)
+                actual = int8_linear(x, codes, absmax, **options)
+                assert torch.equal(actual[:1], int8_linear(x[:1], codes, absmax, **options)) or threshold
+            torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +302,9 @@ def test_code_paths_of_other_processors(define, monkeypatch):
         ({"x": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "int8"),
         ({"threshold": -6.0}, ValueError, "-6"),
         ({"activation": "static"}, ValueError, "static"),
+        ({"activation_group": 48}, ValueError, "multiple of 32 or None, got 48"),
+        ({"activation_group": 0}, ValueError, "got 0"),
+        ({"activation_group": 32, "activation": "none"}, ValueError, "activation_group=32 with activation='none'"),
         ({"backend": "gpu"}, ValueError, "gpu"),
     ],
 )
@@ -264,7 +322,16 @@ def test_triton_kernels_compile_for_each_gpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 40, 70), (70, 33, 300), (130, 129, 96), (1, 5, 0)])
 @pytest.mark.parametrize(
-    "options", [{}, {"threshold": 2.0}, {"threshold": 2.0, "per_token_outliers": True}, {"activation": "none"}]
+    "options",
+    [
+        {},
+        {"threshold": 2.0},
+        {"threshold": 2.0, "per_token_outliers": True},
+        {"activation_group": 32},
+        {"activation_group": 64, "threshold": 2.0},
+        {"activation_group": 96, "threshold": 2.0, "per_token_outliers": True},
+        {"activation": "none"},
+    ],
 )
 def test_triton_equals_the_reference_in_each_configuration(dtype, m, n, k, options):
     """Every block size that is chosen by the number of rows, with borders inside a block."""

@@ -65,25 +65,27 @@ INLINE float whole_row(const tile_rows *t, const int8_t *w) {
   return (float)(int32_t)((uint32_t)_mm512_reduce_add_epi32(acc[0]) - (uint32_t)t->surplus[0]) * t->scale[0];
 }
 
-/* The same with groups of a multiple of 64 columns, 16 groups at a time. */
-INLINE float grouped_row(const tile_rows *t, const int8_t *w) {
+/* The same with groups of `steps` times 64 columns, 16 groups at a time. */
+INLINE float grouped_row(const tile_rows *t, const int8_t *w, const int steps) {
   const tile_code *a = (const tile_code *)t->codes;
+  const int64_t whole = t->k / t->group; /* the last group may be shorter */
   float sum = 0.0f;
-  for (int64_t g = 0, k = 0; g < t->groups; g += 16) {
+  for (int64_t g = 0; g < t->groups; g += 16) {
     __m512i acc[16];
     const int n = (int)MIN(16, t->groups - g);
-    for (int i = 0; i < n; i++) {
-      const int64_t end = MIN(t->k, k + t->group);
-      __m512i s = _mm512_setzero_si512();
-      for (; k + 64 <= end; k += 64) {
-        __builtin_prefetch(w + k + TILE_AHEAD);
-        s = _mm512_dpbusd_epi32(s, unsigned_weights(w + k, 64), _mm512_loadu_si512(a + k));
-      }
-      if (k < end) s = _mm512_dpbusd_epi32(s, unsigned_weights(w + k, end - k), _mm512_loadu_si512(a + k));
-      k = end;
-      acc[i] = s;
+    const int8_t *b = w + g * t->group;
+    const tile_code *c = a + g * t->group;
+    for (int i = 0; i < 16; i++) {
+      acc[i] = _mm512_setzero_si512();
+      if (g + i < whole)
+        for (int s = 0; s < steps; s++, b += 64, c += 64) {
+          __builtin_prefetch(b + TILE_AHEAD);
+          acc[i] = _mm512_dpbusd_epi32(acc[i], unsigned_weights(b, 64), _mm512_loadu_si512(c));
+        }
+      else
+        for (int64_t left = i < n ? t->k - (g + i) * t->group : 0; left > 0; left -= 64, b += 64, c += 64)
+          acc[i] = _mm512_dpbusd_epi32(acc[i], unsigned_weights(b, left), _mm512_loadu_si512(c));
     }
-    for (int i = n; i < 16; i++) acc[i] = _mm512_setzero_si512();
     const __mmask16 mask = (__mmask16)(0xffffu >> (16 - n));
     const __m512i exact = _mm512_sub_epi32(sums_of_16(acc), _mm512_maskz_loadu_epi32(mask, t->surplus + g));
     float part[16];
@@ -91,6 +93,11 @@ INLINE float grouped_row(const tile_rows *t, const int8_t *w) {
     for (int i = 0; i < n; i++) sum = fmaf(part[i], t->scale[g + i], sum);
   }
   return sum;
+}
+
+INLINE float lone_row(const tile_rows *t, const int8_t *w) {
+  if (t->groups == 1) return whole_row(t, w);
+  return t->group == 64 ? grouped_row(t, w, 1) : t->group == 128 ? grouped_row(t, w, 2) : grouped_row(t, w, (int)(t->group / 64));
 }
 
 /* 16 rows of 64 weights -> 16 vectors, each with four weights of every row. Rows from `rows` on and columns from `left` on are
@@ -162,7 +169,7 @@ BLOCK(8) BLOCK(4) BLOCK(2) BLOCK(1)
 /* sums[m * COLUMNS + n] = the int8 product of rows r0 + m of x and n of w, scaled by the groups of x. */
 INLINE void tile_product(const tile_rows *t, int64_t r0, int rows, const int8_t *w, int columns, float *sums) {
   if (t->rows == 1 && (t->groups == 1 || t->group % 64 == 0)) {
-    for (int n = 0; n < columns; n++) sums[n] = t->groups == 1 ? whole_row(t, w + n * t->k) : grouped_row(t, w + n * t->k);
+    for (int n = 0; n < columns; n++) sums[n] = lone_row(t, w + n * t->k);
     return;
   }
   const tile_code *codes = (const tile_code *)t->codes + r0 * t->padded;
