@@ -42,14 +42,18 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 SOURCES = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
 PACKAGES = ("torch", "transformers", "eff-kernels", "eff-quant", "bitsandbytes")
 
+WHOLE_ROWS = {"activation_group": None}
 CONFIGURATIONS = {
     "float32": {},
     "bfloat16": {},
-    "int8, threshold 0": {"threshold": 0.0},
-    "int8, threshold 3": {"threshold": 3.0},
-    "int8, threshold 6": {"threshold": 6.0},
-    "int8, threshold 6, per token": {"threshold": 6.0, "per_token_outliers": True},
-    "int8, threshold 6, original outlier weights": {"threshold": 6.0, "outlier_weights": "original"},
+    "int8, threshold 0": {"threshold": 0.0, **WHOLE_ROWS},
+    "int8, threshold 3": {"threshold": 3.0, **WHOLE_ROWS},
+    "int8, threshold 6": {"threshold": 6.0, **WHOLE_ROWS},
+    "int8, threshold 6, per token": {"threshold": 6.0, "per_token_outliers": True, **WHOLE_ROWS},
+    "int8, threshold 6, original outlier weights": {"threshold": 6.0, "outlier_weights": "original", **WHOLE_ROWS},
+    "int8, threshold 0, groups of 128": {"threshold": 0.0, "activation_group": 128},
+    "int8, threshold 6, groups of 128": {"threshold": 6.0, "activation_group": 128},
+    "int8, threshold 6, groups of 64": {"threshold": 6.0, "activation_group": 64},
     "int8 weights only": {"activation": "none"},
     "bitsandbytes, threshold 6": {"llm_int8_threshold": 6.0},
 }

@@ -41,7 +41,7 @@ def test_codes_scales_and_columns_are_bit_equal(rows, k, threshold, seed):
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_the_product_is_within_a_step_of_float16(threshold):
     x, linear = (torch.randn(20, 96) * 3).half(), torch.nn.Linear(96, 40)
-    int8 = Int8Linear.from_linear(linear, Int8Config(threshold=threshold)).half()
+    int8 = Int8Linear.from_linear(linear, Int8Config(threshold=threshold, activation_group=None)).half()
     codes, absmax, columns = torch.ops.bitsandbytes.int8_vectorwise_quant(x.clone(), threshold)
     args = (x, codes, int8.weight, absmax, int8.SCB, columns, int8.bias)
     theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(*args)
@@ -85,6 +85,7 @@ def test_their_checkpoint_loads_here_with_the_same_bytes(bnb_folder, ids):
     layer = ours.model.layers[0].mlp.down_proj
     assert isinstance(layer, Int8Linear)
     assert layer.config.threshold == 4.5
+    assert layer.config.activation_group is None
     assert type(ours.lm_head) is torch.nn.Linear
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
     y, expected = ours(ids).logits, theirs(ids).logits
@@ -103,7 +104,7 @@ def test_our_checkpoint_loads_there_with_the_same_bytes(llama, ids, tmp_path, sk
     from transformers import AutoModelForCausalLM
 
     ours = llama(torch.bfloat16)
-    quantize_(ours, Int8Config(threshold=5.0, skip=skip))
+    quantize_(ours, Int8Config(threshold=5.0, activation_group=None, skip=skip))
     save_bnb_int8(ours, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     kinds = {name for name, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear8bitLt)}
@@ -118,7 +119,7 @@ def test_our_checkpoint_loads_there_with_the_same_bytes(llama, ids, tmp_path, sk
 
 def test_saving_for_them_leaves_our_own_settings_in_place(llama, tmp_path, ids):
     model = llama()
-    quantize_(model, Int8Config(threshold=5.0))
+    quantize_(model, Int8Config(threshold=5.0, activation_group=None))
     save_bnb_int8(model, tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]["threshold"] == 5.0
@@ -129,14 +130,15 @@ def test_saving_for_them_leaves_our_own_settings_in_place(llama, tmp_path, ids):
     "settings",
     [
         {"activation": "none"},
+        {"activation_group": 128},
         {"per_token_outliers": True},
         {"outlier_weights": "original", "outlier_columns": {"model.layers.0.mlp.down_proj": (1,)}},
     ],
 )
 def test_settings_that_they_lack_are_refused(llama, tmp_path, settings):
     model = llama()
-    quantize_(model, Int8Config(**settings))
-    with pytest.raises(ValueError, match="bitsandbytes has no"):
+    quantize_(model, Int8Config(**{"activation_group": None, **settings}))
+    with pytest.raises(ValueError, match=f"bitsandbytes has no {next(iter(settings))}="):
         save_bnb_int8(model, tmp_path)
 
 
@@ -148,6 +150,7 @@ def test_a_loaded_model_is_converted_in_place(bnb_folder, ids, tmp_path):
     state = {k: v.clone() for k, v in int8_state(model).items()}
     report = convert_from_bnb_(model)
     assert len(report.changed) == 14
+    assert model.model.layers[0].mlp.down_proj.config == Int8Config(threshold=4.5, activation_group=None)
     same_bytes(state, int8_state(model))
     y = model(ids).logits
     assert (y - expected).abs().max() < 0.03 * expected.abs().max()

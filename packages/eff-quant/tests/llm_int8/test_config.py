@@ -24,6 +24,9 @@ from hypothesis import strategies as st
         ({"outlier_columns": {"a": (1,)}}, ValueError, "'int8' takes none"),
         ({"outlier_weights": "original", "outlier_columns": {"a": (3, 1)}}, ValueError, "rising column numbers"),
         ({"outlier_weights": "original", "outlier_columns": {"a": ()}}, ValueError, "at least one"),
+        ({"activation_group": 100}, ValueError, "activation_group=100; use a positive multiple of 32"),
+        ({"activation_group": 0}, ValueError, "activation_group=0"),
+        ({"activation_group": "128"}, TypeError, "activation_group='128'"),
         ({"activation": "none", "per_token_outliers": True}, ValueError, "no outliers to treat"),
         ({"per_token_outliers": True, "threshold": 0}, ValueError, "needs a threshold above 0"),
     ],
@@ -44,6 +47,7 @@ def test_it_is_frozen():
         threshold=st.floats(0.5, 100),
         skip=st.lists(st.text(min_size=1), max_size=3).map(tuple),
         per_token_outliers=st.booleans(),
+        activation_group=st.sampled_from([None, 32, 128]),
         out_dtype=st.sampled_from([None, torch.bfloat16, torch.float32]),
         backend=st.sampled_from(["auto", "cpu", "reference"]),
     )
@@ -70,3 +74,11 @@ def test_it_survives_json(config):
 def test_settings_of_others_are_refused(change, says):
     with pytest.raises(ValueError, match=says):
         Int8Config.from_dict({**Int8Config().to_dict(), **change})
+
+
+def test_settings_from_before_groups_keep_one_scale_for_a_row():
+    values = Int8Config(threshold=5.0).to_dict()
+    old = {**values, "version": 1}
+    del old["activation_group"]
+    assert Int8Config.from_dict(old) == Int8Config(threshold=5.0, activation_group=None)
+    assert Int8Config.from_dict(values).activation_group == 128

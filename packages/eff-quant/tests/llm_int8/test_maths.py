@@ -109,7 +109,7 @@ def test_an_outlier_column_spoils_int8_and_the_decomposition_restores_it():
     x[:, 17] *= 60
     rest = x.clone()
     rest[:, 17] = 0
-    without, decomposed = layer(weight, threshold=0.0), layer(weight, threshold=6.0)
+    without, decomposed = (layer(weight, threshold=t, activation_group=None) for t in (0.0, 6.0))
     stored = decomposed.dequantize()
     own = x[:, 17:18] @ stored[:, 17:18].T  # what the outlier column contributes
     others = rest @ stored.T
@@ -171,3 +171,15 @@ def test_the_output_has_the_dtype_of_the_input_unless_told(dtype, out_dtype):
     y = layer(weight, torch.randn(5), out_dtype=out_dtype)(x.to(dtype))
     assert y.dtype == (out_dtype or dtype)
     assert y.shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("group", [None, 32, 128])
+def test_the_layer_rounds_activations_in_groups(group):
+    x, weight = torch.randn(7, 300), torch.randn(20, 300)
+    int8 = layer(weight, threshold=0.0, activation_group=group)
+    wanted = torch.zeros(7, 20, dtype=torch.float64)
+    for k in range(0, 300, group or 300):
+        part = x[:, k : k + (group or 300)].double()
+        scale = part.abs().amax(1, keepdim=True) / 127
+        wanted += (part / scale).round() * scale @ int8.dequantize()[:, k : k + (group or 300)].double().T
+    torch.testing.assert_close(int8(x).double(), wanted, rtol=0, atol=1e-4)

@@ -30,6 +30,7 @@ class DecoderConfig:
         attention_factor: Factor of cos and sin.
         eos_token_ids: Tokens that end a text.
         int8_threshold: Outlier threshold that an int8 checkpoint was made with; None where the weights are floats.
+        int8_group: Columns of an activation row that share a scale in int8 layers; None: all.
     """
 
     architecture: str
@@ -48,6 +49,7 @@ class DecoderConfig:
     attention_factor: float
     eos_token_ids: frozenset[int]
     int8_threshold: float | None = None
+    int8_group: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> DecoderConfig:
@@ -71,6 +73,7 @@ class DecoderConfig:
         length = config["max_position_embeddings"]
         windowed = config.get("sliding_window") and config.get("use_sliding_window", architecture.startswith("Mistral"))
         frequencies, factor = _rotary(config, head_dim)
+        threshold, group = _int8_settings(config.get("quantization_config"))
         return cls(
             architecture=architecture,
             hidden_size=config["hidden_size"],
@@ -87,7 +90,8 @@ class DecoderConfig:
             inverse_frequencies=tuple(frequencies.tolist()),
             attention_factor=factor,
             eos_token_ids=_eos(folder, config),
-            int8_threshold=_int8_threshold(config.get("quantization_config")),
+            int8_threshold=threshold,
+            int8_group=group,
         )
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,13 +100,16 @@ class DecoderConfig:
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
-def _int8_threshold(stored: dict[str, Any] | None) -> float | None:
-    """Threshold of an int8 checkpoint of eff-quant or bitsandbytes; other kinds of weights are refused."""
+def _int8_settings(stored: dict[str, Any] | None) -> tuple[float | None, int | None]:
+    """Threshold and group of an int8 checkpoint of eff-quant or bitsandbytes; other kinds of weights are refused.
+
+    Float weights have no threshold, and the group in which eff-quant would quantise their activations.
+    """
     if not stored:
-        return None
+        return None, Int8Config().activation_group
     method = stored.get("quant_method")
     if method == "bitsandbytes" and stored.get("load_in_8bit"):
-        return float(stored.get("llm_int8_threshold", 6.0))
+        return float(stored.get("llm_int8_threshold", 6.0)), None
     if method != Int8Config.quant_method:
         raise UnsupportedModelError(f"quantisation {method!r} is not int8 of eff-quant or bitsandbytes")
     config = Int8Config.from_dict(stored)
@@ -110,7 +117,7 @@ def _int8_threshold(stored: dict[str, Any] | None) -> float | None:
         raise UnsupportedModelError(f"int8 with activation={config.activation!r} is not 'dynamic'")
     if config.outlier_weights != "int8":
         raise UnsupportedModelError(f"int8 with outlier_weights={config.outlier_weights!r} is not 'int8'")
-    return config.threshold
+    return config.threshold, config.activation_group
 
 
 def _rotary(config: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:

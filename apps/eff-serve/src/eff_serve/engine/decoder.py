@@ -68,7 +68,7 @@ class Decoder:
         h, d = c.hidden_size, c.head_dim
 
         def linear(names: list[str], sizes: list[int], k: int) -> Linear:
-            return load_linear(checkpoint, names, sizes, k, quantize=quantize, threshold=threshold)
+            return load_linear(checkpoint, names, sizes, k, quantize=quantize, threshold=threshold, group=c.int8_group)
 
         self.layers = []
         for i in range(c.num_layers):

@@ -51,10 +51,14 @@ class Int8Linear:
     absmax: Tensor
     bias: Tensor | None
     threshold: float
+    group: int | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
-        return int8_linear(x, self.weight, self.absmax, self.bias, threshold=self.threshold, per_token_outliers=True)
+        return int8_linear(
+            x, self.weight, self.absmax, self.bias, threshold=self.threshold, per_token_outliers=True,
+            activation_group=self.group,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +74,7 @@ def load_linear(
     *,
     quantize: str | None,
     threshold: float,
+    group: int | None,
 ) -> Linear:
     """Read layers that share an input and stack them into one, so that one call does the work of several.
 
@@ -101,5 +106,5 @@ def load_linear(
     if any(b is not None for b in biases):
         bias_of_all = torch.cat([torch.zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)])
     if scales:
-        return Int8Linear(torch.cat(weights), torch.cat(scales), bias_of_all, threshold)
+        return Int8Linear(torch.cat(weights), torch.cat(scales), bias_of_all, threshold, group)
     return FloatLinear(torch.cat(weights), bias_of_all)

@@ -25,8 +25,8 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
 
     Args:
         path: Folder with config.json and safetensors files, or a model's name.
-        config: Settings such as backend or activation; by default the file's threshold and all else as in `Int8Config`.
-            The skip list is always the file's.
+        config: Settings such as backend or activation; by default bitsandbytes' arithmetic: the file's threshold, one
+            scale for each activation row, and all else as in `Int8Config`. The skip list is always the file's.
         **kwargs: Passed on to ``from_pretrained``.
 
     Returns:
@@ -51,7 +51,7 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
             f"{path}: no safetensors files; load it through bitsandbytes, then use convert_from_bnb_(model)"
         )
     _check_no_columns(config)
-    config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0))
+    config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0), activation_group=None)
     names = _float_layers(cls, hf_config, settings.get("llm_int8_skip_modules"))
     values = {**config.to_dict(), "skip": [f"re:{re.escape(n)}" for n in names]}
     hf_config.quantization_config = hf.EffConfig.from_dict(values).to_dict()
@@ -80,8 +80,8 @@ def bnb_settings(model: nn.Module) -> dict[str, Any]:
     """The ``quantization_config`` with which transformers loads our int8 model through bitsandbytes.
 
     Raises:
-        ValueError: settings that bitsandbytes does not have (weight-only, per-token outliers, static outlier columns),
-            or layers with different settings.
+        ValueError: settings that bitsandbytes does not have (weight-only, groups of activations, per-token outliers,
+            static outlier columns), or layers with different settings.
     """
     from eff_quant.plan import settings_of
 
@@ -89,8 +89,10 @@ def bnb_settings(model: nn.Module) -> dict[str, Any]:
     if len(different) != 1 or not isinstance(different[0], Int8Config):
         raise ValueError(f"bitsandbytes' int8 needs int8 layers of one setting, the model has {different or 'none'}")
     config = different[0]
+    dynamic = config.activation == "dynamic"
     extra = {
-        "activation='none'": config.activation == "none",
+        "activation='none'": not dynamic,
+        f"activation_group={config.activation_group}": dynamic and config.activation_group is not None,
         "per_token_outliers=True": config.per_token_outliers,
         "outlier_weights='original'": config.outlier_weights == "original",
     }
@@ -141,7 +143,7 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
 
     Args:
         model: Any module; a transformers model also learns that the quantiser is now ours.
-        config: Settings; by default each layer's own threshold.
+        config: Settings; by default each layer's own threshold and one scale for each activation row.
 
     Returns:
         The layers that were replaced, and those with 16-bit weights, which are left.
@@ -164,7 +166,7 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
         if old.weight.dtype != torch.int8:
             report.skip(name, f"weight has dtype {old.weight.dtype}, not int8 yet; use quantize_", size=size_of(old))
             continue
-        used = config or Int8Config(threshold=float(old.state.threshold))
+        used = config or Int8Config(threshold=float(old.state.threshold), activation_group=None)
         new = Int8Linear(old.in_features, old.out_features, bias=False, config=used, device="meta")
         scales = old.weight.SCB if getattr(old.weight, "SCB", None) is not None else old.state.SCB
         if scales is None:

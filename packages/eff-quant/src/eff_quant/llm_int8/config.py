@@ -13,7 +13,8 @@ import torch
 Activation = Literal["dynamic", "none"]
 OutlierWeights = Literal["int8", "original"]
 
-VERSION = 1
+VERSION = 2
+"""Version 2 added activation_group; settings of version 1 mean one scale for the whole row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,9 @@ class Int8Config:
             transformers model, whatever that is called.
         activation: ``"dynamic"`` quantises each activation row on the fly (W8A8); ``"none"`` multiplies float
             activations with dequantised weights (W8A16).
+        activation_group: Each activation row gets one scale for every so many consecutive columns, a multiple of 32, so
+            that a large entry costs the precision of its group alone. None: one scale for the whole row, as in the
+            paper and in bitsandbytes. It plays no part with ``activation="none"``.
         per_token_outliers: Look for outliers in each row by itself. A row then gives the same result alone and in any
             batch.
         outlier_weights: Weights of the columns in ``outlier_columns``: ``"original"`` keeps a copy in the original
@@ -47,6 +51,7 @@ class Int8Config:
     threshold: float = 6.0
     skip: tuple[str, ...] = ("lm_head",)
     activation: Activation = "dynamic"
+    activation_group: int | None = 128
     per_token_outliers: bool = False
     outlier_weights: OutlierWeights = "int8"
     outlier_columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -62,6 +67,7 @@ class Int8Config:
             raise TypeError(f"skip={self.skip!r} is one string; use a tuple of patterns, such as ({self.skip!r},)")
         object.__setattr__(self, "skip", tuple(self.skip))
         _check_choice("activation", self.activation, get_args(Activation))
+        _check_group(self.activation_group)
         _check_choice("outlier_weights", self.outlier_weights, get_args(OutlierWeights))
         _check_choice("backend", self.backend, ("auto", "cpu", "triton", "reference"))
         if self.out_dtype is not None and not (
@@ -107,13 +113,15 @@ class Int8Config:
         if method != cls.quant_method:
             raise ValueError(f"quant_method={method!r}; Int8Config reads {cls.quant_method!r}")
         version = values.pop("version", VERSION)
-        if version != VERSION:
+        if version not in (1, VERSION):
             raise ValueError(
-                f"settings of version {version!r}; this eff_quant reads version {VERSION}, a newer one may help"
+                f"settings of version {version!r}; this eff_quant reads versions 1 and {VERSION}, a newer one may help"
             )
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown settings {unknown}; Int8Config has {sorted(known)}")
+        if version == 1:
+            values["activation_group"] = None
         if isinstance(name := values.get("out_dtype"), str):
             values["out_dtype"] = getattr(torch, name, name)
         return cls(**values)
@@ -124,6 +132,15 @@ def _check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}; use a number, 0 or more")
     if math.isnan(value) or value < 0:
         raise ValueError(f"{name}={value!r}; use 0 (no decomposition) or more")
+
+
+def _check_group(group: object) -> None:
+    if group is None:
+        return
+    if isinstance(group, bool) or not isinstance(group, int):
+        raise TypeError(f"activation_group={group!r}; use a number of columns or None")
+    if group < 1 or group % 32:
+        raise ValueError(f"activation_group={group}; use a positive multiple of 32, or None for the whole row")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

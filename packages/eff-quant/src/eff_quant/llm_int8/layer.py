@@ -31,7 +31,8 @@ class Int8Linear(nn.Linear):
         in_features: K.
         out_features: N.
         bias: Whether there is a bias.
-        config: Settings; threshold, activation, per_token_outliers, out_dtype and backend act here.
+        config: Settings; threshold, activation, activation_group, per_token_outliers, out_dtype and backend act
+            here.
         num_outlier_columns: Room for this many static outlier columns.
         device, dtype: Of bias and outlier columns; the weight is int8 whatever the dtype.
 
@@ -159,6 +160,7 @@ class Int8Linear(nn.Linear):
             threshold=config.threshold if config.activation == "dynamic" else 0.0,
             per_token_outliers=config.per_token_outliers,
             activation=config.activation,
+            activation_group=config.activation_group if config.activation == "dynamic" else None,
             out_dtype=config.out_dtype,
             backend=config.backend,
         )
@@ -181,6 +183,8 @@ class Int8Linear(nn.Linear):
         """What ``print(model)`` shows between the brackets."""
         columns = 0 if self.outlier_columns is None else len(self.outlier_columns)
         text = f"{super().extra_repr()}, threshold={self.config.threshold}, activation={self.config.activation!r}"
+        if self.config.activation == "dynamic":
+            text += f", activation_group={self.config.activation_group}"
         return text + (f", outlier_columns={columns}" if columns else "")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
