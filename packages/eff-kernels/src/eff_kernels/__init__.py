@@ -14,6 +14,7 @@ from eff_kernels.ops.int4_linear import int4_linear, int4_pack, int4_unpack, int
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
 from eff_kernels.ops.linear import linear
+from eff_kernels.ops.neighborhood_attention import NeighborhoodAttention, neighborhood_attention
 from eff_kernels.ops.rms_norm import AddRMSNorm, add_rms_norm, rms_norm
 from eff_kernels.ops.rope import rope
 from eff_kernels.ops.swiglu import swiglu
@@ -28,6 +29,7 @@ __all__ = [
     "Handle",
     "Int8Columns",
     "Int8Rows",
+    "NeighborhoodAttention",
     "Op",
     "Report",
     "SkippedModulesError",
@@ -49,6 +51,7 @@ __all__ = [
     "int8_static_linear",
     "linear",
     "matches",
+    "neighborhood_attention",
     "replace_module",
     "rms_norm",
     "rope",
