@@ -1,7 +1,8 @@
 """What training under FP8 noise recovers: ``python packages/eff-quant/bench/fp8_digits.py``.
 
-A dense teacher learns the digits of scikit-learn. Its attention is then exchanged for a sparse one with a linear branch,
-whose projections (1024 of 205770 parameters) learn from the teacher's attention outputs while every linear layer rounds
+A dense teacher learns the digits of scikit-learn. Its attention is then exchanged for a sparse one with a linear
+branch, whose projections (1024 of 205770 parameters) learn from the attention outputs of the teacher while every linear
+layer rounds
 to FP8. One record for each format and seed; with ``--plot`` they are drawn.
 """
 
