@@ -72,7 +72,10 @@ def test_prepared_converted_saved_and_loaded(llama, ids, tmp_path):
     assert [e.reason for e in handle.report.skipped] == ["on the skip list (lm_head)"]
     expected = model(ids).logits
     convert_qat_(model)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    converted = model(ids).logits
+    torch.testing.assert_close(converted, expected, rtol=1e-3, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path)(ids).logits, converted)
 
 
 def test_tied_weights_stay_tied_and_are_left(llama, ids):

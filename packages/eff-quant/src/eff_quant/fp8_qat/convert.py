@@ -20,7 +20,8 @@ def convert_qat_(model: nn.Module, target: Target = "fp8_weight_only", *, allow_
     Args:
         model: A module that `prepare_qat_` changed.
         target: ``"fp8_weight_only"`` and ``"fp8_dynamic"`` make `FP8Linear` layers, the latter with rounded inputs;
-            ``"plain"`` makes `nn.Linear` layers with the trained weights.
+            ``"plain"`` makes `nn.Linear` layers with the trained weights. A transformers model also learns that it is
+            quantised, so that ``save_pretrained`` writes what `eff_quant.load` reads.
         allow_mismatch: Convert layers that computed something else in training than they will from now on.
 
     Returns:
@@ -28,7 +29,7 @@ def convert_qat_(model: nn.Module, target: Target = "fp8_weight_only", *, allow_
 
     Raises:
         ValueError: no layer is prepared, the target is unknown, or a layer was prepared for something else than the
-            target; nothing is changed then.
+            target; nothing is changed then. Or a weight holds inf or NaN.
     """
     check_choice("target", target, get_args(Target))
     layers = list(qat_layers(model))
@@ -52,6 +53,10 @@ def convert_qat_(model: nn.Module, target: Target = "fp8_weight_only", *, allow_
             new = FP8Linear.from_linear(layer, _storage(config, target))
             replace_module(model, name, new)
         report.change(name, bytes_before=before, bytes_after=_size(new))
+    if target != "plain":
+        from eff_quant.quantize import tell_transformers  # which imports all methods, and so this module
+
+        tell_transformers(model, "attach")
     return report
 
 

@@ -126,7 +126,6 @@ AOT_CASES = [
         constexprs={"E5M2": e5m2, "VALUES": values, "POWER_OF_TWO": e5m2, **_row_block(4096)},
         options=_OPTIONS,
     )
-    for name in ("bf16", "fp16", "fp32")
-    for e5m2 in (False, True)
+    for name, e5m2 in (("bf16", False), ("bf16", True), ("fp32", False))
     for values in (False, True)
 ]  # fmt: skip
