@@ -56,10 +56,16 @@ def run(data: tuple, teacher: torch.nn.Module, spec: FP8Spec | None, *, epochs: 
             optimizer.step()
             steps += 1
     last = held_out_error()
+    rounded_afterwards = {}
+    if spec is None:  # what training without the noise is worth under it
+        for name in ("e4m3", "e5m2"):
+            with prepare_qat_(student, FP8QATConfig(weight=FORMATS[name], activation=FORMATS[name], skip=())):
+                rounded_afterwards[f"after_then_{name}"] = held_out_error()
     distiller.remove()
     result = {
         "before": first,
         "after": last,
+        **rounded_afterwards,
         "accuracy_before": accuracy_before,
         "accuracy_after": accuracy(student, *held),
         "steps": steps,
