@@ -3,13 +3,16 @@ import math
 import pytest
 import torch
 from eff_kernels import FP4Codes, fp4_dequantize, fp4_quantize
+from eff_kernels.op import triton_interprets
 from eff_kernels.ops.fp4_quantize import api, reference
 from eff_kernels.ops.fp4_quantize.specs import SPECS
+from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ["cpu", "reference"]
+pytestmark = OpTests.pytestmark  # numpy warns under Triton's interpreter
+BACKENDS = ["cpu", "reference", *(["triton"] if triton_interprets() else [])]
 MODES = ["floor", "even", "ceil", "rceil"]
 ONE = torch.ones(())
 WORKED = [6, -4, 3, 2, 1.5, -1, 0.5, 0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.3]
@@ -258,3 +261,7 @@ def test_leading_dimensions_and_strides(backend):
 def test_errors_name_what_they_saw(x, option, error, message):
     with pytest.raises(error, match=message):
         fp4_quantize(x, **option)
+
+
+def test_triton_kernel_compiles_for_each_gpu():
+    assert_compiles("eff_kernels.ops.fp4_quantize.triton")

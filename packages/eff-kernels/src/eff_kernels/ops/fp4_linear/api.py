@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.fp4_linear import cpu, reference
 from eff_kernels.ops.fp4_linear.backward import BACKWARD_OP
 from eff_kernels.ops.fp4_quantize.api import (
@@ -42,7 +42,11 @@ OP = Op(
     "fp4_linear",
     "(Tensor x, Tensor packed, Tensor scale, Tensor? global_scale, Tensor? bias, Tensor? input_global_scale, "
     "str format, str activations, str scale_rounding, ScalarType out_dtype) -> Tensor",
-    [Backend("cpu", cpu.fp4_linear, cpu.reject), Backend("reference", reference.fp4_linear)],
+    [
+        Backend("cpu", cpu.fp4_linear, cpu.reject),
+        triton_backend("eff_kernels.ops.fp4_linear.triton"),
+        Backend("reference", reference.fp4_linear),
+    ],
     fake=lambda x, packed, *args: x.new_empty((x.shape[0], packed.shape[0]), dtype=args[-1]),
     setup_context=_remember,
     backward=_backward,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.fp4_linear import reference
 from eff_kernels.ops.fp4_quantize.api import DEQUANTIZE_OP
 
@@ -36,7 +36,11 @@ def _reject_blocked(
 BACKWARD_OP = Op(
     "fp4_linear_backward",
     "(Tensor grad, Tensor packed, Tensor scale, Tensor? global_scale, str format, ScalarType dtype) -> Tensor",
-    [Backend("cpu", _blocked, _reject_blocked), Backend("reference", reference.fp4_linear_backward)],
+    [
+        Backend("cpu", _blocked, _reject_blocked),
+        triton_backend("eff_kernels.ops.fp4_linear.triton", run="backward", reject="reject_backward"),
+        Backend("reference", reference.fp4_linear_backward),
+    ],
     fake=lambda grad, packed, scale, global_scale, format, dtype: grad.new_empty(
         (grad.shape[0], 2 * packed.shape[1]), dtype=dtype
     ),

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.fp4_quantize import cpu, reference
 from eff_kernels.ops.fp4_quantize.reference import BLOCKS, SCALE_ROUNDINGS
 from eff_kernels.ops.int8_quantize.api import check_float
@@ -18,7 +18,11 @@ ScaleRounding = Literal["floor", "even", "ceil", "rceil"]
 OP = Op(
     "fp4_quantize",
     "(Tensor x, Tensor? global_scale, str format, str scale_rounding) -> (Tensor, Tensor)",
-    [Backend("cpu", cpu.quantize, cpu.reject), Backend("reference", reference.quantize)],
+    [
+        Backend("cpu", cpu.quantize, cpu.reject),
+        triton_backend("eff_kernels.ops.fp4_quantize.triton"),
+        Backend("reference", reference.quantize),
+    ],
     fake=lambda x, global_scale, format, scale_rounding: (
         x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8),
         x.new_empty((x.shape[0], x.shape[1] // BLOCKS[format]), dtype=torch.uint8),
