@@ -1,7 +1,8 @@
 """Triton kernel of fp4_quantize. Not yet run on a GPU: compiled and interpreted only.
 
 Scales are found with integers alone: exponents from the bits of the largest magnitude, E4M3 by rounding those bits.
-Every number is then the same on each GPU, and under the interpreter, whose conversions to float8 do not round to nearest.
+Every number is then the same on each GPU, and under the interpreter, whose conversions to float8 do not round to
+nearest.
 
 B: blocks of a program. V: values of a block.
 """
@@ -39,7 +40,7 @@ def scale_bits(bits, ROUNDING: tl.constexpr):
 
 @triton.jit
 def encode(x):
-    """Codes (int32) of the nearest E2M1 values: adding 1.5 * 2**n rounds half to even, with the code in the low bits."""
+    """Codes (int32) of the nearest E2M1 values: adding 1.5 * 2**n rounds half to even and leaves the code."""
     size = tl.abs(x)
     size = tl.where(size < 6.0, size, 6.0)
     rounder = tl.where(size < 2.0, 6291456.0, tl.where(size < 4.0, 12582912.0, 25165824.0))
