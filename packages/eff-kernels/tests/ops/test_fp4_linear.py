@@ -3,14 +3,17 @@ import inspect
 import pytest
 import torch
 from eff_kernels import fp4_dequantize, fp4_linear, fp4_quantize, native
+from eff_kernels.op import triton_interprets
 from eff_kernels.ops.fp4_linear import api, cpu, reference
 from eff_kernels.ops.fp4_linear.specs import SPECS
 from eff_kernels.ops.fp4_quantize.reference import BLOCKS, scale_values
+from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BACKENDS = ["cpu", "reference"]
+pytestmark = OpTests.pytestmark  # numpy warns under Triton's interpreter
+BACKENDS = ["cpu", "reference", *(["triton"] if triton_interprets() else [])]
 formats = pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 
 SCHEMA = (
@@ -113,12 +116,18 @@ def test_threads_change_no_bit(format, m):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("define", ["EFF_NO_AVX512", "EFF_GENERIC"])
+@pytest.mark.parametrize(
+    "defines",
+    [
+        pytest.param(["EFF_NO_AVX512"], id="avx2", marks=pytest.mark.slow),
+        pytest.param(["EFF_GENERIC", "EFF_NO_VNNI"], id="any processor"),
+    ],
+)
 @formats
-def test_code_for_other_processors(define, format, monkeypatch):
+def test_code_for_other_processors(defines, format, monkeypatch):
     if native.unavailable():
         pytest.skip(native.unavailable())
-    kernel = native.library(define).eff_fp4_linear
+    kernel = native.library(*defines).eff_fp4_linear
     kernel.argtypes, kernel.restype = cpu._kernel().argtypes, cpu._kernel().restype
     codes = layer(31, 1120, format)
     with monkeypatch.context() as patch:
@@ -182,3 +191,7 @@ def test_errors_name_what_they_saw(change, error, message):
     valid = {"x": torch.ones(2, 32), **codes._asdict(), "format": "nvfp4"}
     with pytest.raises(error, match=message):
         fp4_linear(**{**valid, **change})
+
+
+def test_triton_kernels_compile_for_each_gpu():
+    assert_compiles("eff_kernels.ops.fp4_linear.triton")
