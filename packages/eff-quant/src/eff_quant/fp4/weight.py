@@ -11,8 +11,8 @@ from torch import Tensor
 
 from eff_quant.fp4.config import BLOCK, Format, FP4Config
 
-# Rows are taken in pieces of about this many weights, so that the temporaries stay at a few MiB for any layer.
-PIECE = 2**20
+# Rows are taken in pieces of about this many weights, so that the temporaries stay in the cache.
+PIECE = 2**18
 
 # The largest value of E2M1 and of E4M3: what one NVFP4 block scale and one value can hold together.
 E2M1_MAX = 6.0
