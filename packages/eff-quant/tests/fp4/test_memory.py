@@ -1,4 +1,4 @@
-"""Peak memory of quantising and loading, each in a fresh process: little more than the FP4 model."""
+"""Peak memory of quantising and loading, each in a fresh process: at most 1.35 times the FP4 model."""
 
 import json
 import subprocess
@@ -35,8 +35,6 @@ print(json.dumps({
 
 WAYS = {
     "quantise while loading": "load('float', FP4Config())",
-    "quantise while loading, mxfp4": "load('float', FP4Config(format='mxfp4'))",
-    "load": "load('fp4')",
     "compressed-tensors": "load_fp4_checkpoint('compressed')",
     "modelopt": "load_fp4_checkpoint('modelopt')",
 }
@@ -64,7 +62,6 @@ def folder(tmp_path_factory):
     ranges = calibrate_fp4(model, [{"input_ids": torch.arange(4)[None]}])
     quantize_(model, FP4Config(activations="static"))
     ranges.set_input_scales(model)
-    model.save_pretrained(path / "fp4", max_shard_size="20MB")
     save_fp4_checkpoint(model, path / "compressed", max_shard_size="20MB")
     save_fp4_checkpoint(model, path / "modelopt", layout="modelopt", max_shard_size="20MB")
     return path
@@ -79,6 +76,6 @@ def test_loading_needs_little_more_than_the_fp4_model(folder, way):
     seen = json.loads(done.stdout.splitlines()[-1])
     float_size = sum(f.stat().st_size for f in (folder / "float").glob("*.safetensors"))
     assert seen["fp4"] == 8 * 7
-    print(way, float_size, seen)
     assert 0.25 * float_size < seen["size"] < 0.4 * float_size
+    assert seen["peak"] <= 1.35 * seen["size"]
     assert seen["peak"] > 0.8 * seen["size"]  # or it would not have measured anything
