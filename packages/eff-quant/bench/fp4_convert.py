@@ -77,10 +77,9 @@ def main() -> None:
             wanted = torchao(x, format)[0]
 
             def provider(label: str, run, wanted=wanted, format=format, x=x) -> Provider:
-                # compressed-tensors computes its tensor scale in bfloat16, so a few of its codes differ
-                close = (run(x, format)[0] == wanted).float().mean() > (
-                    0.9 if label == "compressed-tensors" else 0.9999
-                )
+                # The tensor scales differ in their last bit, those of compressed-tensors by bfloat16: some ties differ.
+                share = 0.9 if label == "compressed-tensors" else 0.99
+                close = (run(x, format)[0] == wanted).float().mean() > share
                 return Provider(label, lambda i: run(x, format), check=lambda: bool(close))
 
             providers = [provider(n, f) for n, f in (("torchao", torchao), ("compressed-tensors", compressed_tensors))]
