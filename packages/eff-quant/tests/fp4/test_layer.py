@@ -363,10 +363,8 @@ def test_gradients_are_those_of_the_dequantised_weight(linear, shape, config):
 def test_it_compiles_into_one_graph(linear, config):
     layer = make(linear, config)
     x = torch.randn(3, 64, requires_grad=True)
-    expected = layer(x)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
-    assert torch.equal(y, expected)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, layer(x))
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.ones(3, 24) @ layer.dequantize(), rtol=1e-5, atol=1e-5)
 

@@ -155,10 +155,10 @@ class FP4Linear(nn.Linear):
         """Return x @ W.T + bias for x [..., K].
 
         Raises:
-            RuntimeError: static activations without a calibrated scale.
+            RuntimeError: static activations without a calibrated scale (compiled: the result is NaN).
         """
         config = self.config
-        if config.activations == "static" and not self._calibrated:
+        if config.activations == "static" and not self._calibrated and not torch.compiler.is_compiling():
             self._check_calibrated()
         rounded = config.activations is not None
         return fp4_linear(
