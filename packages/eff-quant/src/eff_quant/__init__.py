@@ -40,6 +40,7 @@ from eff_quant.load import load
 from eff_quant.lora import merge_lora
 from eff_quant.mixed import MixedConfig
 from eff_quant.quantize import dequantize_, quantize_
+from eff_quant.sensitivity import Recipe, SensitivityReport, sensitivity_sweep
 
 __all__ = [
     "AttentionOutputDistiller",
@@ -56,6 +57,8 @@ __all__ = [
     "OutlierReport",
     "QATHandle",
     "calibrate_fp4",
+    "Recipe",
+    "SensitivityReport",
     "convert_from_bnb_",
     "convert_qat_",
     "dequantize_",
@@ -73,4 +76,5 @@ __all__ = [
     "save_bnb_int8",
     "save_compressed_fp8",
     "save_fp4_checkpoint",
+    "sensitivity_sweep",
 ]

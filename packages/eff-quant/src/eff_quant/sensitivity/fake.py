@@ -121,10 +121,13 @@ class Weights:
 class FakeLinear(nn.Module):
     """A linear layer with a rounded weight that rounds its input (``format``) or not (None)."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, inputs: Inputs, format: str | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
         self._inputs, self._format = inputs, format
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,6 +135,11 @@ class FakeLinear(nn.Module):
         if self._format is not None:
             x = self._inputs(x, self._format)
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias [N] of a linear layer, if it has one."""
+    return None if module.bias is None else module.get_parameter("bias").detach()
 
 
 def weight_of(module: nn.Module) -> Tensor:

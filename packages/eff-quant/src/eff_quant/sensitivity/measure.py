@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from eff_quant.sensitivity.fake import FORMATS, weight_of
 from eff_quant.sensitivity.passes import Runner
 
 QUANTILE = 0.999
+
+# Outliers are rare and are looked for in all windows; errors are settled by this many tokens, and cost more.
+ERROR_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,76 +64,85 @@ def measure_layers(runner: Runner, formats: Sequence[str], advance: Callable[[],
 
     Args:
         runner: The model and its windows.
-        formats: Formats to try.
+        formats: Formats to try, on the first windows, until there are `ERROR_TOKENS` tokens.
         advance: Called after each window.
     """
-    sums = {p.name: _Sums() for p in runner.parts.linears}
-    block_output = [0.0] * len(runner.blocks)
-    names: dict[int, list[str]] = defaultdict(list)
-    for p in runner.parts.linears:
-        names[p.block].append(p.name)
-    with Handle() as handle:
-        handle.on_remove(runner.inputs.forget)
-        for p in runner.parts.linears:
-            hook = _watch_layer(runner, p.name, formats, sums[p.name])
-            handle.on_remove(p.module.register_forward_hook(hook).remove)
-        for i, block in enumerate(runner.blocks):
-            watch = _watch_block(runner, names[i], formats, sums, block_output, i)
-            handle.on_remove(block.register_forward_hook(watch, with_kwargs=True).remove)
-        for window in range(len(runner.windows)):
+    watcher = _Watcher(runner)
+    tokens = 0
+    for window, ids in enumerate(runner.windows):
+        watcher.formats = tuple(formats) if tokens < ERROR_TOKENS else ()
+        with Handle() as handle:
+            watcher.put_hooks(handle)
             runner.call(window)
-            advance()
+        tokens += len(ids)
+        advance()
     layers = []
     for p in runner.parts.linears:
-        s, weight = sums[p.name], weight_of(p.module)
+        s, weight = watcher.sums[p.name], weight_of(p.module)
         layers.append(
             Layer(
                 p.name,
                 p.block,
                 p.component,
-                *weight.shape,
+                weight.shape[0],
+                weight.shape[1],
                 largest=s.largest,
                 outlier_ratio=s.largest / _quantile(s.histogram, s.largest),
                 weight_sqnr={f: _weight_sqnr(weight, f) for f in formats},
                 output_sqnr={f: decibel(s.output, s.noise[f]) for f in formats},
-                block_error={f: s.block_noise[f] / (block_output[p.block] or 1.0) for f in formats},
+                block_error={f: s.block_noise[f] / (watcher.block_output[p.block] or 1.0) for f in formats},
             )
         )
     return layers
 
 
-def _watch_layer(runner: Runner, name: str, formats: Sequence[str], sums: _Sums) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        x = args[0]
-        size = x.detach().abs()
+class _Watcher:
+    """Hooks that look at each layer, and run each block again with one layer rounded."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.formats: tuple[str, ...] = ()
+        self.sums = {p.name: _Sums() for p in runner.parts.linears}
+        self.block_output = [0.0] * len(runner.blocks)
+        self._again = False
+
+    def put_hooks(self, handle: Handle) -> None:
+        """Watch until the handle is removed."""
+        handle.on_remove(self.runner.inputs.forget)
+        for p in self.runner.parts.linears:
+            handle.on_remove(p.module.register_forward_hook(partial(self._see_layer, p.name)).remove)
+        for i, block in enumerate(self.runner.blocks):
+            handle.on_remove(block.register_forward_hook(partial(self._see_block, i), with_kwargs=True).remove)
+
+    def _see_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._again:
+            return
+        x, sums = args[0], self.sums[name]
+        size = x.abs()
         # Absolute bfloat16 values are ordered as their bits, so 2^15 counts give a quantile of any number of values.
         bits = size.to(torch.bfloat16).reshape(-1).view(torch.int16).int()
         counts = torch.bincount(bits, minlength=2**15)
         sums.histogram = counts if sums.histogram is None else sums.histogram + counts
         sums.largest = max(sums.largest, size.max().item())
-        sums.output += _square(output)
-        for format in formats:
-            sums.noise[format] += _square(runner.rounded(name, format)(x).float() - output.float())
+        if self.formats:
+            sums.output += _square(output)
+        for format in self.formats:
+            sums.noise[format] += _square(self.runner.rounded(name, format)(x).float() - output.float())
 
-    return hook
-
-
-def _watch_block(
-    runner: Runner, names: list[str], formats: Sequence[str], sums: dict[str, _Sums], total: list[float], index: int
-) -> Callable[..., None]:
-    block_name = runner.parts.blocks[index]
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _see_block(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._again or not self.formats:
+            return
         expected = _hidden(output)
-        total[index] += _square(expected)
-        for name in names:
-            for format in formats:
+        self.block_output[i] += _square(expected)
+        inside = len(self.runner.parts.blocks[i]) + 1
+        self._again = True
+        for p in (p for p in self.runner.parts.linears if p.block == i):
+            for format in self.formats:
                 with Handle() as handle:
-                    handle.replace(module, name[len(block_name) + 1 :], runner.rounded(name, format))
-                    found = _hidden(module.forward(*args, **kwargs))  # not by calling it: this hook would run again
-                sums[name].block_noise[format] += _square(found.float() - expected.float())
-
-    return hook
+                    handle.replace(module, p.name[inside:], self.runner.rounded(p.name, format))
+                    found = _hidden(module(*args, **kwargs))
+                self.sums[p.name].block_noise[format] += _square(found.float() - expected.float())
+        self._again = False
 
 
 def _hidden(output: Any) -> Tensor:

@@ -81,8 +81,7 @@ def _largest_list(model: nn.Module) -> list[str]:
     sizes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            size = sum(m.weight.numel() for m in module.modules() if getattr(m, "weight", None) is not None)
-            sizes[name] = size
+            sizes[name] = sum(p.numel() for p in module.parameters() if p.ndim == 2)
     best = max(sizes, key=lambda n: sizes[n], default=None)
     if best is None:
         return []

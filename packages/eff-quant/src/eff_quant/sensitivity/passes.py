@@ -17,7 +17,7 @@ import torch
 from eff_kernels.edit import Handle
 from torch import Tensor, nn
 
-from eff_quant.sensitivity.fake import FakeLinear, Inputs, Weights, weight_of
+from eff_quant.sensitivity.fake import FakeLinear, Inputs, Weights, bias_of, weight_of
 from eff_quant.sensitivity.parts import Parts
 from eff_quant.sensitivity.score import Score, score
 
@@ -125,7 +125,7 @@ class Runner:
         """A layer in a format."""
         module = self._modules[name]
         weight = self._rounded(module, format) if self.weights else weight_of(module)
-        return FakeLinear(weight, module.bias, self.inputs, format if self.activations else None)
+        return FakeLinear(weight, bias_of(module), self.inputs, format if self.activations else None)
 
     def _logits_of(self, window: int, formats: Mapping[str, str], keep: Snapshot | None = None) -> Tensor:
         """Logits [T, V] of one window with the layers that are in place, which are those of ``formats``."""

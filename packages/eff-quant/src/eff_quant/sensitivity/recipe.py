@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from eff_quant.sensitivity.fake import FORMATS, check_format
@@ -55,6 +56,7 @@ def make_recipe(
     budget_bytes: float | None = None,
     budget_kl: float | None = None,
     fallback: str = "fp8",
+    kept_bits: int = 16,
     fuse: tuple[tuple[str, ...], ...] = FUSED,
 ) -> Recipe:
     """Choose a precision for every layer: ``format``, ``fallback``, or as it is.
@@ -71,6 +73,7 @@ def make_recipe(
         budget_bytes: For the weights of all swept layers.
         budget_kl: In nats a token. One of the two budgets has to be given.
         fallback: The format between ``format`` and the unchanged layer.
+        kept_bits: Of one weight of an unchanged layer.
         fuse: Components of a block that serving engines compute as one layer and that get one precision.
 
     Raises:
@@ -80,7 +83,7 @@ def make_recipe(
         raise ValueError(f"budget_bytes={budget_bytes}, budget_kl={budget_kl}; give exactly one of the two")
     check_format(fallback)
     ladder = (format, fallback, None)
-    units = _units(report, format, fuse, ladder)
+    units = _units(report, format, fuse, ladder, kept_bits)
     if budget_bytes is not None and (least := sum(u.sizes[0] for u in units)) > budget_bytes:
         raise ValueError(f"budget_bytes={budget_bytes:g} is below the {least:g} bytes of all layers in {format!r}")
     if budget_kl is not None and budget_kl < 0:
@@ -119,7 +122,11 @@ class _Unit:
 
 
 def _units(
-    report: SensitivityReport, format: str, fuse: tuple[tuple[str, ...], ...], ladder: tuple[str | None, ...]
+    report: SensitivityReport,
+    format: str,
+    fuse: tuple[tuple[str, ...], ...],
+    ladder: tuple[str | None, ...],
+    kept_bits: int,
 ) -> list[_Unit]:
     if format not in report.formats:
         raise ValueError(f"format {format!r} was not swept; the report has {', '.join(map(repr, report.formats))}")
@@ -136,32 +143,26 @@ def _units(
         own = math.fsum(estimates[key] for key in {(la.block, la.component) for la in layers})
         error = [math.fsum(0.0 if f is None else la.block_error[f] for la in layers) for f in ladder]
         kl = tuple(own * e / (error[0] or 1.0) for e in error)
-        sizes = tuple(sum(_size(la, f, report.weight_bits) for la in layers) for f in ladder)
+        sizes = tuple(sum(_size(la, f, kept_bits) for la in layers) for f in ladder)
         if not sizes[0] < sizes[1] < sizes[2]:
-            raise ValueError(
-                f"{ladder[:2]} and {report.weight_bits}-bit weights: each has to be larger than the one before"
-            )
+            raise ValueError(f"{ladder[:2]} and {kept_bits}-bit weights: each has to be larger than the one before")
         made.append(_Unit(tuple(layers), sizes, kl))
     total = math.fsum(u.kl[0] for u in made)
     factor = report.kl(report.full(format)) / total if total else 1.0
     return [_Unit(u.layers, u.sizes, tuple(k * factor for k in u.kl)) for u in made]
 
 
-def _size(layer: Layer, format: str | None, weight_bits: int) -> float:
+def _size(layer: Layer, format: str | None, kept_bits: int) -> float:
     if format is None:
-        return layer.rows * layer.columns * weight_bits / 8
+        return layer.rows * layer.columns * kept_bits / 8
     return FORMATS[format].size(layer.rows, layer.columns)
 
 
 def _config(format: str, activations: bool) -> Any:
     if format in ("mxfp4", "nvfp4"):
-        from eff_quant.fp4 import FP4Config
-
-        return FP4Config(format=format, activations="dynamic" if activations else None)
+        return import_module("eff_quant.fp4").FP4Config(format=format, activations="dynamic" if activations else None)
     if format == "fp8":
-        from eff_quant.fp8_qat import FP8Config
-
-        return FP8Config(activations="dynamic" if activations else "none")
+        return import_module("eff_quant.fp8_qat").FP8Config(activations="dynamic" if activations else "none")
     from eff_quant.llm_int8 import Int8Config
 
     return Int8Config(threshold=0.0, activation="dynamic" if activations else "none")

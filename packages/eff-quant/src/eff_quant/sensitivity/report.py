@@ -62,7 +62,6 @@ class SensitivityReport:
         formats, blocks, components: What was swept.
         weights, activations: What was rounded.
         num_bytes: Of the text that the counted tokens stand for, if it was given.
-        weight_bits: Of one weight of the unchanged model.
         skipped: Linear layers inside blocks that were left alone, with the reason.
         meta: Anything else that is to be kept with it.
     """
@@ -76,7 +75,6 @@ class SensitivityReport:
     weights: bool
     activations: bool
     num_bytes: int | None
-    weight_bits: int
     skipped: Mapping[str, str] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -230,9 +228,11 @@ class SensitivityReport:
         budget_bytes: float | None = None,
         budget_kl: float | None = None,
         fallback: str = "fp8",
+        kept_bits: int = 16,
         fuse: tuple[tuple[str, ...], ...] = FUSED,
     ) -> Recipe:
         """Choose a precision for every layer, see `eff_quant.sensitivity.recipe.make_recipe`."""
         from eff_quant.sensitivity.recipe import make_recipe
 
-        return make_recipe(self, format, budget_bytes=budget_bytes, budget_kl=budget_kl, fallback=fallback, fuse=fuse)
+        budget = {"budget_bytes": budget_bytes, "budget_kl": budget_kl}
+        return make_recipe(self, format, **budget, fallback=fallback, kept_bits=kept_bits, fuse=fuse)

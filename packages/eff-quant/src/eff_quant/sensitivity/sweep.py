@@ -104,7 +104,6 @@ def sensitivity_sweep(
             weights,
             activations,
             num_bytes,
-            8 * max((weight_of(p.module).element_size() for p in parts.linears), default=2),
             dict(parts.skipped),
             {"model": type(model).__name__, "torch": torch.__version__, "eff_kernels": version("eff-kernels")},
         )
