@@ -69,11 +69,11 @@ def measure_layers(runner: Runner, formats: Sequence[str], advance: Callable[[],
     """
     watcher = _Watcher(runner)
     tokens = 0
-    for window, ids in enumerate(runner.windows):
+    for ids in runner.windows:
         watcher.formats = tuple(formats) if tokens < ERROR_TOKENS else ()
         with Handle() as handle:
             watcher.put_hooks(handle)
-            runner.call(window)
+            runner.call(ids)
         tokens += len(ids)
         advance()
     layers = []

@@ -90,6 +90,11 @@ class Runner:
             self._snapshots[1:] = [kept]
         return Score(tuple(nll), tuple(kl))
 
+    def hold(self, formats: Mapping[str, str]) -> None:
+        """Have the hidden states of a run at hand that later runs differ from in late blocks only."""
+        if self.skips and all(s.formats != formats for s in self._snapshots[1:]):
+            self.run(formats, keep=True)
+
     @torch.no_grad()
     def prepare(self) -> None:
         """Run the model as it is and keep what later runs need; a second call does nothing."""
@@ -107,9 +112,9 @@ class Runner:
         if self.skips:
             self._snapshots = [base]
 
-    def call(self, window: int) -> Tensor:
-        """Run the model as it stands on one window: logits [T, V]."""
-        out = self.model(self.windows[window][None], **self._options)
+    def call(self, ids: Tensor) -> Tensor:
+        """Run the model as it stands on token ids [T]: logits [T, V]."""
+        out = self.model(ids[None], **self._options)
         logits = getattr(out, "logits", None)
         if logits is None:
             logits = out[0] if isinstance(out, tuple) else out
@@ -141,7 +146,7 @@ class Runner:
             if keep is not None:
                 keep.after.append({block: h for block, h in before.items() if block < start})
                 self._record(keep, start, handle)
-            return self.call(window)
+            return self.call(self.windows[window])
 
     def _first_changed(self, known: Snapshot, formats: Mapping[str, str]) -> int:
         """The block at which a run has to begin that differs from a known one: 0 is the first of all."""
@@ -159,11 +164,12 @@ class Runner:
         blocks = sorted(base.after[0])
         if self._wrap is None or not blocks:
             return False
+        self.call(self.windows[0].flip(0))  # so that nothing of the window is left behind anywhere
         for block in {blocks[0], *blocks[-2:]}:
             with Handle() as handle:
                 self._skip_before(block + 1, base.after[0][block], handle)
                 try:
-                    found = self.call(0)
+                    found = self.call(self.windows[0])
                 except Exception:  # a block that misses what an earlier one leaves behind may raise anything
                     return False
                 if not torch.equal(found, expected):

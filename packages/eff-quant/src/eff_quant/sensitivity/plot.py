@@ -19,7 +19,7 @@ def heatmap(report: SensitivityReport, path: str | Path, format: str) -> None:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("heatmap needs matplotlib: pip install matplotlib") from None
+        raise ImportError("heatmap needs matplotlib: pip install 'eff-quant[plots]'") from None
     cost = report.estimates(format)
     blocks = sorted({b for b, _ in cost})
     smallest = min((v for v in cost.values() if v > 0), default=1e-6)

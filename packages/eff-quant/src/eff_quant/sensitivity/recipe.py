@@ -128,12 +128,10 @@ def _units(
     ladder: tuple[str | None, ...],
     kept_bits: int,
 ) -> list[_Unit]:
-    if format not in report.formats:
-        raise ValueError(f"format {format!r} was not swept; the report has {', '.join(map(repr, report.formats))}")
+    estimates = report.estimates(format)
     if missing := [la.name for la in report.layers if ladder[1] not in la.block_error]:
         known = ", ".join(map(repr, report.layers[0].block_error))
         raise ValueError(f"fallback {ladder[1]!r} was not looked at ({missing[0]}); the report has {known}")
-    estimates = report.estimates(format)
     groups: dict[tuple[int, str], list[Layer]] = {}
     for layer in report.layers:
         fused = next((g for g in fuse if layer.component in g), (layer.component,))

@@ -58,6 +58,8 @@ class Records:
         where = step.component or step.mode if step.block is None else f"block {step.block} {step.component or ''}"
         show(f"{step.format} {step.direction} {where}")
         if key not in self._known:
+            if (step.mode, step.direction) == ("block", "restore"):  # the full run may have been read, not made
+                runner.hold({p.name: step.format for p in runner.parts.linears})
             start = time.perf_counter()
             found = runner.run(step.formats, keep=step.mode == "full")
             what = {k: getattr(step, k) for k in ("format", "mode", "direction", "block", "component")}

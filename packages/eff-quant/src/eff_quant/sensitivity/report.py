@@ -154,8 +154,10 @@ class SensitivityReport:
         each alone.
 
         Raises:
-            ValueError: a layer is in neither the grid nor a block that was measured.
+            ValueError: a layer is in neither the grid nor a block that was measured, or the format was not swept.
         """
+        if format not in self.formats:
+            raise ValueError(f"format {format!r} was not swept; the report has {', '.join(map(repr, self.formats))}")
         measured = {(p.block, p.component): self.kl(p) for p in self.select("grid", "only", format=format)}
         of_block = {p.block: self.kl(p) for p in self.select("block", "only", format=format)}
         total: dict[int, float] = {}
