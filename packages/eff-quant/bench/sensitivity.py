@@ -20,6 +20,7 @@ from pathlib import Path
 import _smollm2
 import torch
 from eff_quant import SensitivityReport, sensitivity_sweep
+from eff_quant.sensitivity.score import interval, mean
 from quality import Measurement, environment
 from rich.progress import Progress, TimeRemainingColumn
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> SensitivityReport:
     from transformers import AutoModelForCausalLM
 
     folder = args.model or _smollm2.folder()
-    text = Measurement(folder, args.windows, args.results)
+    text = Measurement(folder, args.windows, args.results, {"float32": {}})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ends = time.monotonic() + 60 * args.minutes
     with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(elapsed_when_finished=True)) as bar:
@@ -124,6 +125,96 @@ def size(report: SensitivityReport, formats: dict[str, str]) -> float:
         for la in report.layers
     )
     return 8 * total / sum(la.rows * la.columns for la in report.layers)
+
+
+def plot(report: SensitivityReport) -> None:
+    """All pictures of the page."""
+    for format in report.formats:
+        report.heatmap(IMAGES / f"sensitivity_{format}.svg", format)
+    plot_components(report, IMAGES / "sensitivity_components.svg")
+    plot_depth(report, IMAGES / "sensitivity_depth.svg")
+    plot_recipes(report, IMAGES / "sensitivity_recipe.svg")
+
+
+def plot_components(report: SensitivityReport, path: Path) -> None:
+    """KL of each component alone, and what leaving it alone saves, with 95 % intervals."""
+    from matplotlib import pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    titles = {"only": "rounded alone: KL", "restore": "all but it rounded: KL saved"}
+    for axes, (direction, title) in zip(both, titles.items(), strict=True):
+        for i, format in enumerate(report.formats):
+            full = report.full(format)
+            for y, component in enumerate(report.components):
+                (p,) = report.select("component", direction, format=format, component=component)
+                sums = p.kl if direction == "only" else [a - b for a, b in zip(full.kl, p.kl, strict=True)]
+                value, (low, high) = mean(sums, report.counts), interval(sums, report.counts)
+                label = format if y == 0 else None
+                at = y + 0.38 * (i - 0.5)
+                axes.barh(at, value, 0.36, color=COLOURS[format], label=label)
+                axes.plot([low, high], [at, at], color="black", linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("nats a token")
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    both[0].set_yticks(range(len(report.components)), report.components)
+    both[0].invert_yaxis()
+    both[1].legend()
+    figure.savefig(path)
+
+
+def plot_depth(report: SensitivityReport, path: Path) -> None:
+    """KL of each block alone over depth, and what leaving it alone saves."""
+    from matplotlib import pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    titles = {"only": "rounded alone: KL", "restore": "all but it rounded: KL saved"}
+    for axes, (direction, title) in zip(both, titles.items(), strict=True):
+        for format in report.formats:
+            full, passes = report.full(format), report.select("block", direction, format=format)
+            sums = [
+                p.kl if direction == "only" else [a - b for a, b in zip(full.kl, p.kl, strict=True)] for p in passes
+            ]
+            blocks = [p.block for p in passes]
+            limits = [interval(s, report.counts) for s in sums]
+            axes.plot(blocks, [mean(s, report.counts) for s in sums], "o-", ms=3, color=COLOURS[format], label=format)
+            axes.fill_between(blocks, *zip(*limits, strict=True), color=COLOURS[format], alpha=0.2, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("block")
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel("nats a token")
+    both[0].set_ylim(bottom=0)
+    both[0].legend()
+    figure.savefig(path)
+
+
+def plot_recipes(report: SensitivityReport, path: Path) -> None:
+    """KL over size: recipes as measured and as predicted, the first blocks in FP8, and uniform formats."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    made, weights = mixtures(report), sum(la.rows * la.columns for la in report.layers)
+    kl = {p.format: report.kl(p) for p in report.select("mixed")} | {f: report.kl(report.full(f)) for f in FORMATS}
+    bits = {name: size(report, formats) for name, formats in made.items()}
+    bits |= {f: size(report, {la.name: f for la in report.layers}) for f in FORMATS}
+    for format in FORMATS:
+        names = [format, *(n for n in made if n.startswith(f"{format}, recipe")), "fp8, all"]
+        colour = COLOURS[format]
+        axes.plot([bits[n] for n in names], [kl[n] for n in names], "o-", color=colour, label=f"{format} recipe")
+        recipes = [report.recipe(format, budget_bytes=weights * b / 8) for b in BITS[format]]
+        axes.plot([r.bits for r in recipes], [r.predicted_kl for r in recipes], ":", color=colour, label="as predicted")
+        for kind, marker in (("first blocks", "s"), ("seed", "^")):
+            names = [n for n in made if n.startswith(f"{format}, {kind}")]
+            label = {"first blocks": "first blocks in FP8", "seed": "3 down_proj in bfloat16"}[kind]
+            axes.plot([bits[n] for n in names], [kl[n] for n in names], marker, mfc="none", color=colour, label=label)
+    for name, text in (("mxfp4", "all MXFP4"), ("nvfp4", "all NVFP4"), ("fp8, all", "all FP8")):
+        axes.annotate(text, (bits[name], kl[name]), textcoords="offset points", xytext=(6, 5), fontsize=9)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a weight")
+    axes.set_ylabel("KL (nats a token)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

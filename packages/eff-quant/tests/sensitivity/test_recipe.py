@@ -1,6 +1,6 @@
 import pytest
 import torch
-from eff_quant import SensitivityReport, sensitivity_sweep
+from eff_quant import FP4Linear, FP8Linear, SensitivityReport, quantize_, sensitivity_sweep
 from eff_quant.sensitivity.fake import FORMATS
 from eff_quant.sensitivity.measure import Layer
 from eff_quant.sensitivity.report import Pass
@@ -109,6 +109,25 @@ def test_budgets_that_cannot_be_are_named(report):
             report.recipe("mxfp4", **changes)
     with pytest.raises(ValueError, match="'nvfp4' was not swept; the report has 'mxfp4'"):
         report.recipe("nvfp4", budget_kl=1.0)
+
+
+@pytest.mark.parametrize("activations", [True, False])
+def test_quantize_takes_it(trained, windows, activations):
+    report = sensitivity_sweep(
+        trained, windows, formats=("nvfp4",), modes=("block",), directions=("only",), activations=activations
+    )
+    recipe = report.recipe("nvfp4", budget_bytes=sum(la.rows * la.columns for la in report.layers) * 7 / 8)
+    assert set(recipe.formats.values()) == {"nvfp4", "fp8", None}
+    base = trained(windows[0][None]).logits.log_softmax(-1)
+    changed = quantize_(trained, recipe.configs()).changed
+    assert {e.name for e in changed} == set(recipe.quantized())
+    for name, format in recipe.formats.items():
+        kind = {"nvfp4": FP4Linear, "fp8": FP8Linear, None: torch.nn.Linear}[format]
+        assert type(trained.get_submodule(name)) is kind
+    with torch.no_grad():
+        found = trained(windows[0][None]).logits.log_softmax(-1)
+    kl = (base.exp() * (base - found)).sum(-1)[0, :-1].mean().item()
+    assert kl == pytest.approx(recipe.predicted_kl, rel=0.6)
 
 
 def test_a_recipe_is_better_than_the_first_blocks_in_fp8(trained, windows, plant):

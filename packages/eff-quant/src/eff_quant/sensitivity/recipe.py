@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from eff_quant.sensitivity.fake import FORMATS, check_format
@@ -157,10 +156,14 @@ def _size(layer: Layer, format: str | None, kept_bits: int) -> float:
 
 
 def _config(format: str, activations: bool) -> Any:
-    if format in ("mxfp4", "nvfp4"):
-        return import_module("eff_quant.fp4").FP4Config(format=format, activations="dynamic" if activations else None)
+    if format == "mxfp4" or format == "nvfp4":
+        from eff_quant.fp4 import FP4Config
+
+        return FP4Config(format=format, activations="dynamic" if activations else None)
     if format == "fp8":
-        return import_module("eff_quant.fp8_qat").FP8Config(activations="dynamic" if activations else "none")
+        from eff_quant.fp8_qat import FP8Config
+
+        return FP8Config(activations="dynamic" if activations else "none")
     from eff_quant.llm_int8 import Int8Config
 
     return Int8Config(threshold=0.0, activation="dynamic" if activations else "none")
