@@ -156,10 +156,10 @@ def _size(layer: Layer, format: str | None, kept_bits: int) -> float:
 
 
 def _config(format: str, activations: bool) -> Any:
-    if format == "mxfp4" or format == "nvfp4":
+    if FORMATS[format].bits < 8:
         from eff_quant.fp4 import FP4Config
 
-        return FP4Config(format=format, activations="dynamic" if activations else None)
+        return FP4Config.from_dict({"format": format, "activations": "dynamic" if activations else None})
     if format == "fp8":
         from eff_quant.fp8_qat import FP8Config
 
