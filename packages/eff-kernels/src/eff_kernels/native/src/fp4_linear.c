@@ -3,6 +3,7 @@
  * Each output is the same sum in the same order whatever the number of rows of x, so that the result of a row never depends
  * on its neighbours in the batch. A few rows are multiplied by weights that are decoded in registers, straight from memory;
  * for more rows a panel of weights is decoded once into scratch memory. */
+#include "fp4_linear.h"
 #include "fp4.h"
 
 #define FUSED_ROWS 4 /* up to so many rows of x, weights are decoded in registers */
@@ -13,16 +14,7 @@
 #define BLOCK_STEPS (1024 / FP4_STEP) /* the lanes of a sum are joined after so many steps */
 #define AHEAD 1024     /* bytes of the weight that are fetched ahead */
 
-typedef struct {
-  const void *x; /* [m, k], rows x_stride elements apart */
-  int64_t x_dtype, m, n, k, x_stride;
-  const uint8_t *packed;   /* [n, k / 2] */
-  const uint8_t *scale;    /* [n, k / block] */
-  const float *factors[2]; /* of every output; NULL: 1 */
-  const float *bias;       /* [n]; NULL: none */
-  void *y;                 /* [m, n] */
-  int64_t y_dtype, format, threads;
-} args;
+typedef eff_fp4_linear_args args;
 
 typedef struct {
   const args *a;
@@ -226,7 +218,6 @@ static void panel_item(void *ctx, int64_t item) {
   finish(j, m0, n0, rows, columns, sums, COLUMNS);
 }
 
-/* Returns 0, or 1 when memory ran out. */
 EXPORT int eff_fp4_linear(const args *a) {
   job j = {.a = a, .steps = (a->k + FP4_STEP - 1) / FP4_STEP, .factor = a->format == EFF_NVFP4 ? EFF_E4M3_FACTOR : 1.0f};
   for (int i = 0; i < 2; i++) j.factor *= a->factors[i] ? *a->factors[i] : 1.0f;

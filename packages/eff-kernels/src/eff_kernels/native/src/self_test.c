@@ -1,5 +1,37 @@
 /* Known answers, checked once after loading: a kernel for a processor that its author never saw must not fail silently. */
+#include "fp4.h"
+#include "fp4_linear.h"
 #include "int8_linear.h"
+
+/* 4-bit floats in either format, with whole steps of 128 weights and a rest, multiplied in registers and from a panel. */
+static int fp4_is_wrong(void) {
+  enum { M = 6, N = 3, K = 160 };
+  static const float value[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  float x[M * K], y[M * N];
+  uint8_t packed[N * K / 2], scale[N * K / 16];
+  for (int i = 0; i < M * K; i++) x[i] = (float)((i * 7) % 17 - 8);
+  for (int i = 0; i < N * K / 2; i++) packed[i] = (uint8_t)(i * 37);
+  for (int format = EFF_NVFP4; format <= EFF_MXFP4; format++)
+    for (int m = M; m >= 1; m -= M - 1) {
+      const int block = (int)eff_fp4_block(format);
+      for (int i = 0; i < N * K / block; i++) scale[i] = (uint8_t)((format == EFF_NVFP4 ? 52 : 124) + i % 8);
+      const eff_fp4_linear_args a = {.x = x, .m = m, .n = N, .k = K, .x_stride = K, .packed = packed, .scale = scale, .y = y,
+                                     .format = format, .threads = 1};
+      if (eff_fp4_linear(&a)) return 1;
+      for (int i = 0; i < m * N; i++) {
+        double sum = 0.0, size = 0.0;
+        for (int k = 0; k < K; k++) {
+          const int at = i % N * K + k, code = packed[at / 2] >> 4 * (at % 2) & 15;
+          const uint8_t s = scale[at / block];
+          const float factor = format == EFF_NVFP4 ? EFF_E4M3_FACTOR * eff_e4m3_over_256(s) : eff_e8m0(s);
+          const double w = (code & 8 ? -1.0 : 1.0) * value[code & 7] * factor;
+          sum += w * x[i / N * K + k], size += fabs(w * x[i / N * K + k]);
+        }
+        if (!(fabs(y[i] - sum) <= 1e-5 * size)) return 1;
+      }
+    }
+  return 0;
+}
 
 /* Returns 0, or the number of the check that failed. */
 EXPORT int eff_self_test(void) {
@@ -24,5 +56,6 @@ EXPORT int eff_self_test(void) {
         }
     }
   if (eff_f32_to_bf16(1.00390625f) != 0x3f80 || eff_f32_to_bf16(1.01171875f) != 0x3f82) return 3; /* ties to even */
+  if (fp4_is_wrong()) return 6;
   return 0;
 }
