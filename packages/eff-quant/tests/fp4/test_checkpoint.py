@@ -6,13 +6,7 @@ import warnings
 
 import pytest
 import torch
-from eff_quant import (
-    FP4Config,
-    FP4Linear,
-    load,
-    load_fp4_checkpoint,
-    save_fp4_checkpoint,
-)
+from eff_quant import FP4Config, FP4Linear, load, load_fp4_checkpoint, quantize_, save_fp4_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -173,6 +167,19 @@ def test_a_round_trip_changes_no_bit(ids, tmp_path, preset, dtype, fp4_model):
         load_fp4_checkpoint(tmp_path / "own")
     save_fp4_checkpoint(again, tmp_path / "two")
     assert same(buffers(load_fp4_checkpoint(tmp_path / "two")), buffers(model))
+
+
+def test_biases_and_tied_embeddings_travel_too(llama, ids, tmp_path, theirs):
+    model = llama(torch.bfloat16, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.normal_()
+    quantize_(model, FP4Config())
+    save_fp4_checkpoint(model, tmp_path)
+    expected = model(ids).logits
+    assert torch.equal(load_fp4_checkpoint(tmp_path)(ids).logits, expected)
+    assert rms(theirs(tmp_path)(ids).logits - expected) < 0.01 * rms(expected)
 
 
 @pytest.mark.parametrize("preset", ["NVFP4", "MXFP4"])

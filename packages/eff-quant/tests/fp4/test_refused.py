@@ -215,3 +215,34 @@ def test_gpt2_is_not_exported(tmp_path):
     quantize_(model, FP4Config())
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn was a Conv1D"):
         save_fp4_checkpoint(model, tmp_path)
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=256,
+    )
+    return MixtralForCausalLM(config)
+
+
+def test_stacked_experts_are_neither_exported_nor_loaded(tmp_path, folder):
+    model = mixtral()
+    quantize_(model, FP4Config())
+    says = r"mlp\.experts\.gate_up_proj is a 3-D parameter .*; other libraries expect these in FP4, too"
+    with pytest.raises(ValueError, match=says):
+        save_fp4_checkpoint(model, tmp_path)
+
+    def add(s):
+        for leaf in ("weight_packed", "weight_scale", "weight_global_scale"):
+            s[f"model.layers.0.mlp.experts.0.w1.{leaf}"] = s[f"{UP}.{leaf}"].clone()
+
+    edit(folder, add)
+    with pytest.raises(ValueError, match=r"experts\.0\.w1 is quantised, and LlamaForCausalLM has no linear layer of"):
+        load_fp4_checkpoint(folder)

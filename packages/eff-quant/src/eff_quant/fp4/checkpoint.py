@@ -37,8 +37,9 @@ def save_fp4_checkpoint(
     Raises:
         TypeError: not a transformers model.
         ValueError: no FP4 layers, different settings, a layer that is quantised in another way, input scales that are
-            not calibrated, settings that the layout does not have, a layer that came from a ``Conv1D``, or a group of
-            ``config.fuse_groups`` with different precisions or tensor scales. The message names the layers.
+            not calibrated, settings that the layout does not have, a layer that came from a ``Conv1D``, experts in one
+            3-D parameter, or a group of ``config.fuse_groups`` with different precisions or tensor scales. The message
+            names the layers.
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise TypeError(f"save_fp4_checkpoint takes a transformers model, got {type(model).__name__}")
@@ -91,6 +92,9 @@ def check_exportable(model: nn.Module, layers: Mapping[str, FP4Linear]) -> FP4Co
                 raise ValueError(
                     f"{name} is a {type(module).__name__}; a folder of FP4 layers takes float layers beside"
                 )
+    for f in find_linears(model):
+        if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
+            raise ValueError(f"{f.names[0]} {f.reason}; other libraries expect these in FP4, too. Use save_pretrained")
     config = next(iter(layers.values())).config
     _check_groups(model, layers, config)
     return config
@@ -217,7 +221,7 @@ def _check_model(
         hf_config.quantization_config = None  # in the folder of ModelOpt there may be none to delete
         del hf_config.quantization_config
         model = cls(hf_config)
-    left = []
+    left, taken = [], set()
     for f in find_linears(model):
         if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
             continue
@@ -226,10 +230,16 @@ def _check_model(
         if not stored:
             left.append(f"re:{re.escape(f.names[0])}")
             continue
+        taken.update(stored)
         n, k = linear_weight(f.module).shape
         tensors = check_fp4_tensors(stored[0], layers[stored[0]], format, (n, k))
         if activations == "static" and "input_global_scale" not in tensors:
             raise KeyError(f"{stored[0]}: no input_global_scale, which static activations need")
+    if others := [name for name in layers if name not in taken]:
+        raise ValueError(
+            f"{others[0]} is quantised, and {cls.__name__} has no linear layer of that name "
+            "(experts that are stacked in one parameter are not supported)"
+        )
     return tuple(left)
 
 
