@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from eff_kernels import fp4_dequantize, fp4_linear, fp4_quantize, native
+from eff_kernels import FP4Codes, fp4_dequantize, fp4_linear, fp4_quantize, native
 from eff_kernels.op import triton_interprets
 from eff_kernels.ops.fp4_linear import api, cpu, reference
 from eff_kernels.ops.fp4_linear.specs import SPECS
@@ -160,6 +160,16 @@ def test_nan_and_infinity_spoil_their_row_alone(format, bad, backend):
     y = fp4_linear(x, *layer(9, 96, format), format=format, backend=backend)
     assert not y[3].isfinite().any()
     assert y[[0, 1, 2, 4, 5, 6]].isfinite().all()
+
+
+@formats
+def test_the_gradient_goes_over_the_weight_in_pieces(format):
+    x, (packed, scale, s_g) = draw(3, 64).requires_grad_(), layer(1100, 64, format)
+    grad = draw(3, 1100, seed=2)
+    fp4_linear(x, packed, scale, s_g, format=format).backward(grad)
+    torch.testing.assert_close(
+        x.grad, grad @ fp4_dequantize(FP4Codes(packed, scale, s_g), format), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_the_other_half_of_a_matrix_is_not_read():

@@ -8,6 +8,7 @@ from eff_kernels.ops.fp4_quantize import api, reference
 from eff_kernels.ops.fp4_quantize.specs import SPECS
 from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
+from eff_kernels.testing.specs import Spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,6 +114,35 @@ class TestQuantize(OpTests):
     def schema_args(self, spec, args):
         options = {"scale_rounding": "floor", **spec.kwargs}
         return (*args, options["format"], options["scale_rounding"])
+
+
+def dequantize_bytes(packed, scale, global_scale=None, *, format, backend="auto"):
+    scale = scale.view(torch.float8_e4m3fn) if format == "nvfp4" else scale
+    return fp4_dequantize(FP4Codes(packed, scale, global_scale), format, backend=backend)
+
+
+def stored(name, rows, k, format, **tags):
+    def make(draw):
+        packed = draw.integers(rows, k // 2, low=0, high=256, dtype=torch.uint8)
+        scale = draw.integers(rows, k // reference.BLOCKS[format], low=64, high=126, dtype=torch.uint8)
+        return packed, scale, draw.uniform(1, low=0.1, dtype=torch.float32)[0] if format == "nvfp4" else None
+
+    return Spec(name, make, kwargs={"format": format}, **tags)
+
+
+class TestDequantize(OpTests):
+    function = staticmethod(dequantize_bytes)
+    reference = staticmethod(reference.dequantize)
+    op = api.DEQUANTIZE_OP
+    specs = (
+        stored("nvfp4", 5, 112, "nvfp4"),
+        stored("mxfp4", 9, 96, "mxfp4"),
+        stored("no-rows", 0, 32, "mxfp4", tags=frozenset({"empty"})),
+    )
+    dtypes = (torch.float32,)
+
+    def schema_args(self, spec, args):
+        return (*args, spec.kwargs["format"], torch.float32)
 
 
 @settings(max_examples=80, deadline=None)

@@ -95,10 +95,11 @@ def fp4_linear(
         TypeError: a tensor of another dtype than the format's.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    packed, scale, global_scale = check_codes(packed, scale, global_scale, format)
-    if packed.dim() != 2 or x.shape[-1:] != (2 * packed.shape[1],):
-        raise ValueError(f"x [..., K] and packed [N, K/2] do not fit: got {list(x.shape)} and {list(packed.shape)}")
-    n = packed.shape[0]
+    global_scale = check_codes(packed, scale, global_scale, format)
+    shape, stored = x.shape, packed.shape
+    if len(stored) != 2 or not shape or shape[-1] != 2 * stored[1]:
+        raise ValueError(f"x [..., K] and packed [N, K/2] do not fit: got {list(shape)} and {list(stored)}")
+    n = stored[0]
     check_float(x)
     if bias is not None:
         check_float(bias)
@@ -114,7 +115,7 @@ def fp4_linear(
         packed, scale, global_scale, bias, input_global_scale, format, activations, scale_rounding,
         out_dtype or x.dtype,
     )  # fmt: skip
-    if x.dim() == 2:
+    if len(shape) == 2:
         return OP(x, *arguments, backend=backend)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return OP(rows, *arguments, backend=backend).view(*x.shape[:-1], n)
+    rows = x.reshape(shape[:-1].numel(), shape[-1])
+    return OP(rows, *arguments, backend=backend).view(*shape[:-1], n)

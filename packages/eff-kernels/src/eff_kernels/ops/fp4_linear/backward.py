@@ -17,6 +17,7 @@ def _blocked(
 ) -> Tensor:
     wide = grad.float()
     out = wide.new_zeros(grad.size(0), 2 * packed.size(1))
+    scale = scale.view(torch.uint8)
     for n in range(0, packed.size(0), _BLOCK):
         rows = slice(n, n + _BLOCK)
         out.addmm_(wide[:, rows], DEQUANTIZE_OP(packed[rows], scale[rows], global_scale, format, torch.float32))

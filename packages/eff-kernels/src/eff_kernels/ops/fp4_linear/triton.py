@@ -162,7 +162,7 @@ def run(
     out = x.new_empty(x.size(0), packed.size(0), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    packed, scale = packed.contiguous(), scale.contiguous()
+    packed, scale = packed.contiguous(), scale.contiguous().view(torch.uint8)
     if activations == "none":
         return _launch(x, packed, scale, global_scale, None, bias, out, format, backward=False)
     if format == "nvfp4" and input_global_scale is None:
@@ -191,7 +191,7 @@ def backward(
     out = grad.new_empty(grad.size(0), 2 * packed.size(1), dtype=dtype)
     if grad.numel() == 0 or out.numel() == 0:
         return out.zero_()
-    packed, scale = packed.contiguous(), scale.contiguous()
+    packed, scale = packed.contiguous(), scale.contiguous().view(torch.uint8)
     return _launch(grad, packed, scale, global_scale, None, None, out, format, backward=True)
 
 

@@ -126,7 +126,8 @@ def fp4_dequantize(
         TypeError: ``packed`` or ``scale`` of another dtype than the format's.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    packed, scale, global_scale = check_codes(*codes, format)
+    global_scale = check_codes(*codes, format)
+    packed, scale = codes.packed, codes.scale.view(torch.uint8)
     if packed.dim() == 2:
         values: Tensor = DEQUANTIZE_OP(packed, scale, global_scale, format, dtype, backend=backend)
         return values
@@ -159,25 +160,26 @@ def check_global_scale(global_scale: Tensor | None, format: str, name: str) -> T
         raise ValueError(f"mxfp4 has no global scale; leave out {name}")
     if global_scale.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {list(global_scale.shape)}")
+    if global_scale.dtype is torch.float32 and global_scale.dim() == 0:
+        return global_scale
     return global_scale.float().reshape(())
 
 
-def check_codes(
-    packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check stored codes; returns them with the scales as bytes and the global scale as a float32 scalar."""
+def check_codes(packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str) -> Tensor | None:
+    """Check stored codes; returns the global scale as a float32 scalar."""
     block = block_of(format)
     wanted = torch.float8_e4m3fn if format == "nvfp4" else torch.uint8
-    if packed.dtype != torch.uint8:
+    if packed.dtype is not torch.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    if scale.dtype != wanted:
+    if scale.dtype is not wanted:
         raise TypeError(f"{format} scales must be {wanted}, got {scale.dtype}")
-    if packed.dim() == 0 or 2 * packed.shape[-1] % block:
-        raise ValueError(f"{format} needs packed [..., K/2] with K a multiple of {block}, got {list(packed.shape)}")
-    if scale.shape != (*packed.shape[:-1], 2 * packed.shape[-1] // block):
+    shape, blocks = packed.shape, scale.shape
+    if not shape or 2 * shape[-1] % block:
+        raise ValueError(f"{format} needs packed [..., K/2] with K a multiple of {block}, got {list(shape)}")
+    if not blocks or blocks[:-1] != shape[:-1] or blocks[-1] * block != 2 * shape[-1]:
         raise ValueError(
-            f"packed [..., K/2] and scale [..., K/{block}] do not fit: got {list(packed.shape)} and {list(scale.shape)}"
+            f"packed [..., K/2] and scale [..., K/{block}] do not fit: got {list(shape)} and {list(blocks)}"
         )
     if format == "nvfp4" and global_scale is None:
         raise ValueError("nvfp4 needs its global scale; got None (1.0 where there is one level of scales)")
-    return packed, scale.view(torch.uint8), check_global_scale(global_scale, format, "global_scale")
+    return check_global_scale(global_scale, format, "global_scale")
