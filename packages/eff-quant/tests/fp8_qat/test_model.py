@@ -13,6 +13,7 @@ from eff_quant import (
     convert_qat_,
     load,
     load_compressed_fp8,
+    merge_lora,
     prepare_qat_,
     quantize_,
     save_compressed_fp8,
@@ -140,6 +141,22 @@ def test_adapters_learn_on_stored_fp8(llama, activations):
     assert same_bytes(before, after)
 
 
+def test_adapters_are_merged_into_stored_fp8(llama, ids):
+    peft = pytest.importorskip("peft")
+    model = llama()
+    quantize_(model, FP8Config())
+    base, before = model(ids).logits, fp8_bytes(model)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
+    expected = adapted(ids).logits
+    merged, report = merge_lora(adapted)
+    assert len(report.changed) == 2
+    assert (merged(ids).logits - expected).abs().max() < 0.3 * (expected - base).abs().max()
+    changed = {e.name for e in report.changed}
+    after = fp8_bytes(merged)
+    assert all(torch.equal(before[n][0], after[n][0]) == (n not in changed) for n in before)
+
+
 class TestCompressedTensors:
     @pytest.fixture(autouse=True)
     def _library(self):
@@ -215,6 +232,18 @@ class TestCompressedTensors:
         save_compressed_fp8(model, tmp_path)
         monkeypatch.setitem(sys.modules, "compressed_tensors", None)
         assert torch.equal(load_compressed_fp8(tmp_path)(ids).logits, model(ids).logits)
+
+    def test_what_it_ignores_stays_as_it_is(self, llama, ids, tmp_path):
+        model = llama()
+        quantize_(model, FP8Config(skip=("lm_head", "*.self_attn.*", "model.layers.0.mlp.up_proj")))
+        save_compressed_fp8(model, tmp_path)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        ignored = ["re:.*self_attn", "model.layers.0.mlp.up_proj", "lm_head"]
+        settings["quantization_config"]["ignore"] = ignored
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        ours = load_compressed_fp8(tmp_path)
+        assert same_bytes(fp8_bytes(ours), fp8_bytes(model))
+        assert torch.equal(ours(ids).logits, model(ids).logits)
 
     def test_its_schemes_are_ours(self):
         from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme

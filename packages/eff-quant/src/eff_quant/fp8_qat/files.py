@@ -6,6 +6,7 @@ The tensors are those of `FP8Linear` (``weight`` float8_e4m3fn, ``weight_scale``
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,15 @@ def fp8_config(settings: Mapping[str, Any], where: str = "quantization_config") 
         _check_scheme(f"{where}: input_activations", inputs, _INPUTS)
     if groups[0].get("output_activations") or settings.get("kv_cache_scheme"):
         raise ValueError(f"{where}: output_activations and kv_cache_scheme are not supported, got {dict(settings)}")
-    skip = tuple(settings.get("ignore") or ())
+    skip = tuple(_pattern(p) for p in settings.get("ignore") or ())
     return FP8Config(activations="none" if inputs is None else "dynamic", skip=skip)
+
+
+def _pattern(ignored: str) -> str:
+    """Our pattern for an entry of ``ignore``: a whole name there, or a regular expression for how names begin."""
+    if ignored.startswith("re:"):
+        return f"re:(?:{ignored[3:]}).*"
+    return ignored if ignored == "lm_head" else f"re:{re.escape(ignored)}"
 
 
 def _check_scheme(where: str, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
