@@ -31,6 +31,29 @@ static int fp4_is_wrong(void) {
       }
     }
   return 0;
+#include "fp8_decode.h"
+#include "int8_linear.h"
+
+/* Whether each code is decoded to its value, and each value rounded to its code. */
+static int fp8_is_right(const eff_fp8 format) {
+  const fp8_table table = fp8_make_table(format);
+  for (int first = 0; first < 256; first += STEP) {
+    uint8_t codes[STEP];
+    vf wide[4];
+    float decoded[STEP];
+    for (int i = 0; i < STEP; i++) codes[i] = (uint8_t)(first + i);
+    fp8_decode(format, &table, codes, wide);
+    for (int v = 0; v < 4; v++) vstore(decoded + v * LANES, wide[v]);
+    for (int i = 0; i < STEP; i++) {
+      const float value = eff_fp8_value(format, codes[i]), found = decoded[place(i)] * fp8_unit(format);
+      eff_vi code;
+      if (value != value ? found == found : found != value) return 0;
+      if (!(fabsf(value) < INFINITY)) continue;
+      eff_fp8_round(format, eff_splat(value), 1.0f, &code);
+      if (code[0] != codes[i]) return 0;
+    }
+  }
+  return 1;
 }
 
 /* Returns 0, or the number of the check that failed. */
@@ -57,5 +80,7 @@ EXPORT int eff_self_test(void) {
     }
   if (eff_f32_to_bf16(1.00390625f) != 0x3f80 || eff_f32_to_bf16(1.01171875f) != 0x3f82) return 3; /* ties to even */
   if (fp4_is_wrong()) return 6;
+  if (!fp8_is_right(E4M3)) return 5;
+  if (!fp8_is_right(E5M2)) return 6;
   return 0;
 }
