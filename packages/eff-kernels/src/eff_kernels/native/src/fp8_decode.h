@@ -1,7 +1,7 @@
 /* FP8 weights as floats, a STEP of codes at a time, in four vectors.
  *
- * The vectors need not hold the codes in their order: entry i of a step belongs beside place(i) of the activations, which are laid
- * out once for a call. They may also be smaller than the values by the factor fp8_unit, a power of two.
+ * The vectors need not hold the codes in their order: code i of a step is found at place(i), and the activations are laid out in
+ * the same way, once for a call. They may also be smaller than the values by the factor fp8_unit, a power of two.
  *   AVX-512 with VBMI  two table look-ups give the two bytes of a bfloat16, in which every FP8 number is exact
  *   AVX-512, AVX2      the bits of a float16, which the processor widens
  *   others             one code after the other */
@@ -63,7 +63,10 @@ INLINE fp8_table fp8_make_table(const eff_fp8 format) {
     const uint16_t bits = eff_f32_to_bf16(eff_fp8_value(format, (uint8_t)code));
     low[code] = (uint8_t)bits, high[code] = (uint8_t)(bits >> 8);
   }
-  return (fp8_table){{_mm512_loadu_si512(low), _mm512_loadu_si512(low + 64)}, {_mm512_loadu_si512(high), _mm512_loadu_si512(high + 64)}};
+  fp8_table t;
+  for (int half = 0; half < 2; half++)
+    t.low[half] = _mm512_loadu_si512(low + 64 * half), t.high[half] = _mm512_loadu_si512(high + 64 * half);
+  return t;
 }
 
 INLINE float fp8_unit(const eff_fp8 format) {
@@ -94,7 +97,7 @@ INLINE int place(int i) { return i; }
 typedef char fp8_table; /* none */
 INLINE fp8_table fp8_make_table(const eff_fp8 format) { return (fp8_table)format; }
 
-/* E4M3 has an exponent of four bits with a bias of 7 where float16 has five with 15: the bits moved over are 2^-8 of the value. */
+/* E4M3 has four bits of exponent with a bias of 7, float16 has five with 15: the bits moved over are 2^-8 of the value. */
 INLINE float fp8_unit(const eff_fp8 format) { return format == E4M3 ? 256.0f : 1.0f; }
 
 INLINE __m256i float16_bits(const eff_fp8 format, const uint8_t *codes) { /* of 16 codes */

@@ -82,5 +82,7 @@ EXPORT int eff_self_test(void) {
   if (fp4_is_wrong()) return 6;
   if (!fp8_is_right(E4M3)) return 5;
   if (!fp8_is_right(E5M2)) return 6;
+  if (!fp8_is_right(E4M3)) return 4;
+  if (!fp8_is_right(E5M2)) return 5;
   return 0;
 }
