@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import FP4Config
-from eff_quant.fp4.weight import FP4Weight, dequantize_weight, empty_weight, multiplier, quantize_weight, shape_refusal
+from eff_quant.fp4.weight import FP4Weight, dequantize_weight, empty_weight, quantize_weight, shape_refusal
 from eff_quant.linears import is_conv1d, linear_weight
 
 
@@ -160,17 +160,24 @@ class FP4Linear(nn.Linear):
         config = self.config
         if config.activations == "static" and not self._calibrated and not torch.compiler.is_compiling():
             self._check_calibrated()
-        rounded = config.activations is not None
+        weight_scale, input_scale = self.weight_global_scale, self.input_global_scale
+        rounding: dict[str, Any] = {}
+        if config.activations is not None:
+            rounding = {
+                "activations": "dynamic",
+                "input_global_scale": None if input_scale is None else input_scale.reciprocal(),
+                "scale_rounding": config.scale_rounding,
+            }
         return fp4_linear(
             x,
-            *self.codes,
+            self.weight_packed,
+            self.weight_scale,
+            None if weight_scale is None else weight_scale.reciprocal(),
             self.bias,
             format=config.format,
-            activations="dynamic" if rounded else "none",
-            input_global_scale=multiplier(self.input_global_scale) if rounded else None,
-            scale_rounding=config.scale_rounding if rounded else "floor",
             out_dtype=config.out_dtype,
             backend=config.backend,
+            **rounding,
         )
 
     def _check_calibrated(self) -> None:
