@@ -1,6 +1,7 @@
 /* Known answers, checked once after loading: a kernel for a processor that its author never saw must not fail silently. */
 #include "fp4.h"
 #include "fp4_linear.h"
+#include "fp8_decode.h"
 #include "int8_linear.h"
 
 /* 4-bit floats in either format, with whole steps of 128 weights and a rest, multiplied in registers and from a panel. */
@@ -31,8 +32,7 @@ static int fp4_is_wrong(void) {
       }
     }
   return 0;
-#include "fp8_decode.h"
-#include "int8_linear.h"
+}
 
 /* Whether each code is decoded to its value, and each value rounded to its code. */
 static int fp8_is_right(const eff_fp8 format) {
@@ -80,8 +80,6 @@ EXPORT int eff_self_test(void) {
     }
   if (eff_f32_to_bf16(1.00390625f) != 0x3f80 || eff_f32_to_bf16(1.01171875f) != 0x3f82) return 3; /* ties to even */
   if (fp4_is_wrong()) return 6;
-  if (!fp8_is_right(E4M3)) return 5;
-  if (!fp8_is_right(E5M2)) return 6;
   if (!fp8_is_right(E4M3)) return 4;
   if (!fp8_is_right(E5M2)) return 5;
   return 0;
