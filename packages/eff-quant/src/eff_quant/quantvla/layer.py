@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from eff_kernels import int4_linear, int8_linear, int8_static_linear
-from eff_kernels.ops.int4_linear import int4_pack, int4_unpack
+from eff_kernels import int4_linear, int4_pack, int4_unpack, int8_linear, int8_static_linear
 from torch import Tensor, nn
 
+from eff_quant.linears import linear_weight
 from eff_quant.quantvla.config import W4A8Config
 from eff_quant.quantvla.rotation import (
     BlockRotation,
@@ -116,7 +116,7 @@ class W4A8Linear(nn.Linear):
         cls, linear: nn.Module, config: W4A8Config | None = None, *, device: torch.device | str | None = None
     ) -> W4A8Linear:
         """An unfilled layer of the shape of an `nn.Linear`, on the same device unless one is named."""
-        weight: Tensor = linear.weight  # type: ignore[assignment]
+        weight = linear_weight(linear)
         n, k = weight.shape
         return cls(k, n, linear.bias is not None, config, device=device or weight.device, dtype=weight.dtype)
 
@@ -160,7 +160,7 @@ class W4A8Linear(nn.Linear):
         return (y if self.bias is None else y + self.bias).to(dtype)
 
     def rotate_input(self, x: Tensor) -> Tensor:
-        """x P R: what the integer product gets, before it is rounded."""
+        """X P R: what the integer product gets, before it is rounded."""
         if self.permutation is not None:
             x = x.index_select(-1, self.permutation)
         if self.rotation_in is not None:
@@ -202,13 +202,17 @@ class W4A8Linear(nn.Linear):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows between the brackets."""
         c = self.config
-        return f"{super().extra_repr()}, weight_bits={c.weight_bits}, activation={c.activation!r}, rotation={c.rotation!r}"
+        return (
+            f"{super().extra_repr()}, weight_bits={c.weight_bits}, activation={c.activation!r}, rotation={c.rotation!r}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A8Linear:
         kind = self.weight.dtype
         dtype = fn(torch.empty(0, dtype=kind, device=self.weight.device)).dtype
         if dtype != kind:
-            raise TypeError(f"{self.config.weight_bits}-bit codes cannot be cast to {dtype}; use dequantize() for floats")
+            raise TypeError(
+                f"{self.config.weight_bits}-bit codes cannot be cast to {dtype}; use dequantize() for floats"
+            )
         # Scales and rotations pass as integers, which casts such as .half() and .to(torch.bfloat16) leave alone.
         floats = [name for name, b in self._buffers.items() if b is not None and b.dtype == torch.float32]
         for name in floats:

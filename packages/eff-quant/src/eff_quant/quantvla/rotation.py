@@ -69,7 +69,9 @@ def _hadamard(size: int, device: torch.device | None) -> Tensor:
 
 def transposed(rotation: BlockRotation) -> BlockRotation:
     """The inverse rotation."""
-    return BlockRotation(rotation.blocks.mT.contiguous(), None if rotation.tail is None else rotation.tail.T.contiguous())
+    return BlockRotation(
+        rotation.blocks.mT.contiguous(), None if rotation.tail is None else rotation.tail.T.contiguous()
+    )
 
 
 def rotate(x: Tensor, rotation: BlockRotation) -> Tensor:
@@ -83,7 +85,7 @@ def rotate(x: Tensor, rotation: BlockRotation) -> Tensor:
     if len(blocks) == 1:
         turned = (rows[:, :whole].reshape(-1, size) @ blocks[0]).view(len(rows), whole)
     else:
-        turned = torch.bmm(rows[:, :whole].view(len(rows), -1, size).transpose(0, 1), blocks)
+        turned = torch.bmm(rows[:, :whole].unflatten(1, (whole // size, size)).transpose(0, 1), blocks)
         turned = turned.transpose(0, 1).reshape(len(rows), whole)
     if tail is not None:
         turned = torch.cat([turned, rows[:, whole:] @ tail.to(wide)], 1)

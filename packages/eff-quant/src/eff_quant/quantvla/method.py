@@ -1,0 +1,142 @@
+"""The verbs: quantise the layers of a layout, and do all of QuantVLA in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from eff_kernels.edit import Report, fits, replace_module
+from torch import nn
+
+from eff_quant.quantvla.apply import ScaleHandle, apply_scale_table
+from eff_quant.quantvla.calibrate import ActivationCalibration, calibrate_activations
+from eff_quant.quantvla.config import W4A8Config
+from eff_quant.quantvla.layer import W4A8Linear
+from eff_quant.quantvla.layout import QuantLayout
+from eff_quant.quantvla.runs import Run
+from eff_quant.quantvla.scales import ScaleMatchConfig, ScaleTable, calibrate_scales
+from eff_quant.quantvla.stats import collect_attention_stats, find_attention
+
+
+def quantize_layout_(
+    model: nn.Module, layout: QuantLayout, config: W4A8Config, calibration: ActivationCalibration | None = None
+) -> Report:
+    """Replace the linear layers that a layout takes in by `W4A8Linear`, in place.
+
+    Args:
+        model: Any module.
+        layout: Which layers. Its bits for the weights have to be those of ``config``.
+        config: Settings.
+        calibration: From `calibrate_activations`, for ``activation="static_folded"``.
+
+    Returns:
+        Every linear layer with its size before and after (codes, scales, rotations, bias), or the reason why it was
+        left.
+
+    Raises:
+        ValueError: a pattern fits no layer, one is quantised already, or its calibration is missing, and nothing has
+            been changed then; or a weight holds inf or NaN.
+    """
+    if layout.bits[0] != config.weight_bits:
+        raise ValueError(f"the layout has bits={layout.bits}, the config weight_bits={config.weight_bits}")
+    modules = dict(model.named_modules())
+    chosen = set(layout.linears(model))
+    static = config.activation == "static_folded"
+    found = calibration.layers if calibration is not None and static else {}
+    if done := [n for n in chosen if type(modules[n]) is not nn.Linear]:
+        raise ValueError(f"{sorted(done)[0]} is a {type(modules[sorted(done)[0]]).__name__}, not a plain nn.Linear")
+    if missing := [n for n in sorted(chosen) if static and n not in found and not _skipped(config, n, modules[n])]:
+        raise ValueError(
+            f"activation='static_folded' and no calibration of {len(missing)} layers such as {missing[0]!r}"
+        )
+    report = Report(f"quantize_layout_ with {config.weight_bits}-bit weights")
+    for name, linear in modules.items():
+        if not isinstance(linear, nn.Linear):
+            continue
+        size = _size(linear)
+        if name not in chosen:
+            report.skip(name, "not in the layout", size=size)
+        elif _skipped(config, name, linear):
+            report.skip(name, "on the skip list", size=size)
+        else:
+            new = W4A8Linear.from_linear(linear, config, found.get(name))
+            replace_module(model, name, new)
+            report.change(name, bytes_before=size, bytes_after=_size(new))
+    return report
+
+
+def _skipped(config: W4A8Config, name: str, module: nn.Module) -> bool:
+    return fits(config.skip, name, module)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+class QuantizedPolicy(NamedTuple):
+    """What `calibrate_vla` made, beside the model that it changed.
+
+    Attributes:
+        report: The layers.
+        calibration: The static scales, None with dynamic ones.
+        table: The factors of the attention modules, to be saved with the model.
+        handle: Takes the factors (not the quantisation) back.
+    """
+
+    report: Report
+    calibration: ActivationCalibration | None
+    table: ScaleTable
+    handle: ScaleHandle
+
+
+def calibrate_vla(
+    teacher: nn.Module,
+    model: nn.Module,
+    batches: Iterable[Any],
+    layout: QuantLayout,
+    config: W4A8Config | None = None,
+    *,
+    match: ScaleMatchConfig | None = None,
+    run: Run | None = None,
+    seed: int = 0,
+) -> QuantizedPolicy:
+    """Quantise a policy by QuantVLA: the layout's layers in place, then attention scales matched and folded.
+
+    Args:
+        teacher: The policy in full precision; it is left unchanged.
+        model: A copy of it, which is changed.
+        batches: Some 32 observations without labels; each a mapping of keyword arguments, a tuple, or one argument.
+        layout: Layers to quantise and attention modules to calibrate.
+        config: Settings of the layers.
+        match: Settings of the attention scales.
+        run: Runs a policy on one batch, such as all its denoising steps, in place of calling it.
+        seed: Of the noise that a batch starts from, the same for teacher and student.
+
+    Raises:
+        ValueError: teacher and model are one module, or as in `calibrate_activations`, `quantize_layout_`,
+            `collect_attention_stats` and `apply_scale_table`.
+    """
+    if teacher is model:
+        raise ValueError("teacher and model are the same module; quantise a copy.deepcopy of the teacher")
+    config, match = config or W4A8Config(weight_bits=layout.bits[0]), match or ScaleMatchConfig()
+    batches = list(batches)
+    names = list(find_attention(teacher, layout.attention))
+    calibration = None
+    if config.activation == "static_folded":
+        calibration = calibrate_activations(teacher, batches, layout, config, run=run, seed=seed)
+    report = quantize_layout_(model, layout, config, calibration)
+    wanted = collect_attention_stats(teacher, batches, layout.attention, std=match.std, run=run, seed=seed)
+    handle = ScaleHandle()
+    if not match.sequential:
+        found = collect_attention_stats(model, batches, layout.attention, std=match.std, run=run, seed=seed)
+        table = calibrate_scales(wanted, found, match)
+        return QuantizedPolicy(report, calibration, table, apply_scale_table(model, table))
+    entries = {}
+    for name in names:
+        found = collect_attention_stats(model, batches, layout.attention, std=match.std, run=run, seed=seed)
+        entries[name] = calibrate_scales(wanted, found, match).modules[name]
+        step = apply_scale_table(model, ScaleTable({name: entries[name]}))
+        handle.on_remove(step.remove)
+        handle.report.changed += step.report.changed
+        handle.report.skipped += step.report.skipped
+    return QuantizedPolicy(report, calibration, ScaleTable(entries), handle)
