@@ -40,10 +40,28 @@ from eff_quant.load import load
 from eff_quant.lora import merge_lora
 from eff_quant.mixed import MixedConfig
 from eff_quant.quantize import dequantize_, quantize_
+from eff_quant.quantvla import (
+    ActivationCalibration,
+    AttentionStats,
+    QuantizedPolicy,
+    QuantLayout,
+    ScaleMatchConfig,
+    ScaleTable,
+    W4A8Config,
+    W4A8Linear,
+    apply_scale_table,
+    calibrate_activations,
+    calibrate_scales,
+    calibrate_vla,
+    collect_attention_stats,
+    quantize_layout_,
+)
 from eff_quant.sensitivity import Recipe, SensitivityReport, sensitivity_sweep
 
 __all__ = [
+    "ActivationCalibration",
     "AttentionOutputDistiller",
+    "AttentionStats",
     "FP4Config",
     "FP4Linear",
     "FP8Config",
@@ -56,9 +74,20 @@ __all__ = [
     "MixedConfig",
     "OutlierReport",
     "QATHandle",
+    "QuantLayout",
+    "QuantizedPolicy",
     "Recipe",
+    "ScaleMatchConfig",
+    "ScaleTable",
     "SensitivityReport",
+    "W4A8Config",
+    "W4A8Linear",
+    "apply_scale_table",
+    "calibrate_activations",
     "calibrate_fp4",
+    "calibrate_scales",
+    "calibrate_vla",
+    "collect_attention_stats",
     "convert_from_bnb_",
     "convert_qat_",
     "dequantize_",
@@ -73,6 +102,7 @@ __all__ = [
     "outlier_report",
     "prepare_qat_",
     "quantize_",
+    "quantize_layout_",
     "save_bnb_int8",
     "save_compressed_fp8",
     "save_fp4_checkpoint",

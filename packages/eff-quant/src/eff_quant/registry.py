@@ -11,8 +11,9 @@ from eff_quant.fp4.method import METHOD as FP4
 from eff_quant.fp8_qat.method import METHOD as FP8
 from eff_quant.llm_int8.method import METHOD as INT8
 from eff_quant.method import Method
+from eff_quant.quantvla.method import METHOD as W4A8
 
-METHODS: dict[type, Method] = {m.config: m for m in (INT8, FP4, FP8)}
+METHODS: dict[type, Method] = {m.config: m for m in (INT8, FP4, FP8, W4A8)}
 LAYERS: tuple[type[nn.Linear], ...] = tuple(m.layer for m in METHODS.values())
 
 

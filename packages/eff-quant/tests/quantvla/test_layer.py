@@ -5,8 +5,10 @@ import itertools
 
 import pytest
 import torch
+from eff_quant import dequantize_, load, quantize_
 from eff_quant.quantvla import LayerCalibration, QuantLayout, W4A8Config, W4A8Linear, quantize_layout_
 from eff_quant.quantvla.calibrate import calibrate_activations
+from eff_quant.quantvla.method import METHOD
 from torch import nn
 
 
@@ -197,3 +199,35 @@ def test_the_mse_of_folded_weights_counts_columns_by_their_activations():
     layer = W4A8Linear.from_linear(linear, config, LayerCalibration(scale, None, None))
     error = (layer.dequantize() - linear.weight).square().mean(0)
     assert error[:32].mean() > 20 * error[32:].mean()
+
+
+def test_the_verb_of_the_package_knows_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 3))
+    x, layout = torch.randn(40, 100), QuantLayout(include=("0",))
+    wanted = model(x)
+    report = quantize_(model, W4A8Config(), where=layout)
+    assert [e.name for e in report.changed] == ["0"]
+    assert isinstance(model[0], W4A8Linear)
+    assert 0 < float((model(x) - wanted).detach().norm() / wanted.detach().norm()) < 0.3
+    dequantize_(model)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match="'static_folded' needs scales"):
+        quantize_(model, W4A8Config(activation="static_folded"))
+
+
+@torch.no_grad()
+def test_a_transformers_model_is_saved_and_loaded(llama, ids, tmp_path):
+    model = llama()
+    quantize_(model, W4A8Config())
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert sum(isinstance(m, W4A8Linear) for m in loaded.modules()) == 14
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
+def test_it_is_made_again_with_its_own_scales(config):
+    linear, _, layer = make(config)
+    again = METHOD.again("", linear, layer)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in layer.state_dict().items())

@@ -199,6 +199,13 @@ class W4A8Linear(nn.Linear):
         linear.bias = self.bias
         return linear.train(self.training)
 
+    def calibration(self) -> LayerCalibration | None:
+        """What a layer with static scales was made with; None with dynamic ones."""
+        if self.input_scale is None:
+            return None
+        rotation = None if self.rotation_in is None else BlockRotation(self.rotation_in, self.rotation_in_tail)
+        return LayerCalibration(self.input_scale[: self.in_features], rotation, self.permutation)
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows between the brackets."""
         c = self.config
