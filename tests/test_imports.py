@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = ["eff_kernels", "eff_quant"]
+LIBRARIES = ["eff_attention", "eff_kernels", "eff_quant"]
 HEAVY = [
     "transformers",
     "diffusers",
@@ -21,6 +21,7 @@ HEAVY = [
     "accelerate",
     "torchao",
     "timm",
+    "natten",
     "fastapi",
     "pytest",
 ]
@@ -93,6 +94,7 @@ def test_undeclared_import_is_found(tmp_path, distributions):
 VIOLATIONS = {
     "none": ("eff_quant", "import eff_kernels\n", 0),
     "kernels import methods": ("eff_kernels", "import eff_quant\n", 1),
+    "methods import each other": ("eff_attention", "import eff_quant\n", 1),
     "method imports app in a function": ("eff_quant", "def f():\n    import eff_serve\n", 1),
     "kernels import a model library in a function": (
         "eff_kernels",

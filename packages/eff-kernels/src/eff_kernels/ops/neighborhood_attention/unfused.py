@@ -1,0 +1,145 @@
+"""The two halves of neighborhood attention, with the weights in between: qk and av (sections 3 and 4 of the paper).
+
+Three products of windows give both halves and all their gradients, so that any number of derivatives exists:
+
+    qk       s[i, t] = q[i] . k[j(i, t)]            dq = av(ds, k)     dk = inverse(ds, q)
+    av       o[i] = sum_t w[i, t] v[j(i, t)]        dw = qk(do, v)     dv = inverse(w, do)
+    inverse  x[j] = sum over i, t with j(i, t) = j of w[i, t] q[i]     dw = qk(q, dx)     dq = av(w, dx)
+
+j(i, t) is key t of the window of i in row-major order. The slots that a causal window lacks come last; their scores are
+minus infinity and their weights count as zero. Memory is that of the weights, [B, H, *S, slots], and no more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eff_kernels.op import Backend, Op
+from eff_kernels.ops.neighborhood_attention.reference import window_bounds
+
+
+@functools.lru_cache(maxsize=16)
+def window_index(
+    shape: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+) -> tuple[Tensor, Tensor]:
+    """Flat index of each key of each window, int64 [slots, N], and whether the slot holds a key, bool [slots, N].
+
+    A slot without a key has the index of the query itself.
+    """
+    index, there = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    for length, window, step, spacing, causal in zip(shape, kernel_size, stride, dilation, is_causal, strict=True):
+        first, last = window_bounds(length, window, step, spacing, causal)
+        key = first + spacing * torch.arange(window)[:, None]
+        inside = key <= last
+        key = torch.where(inside, key, torch.arange(length))
+        index = (index[:, None, :, None] * length + key[None, :, None, :]).flatten(2).flatten(0, 1)
+        there = (there[:, None, :, None] & inside[None, :, None, :]).flatten(2).flatten(0, 1)
+    return index, there
+
+
+def _index(x: Tensor, *windows: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    shape = tuple(x.shape[2:-1])
+    index, there = window_index(shape, *(tuple(w) for w in windows))
+    return index.to(x.device), there.to(x.device)
+
+
+def qk(query: Tensor, key: Tensor, *windows: Sequence[Any]) -> Tensor:
+    """Scores of each query and the keys of its window, [B, H, *S, slots]."""
+    index, there = _index(query, *windows)
+    q, k = query.flatten(2, -2), key.flatten(2, -2)
+    scores = q.new_empty(*q.shape[:-1], len(index))
+    for slot, (at, inside) in enumerate(zip(index, there, strict=True)):
+        scores[..., slot] = (q * k[:, :, at]).sum(-1).masked_fill(~inside, -torch.inf)
+    return scores.unflatten(2, query.shape[2:-1])
+
+
+def av(weights: Tensor, value: Tensor, *windows: Sequence[Any]) -> Tensor:
+    """Weighted sums of the values of each window, [B, H, *S, D]."""
+    index, there = _index(value, *windows)
+    w, v = weights.flatten(2, -2), value.flatten(2, -2)
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for slot, (at, inside) in enumerate(zip(index, there, strict=True)):
+        out += w[..., slot].masked_fill(~inside, 0)[..., None] * v[:, :, at]
+    return out.unflatten(2, value.shape[2:-1])
+
+
+def inverse(weights: Tensor, rows: Tensor, *windows: Sequence[Any]) -> Tensor:
+    """For each key, the weighted sum of the rows of all queries whose window has it, [B, H, *S, D]."""
+    index, there = _index(rows, *windows)
+    w, x = weights.flatten(2, -2), rows.flatten(2, -2)
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for slot, (at, inside) in enumerate(zip(index, there, strict=True)):
+        out.index_add_(2, at, w[..., slot].masked_fill(~inside, 0)[..., None] * x)
+    return out.unflatten(2, rows.shape[2:-1])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.windows = inputs[2:]
+
+
+def _gradients(ctx: Any, first: Any, second: Any) -> tuple[Any, ...]:
+    """The gradients that are wanted, computed by the given functions of the two saved tensors."""
+    a, b = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    return (first(a, b) if wanted[0] else None, second(a, b) if wanted[1] else None, None, None, None, None)
+
+
+def _qk_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, lambda q, k: AV_OP(grad, k, *ctx.windows), lambda q, k: INVERSE_OP(grad, q, *ctx.windows))
+
+
+def _finite_qk(query: Tensor, key: Tensor, *windows: Any) -> Tensor:
+    """Qk as a gradient: a slot without a key has none."""
+    scores = QK_OP(query, key, *windows)
+    return scores.masked_fill(scores == -torch.inf, 0) if any(windows[3]) else scores
+
+
+def _av_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _gradients(
+        ctx, lambda w, v: _finite_qk(grad, v, *ctx.windows), lambda w, v: INVERSE_OP(w, grad, *ctx.windows)
+    )
+
+
+def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, lambda w, x: _finite_qk(x, grad, *ctx.windows), lambda w, x: AV_OP(w, grad, *ctx.windows))
+
+
+_WINDOWS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal"
+
+QK_OP = Op(
+    "neighborhood_qk",
+    f"(Tensor query, Tensor key, {_WINDOWS}) -> Tensor",
+    [Backend("reference", qk)],
+    fake=lambda query, key, window, *_: query.new_empty(*query.shape[:-1], math.prod(window)),
+    setup_context=_remember,
+    backward=_qk_backward,
+)
+
+AV_OP = Op(
+    "neighborhood_av",
+    f"(Tensor weights, Tensor value, {_WINDOWS}) -> Tensor",
+    [Backend("reference", av)],
+    fake=lambda weights, value, *_: value.new_empty(value.shape),
+    setup_context=_remember,
+    backward=_av_backward,
+)
+
+INVERSE_OP = Op(
+    "neighborhood_inverse",
+    f"(Tensor weights, Tensor rows, {_WINDOWS}) -> Tensor",
+    [Backend("reference", inverse)],
+    fake=lambda weights, rows, *_: rows.new_empty(rows.shape),
+    setup_context=_remember,
+    backward=_inverse_backward,
+)
