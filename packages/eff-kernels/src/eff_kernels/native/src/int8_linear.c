@@ -62,7 +62,8 @@ INLINE void gather(const int8_t *w, int64_t k, int64_t i, int columns, float *ou
 #if EFF_STEP == 64
   if (k >= 4) { /* four bytes of each row, of which one counts */
     const int64_t at = MIN(i, k - 4);
-    const __m512i step = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)k));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i step = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)k));
     const __m128i up = _mm_cvtsi32_si128(8 * (int)(3 - (i - at)));
     for (; n < columns; n += 16) {
       const __mmask16 mask = (__mmask16)(0xffffu >> (16 - MIN(16, columns - n)));
@@ -134,7 +135,8 @@ int eff_int8_linear(const eff_int8_linear_args *a) {
   t->groups = MAX(1, (k + t->group - 1) / t->group);
   t->padded = ((k + EFF_STEP - 1) / EFF_STEP | 1) * EFF_STEP; /* odd: rows do not all fall into the same sets of the cache */
   const size_t codes = (size_t)(m * t->padded) * sizeof(eff_act), scales = (size_t)(m * t->groups) * 4;
-  const size_t flags = j.threshold > 0.0f ? (size_t)k : 0, row = m == 1 ? (size_t)(t->padded + EFF_ROW_STEP) * sizeof(eff_row) : 0;
+  const size_t flags = j.threshold > 0.0f ? (size_t)k : 0;
+  const size_t row = m == 1 ? (size_t)(t->padded + EFF_ROW_STEP) * sizeof(eff_row) : 0;
   char *scratch = eff_scratch(codes + 2 * scales + flags + row + 5 * 64), *free_part = scratch, *outliers = NULL;
   if (!scratch) return 1;
   t->codes = take(&free_part, codes), t->scale = take(&free_part, scales), t->surplus = take(&free_part, scales);

@@ -12,7 +12,7 @@ typedef struct {
   int64_t rows, k, padded, group, groups;
 } tile_rows;
 
-#define TILE_AHEAD 2048 /* bytes of weights that are fetched ahead for a lone row */
+#define TILE_AHEAD 8192 /* bytes of weights that are fetched ahead for a lone row with AVX-512 */
 
 #if EFF_STEP == 64
 #include "int8_tile_512.h"

@@ -18,7 +18,8 @@ typedef int8_t tile_code;
 /* From what eff_row_codes has written: signed codes, and the surplus of each group. */
 INLINE void tile_codes(eff_act *codes, const tile_rows *t, int64_t r) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
-  for (int64_t i = 0; i < t->padded; i += 64) _mm512_storeu_si512(codes + i, _mm512_xor_si512(_mm512_loadu_si512(codes + i), flip));
+  for (int64_t i = 0; i < t->padded; i += 64)
+    _mm512_storeu_si512(codes + i, _mm512_xor_si512(_mm512_loadu_si512(codes + i), flip));
   for (int64_t g = 0, i = 0; g < t->groups; g++) {
     __m512i sum = _mm512_setzero_si512();
     const int64_t end = MIN(t->k, i + t->group);
@@ -58,7 +59,10 @@ INLINE float whole_row(const tile_rows *t, const int8_t *w) {
   for (; k + 256 <= t->k; k += 256) {
     for (int i = 0; i < 256; i += 64) __builtin_prefetch(w + k + TILE_AHEAD + i);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], unsigned_weights(w + k + 64 * i, 64), _mm512_loadu_si512(a + k + 64 * i));
+    for (int i = 0; i < 4; i++) {
+      const __m512i b = unsigned_weights(w + k + 64 * i, 64);
+      acc[i] = _mm512_dpbusd_epi32(acc[i], b, _mm512_loadu_si512(a + k + 64 * i));
+    }
   }
   for (; k < t->k; k += 64) acc[0] = _mm512_dpbusd_epi32(acc[0], unsigned_weights(w + k, t->k - k), _mm512_loadu_si512(a + k));
   acc[0] = _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3]));
@@ -107,7 +111,8 @@ INLINE void transpose(const int8_t *w, int64_t ldw, const int rows, const int64_
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) r[i] = unsigned_weights(w + MIN(i, rows - 1) * ldw, left);
 #pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  for (int i = 0; i < 16; i += 2)
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) { /* now r[i + j] holds, in each quarter, column j of that quarter of rows i to i + 3 */
     r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
@@ -126,8 +131,8 @@ INLINE void transpose(const int8_t *w, int64_t ldw, const int rows, const int64_
 
 /* MR rows of x, 4 * quads columns of one group, all outputs of the tile: sums of int32 from the `first` part of a group on, a
  * float for each group after the `last`. */
-INLINE void group_block(const int MR, const tile_rows *t, int64_t r, int64_t g, const tile_code *a, const int32_t *w, int64_t quads,
-                        int first, int last, int32_t *whole, float *sums) {
+INLINE void group_block(const int MR, const tile_rows *t, int64_t r, int64_t g, const tile_code *a, const int32_t *w,
+                        int64_t quads, int first, int last, int32_t *whole, float *sums) {
   __m512i acc[8][2];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++) {
@@ -173,9 +178,10 @@ INLINE void tile_product(const tile_rows *t, int64_t r0, int rows, const int8_t 
     return;
   }
   const tile_code *codes = (const tile_code *)t->codes + r0 * t->padded;
-  int32_t packed[TILE_CHUNK / 4 * COLUMNS] __attribute__((aligned(64))), whole[ROWS * COLUMNS] __attribute__((aligned(64)));
+  int32_t packed[TILE_CHUNK / 4 * COLUMNS] __attribute__((aligned(64)));
+  int32_t whole[ROWS * COLUMNS] __attribute__((aligned(64)));
   memset(sums, 0, sizeof(float) * COLUMNS * (size_t)rows);
-  const int64_t many = t->group < TILE_CHUNK ? TILE_CHUNK / t->group * t->group : 0; /* whole groups of a chunk; 0: a part of one */
+  const int64_t many = t->group < TILE_CHUNK ? TILE_CHUNK / t->group * t->group : 0; /* whole groups of a chunk; 0: part of one */
   for (int64_t k0 = 0, k1; k0 < t->k; k0 = k1) {
     k1 = MIN(t->k, many ? k0 + many : MIN(k0 + TILE_CHUNK, (k0 / t->group + 1) * t->group));
     for (int64_t k = k0; k < k1; k += 64)
