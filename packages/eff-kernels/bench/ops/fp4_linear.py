@@ -1,4 +1,4 @@
-"""Benchmark of fp4_linear: ``python packages/eff-kernels/bench/ops/fp4_linear.py --threads 1``.
+"""Benchmark of fp4_linear: ``python packages/eff-kernels/bench/ops/fp4_linear.py --threads 1 2``.
 
 All providers get bfloat16 activations. "eff linear" is this library's product with the weight in bfloat16, "int4" is
 PyTorch's own product with packed int4 weights in groups of 32. "cache": the same weights in each call; "memory": enough
@@ -111,35 +111,35 @@ def rounds_for(candidates: list[Provider], seconds: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times fp4_linear against bfloat16, bitsandbytes, int4 and torchao.")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="*", default=(1, 2))
     parser.add_argument("--shapes", default="", help="only shapes NxK that contain this text")
     parser.add_argument("--rows", type=int, nargs="*", default=(1, 4, 16, 64, 512))
-    parser.add_argument("--seconds", type=float, default=5.0, help="for the samples of one shape")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the samples of one shape")
     parser.add_argument("--dry", action="store_true", help="do not write the records")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     path = None if options.dry else RESULTS / "fp4_linear.jsonl"
     recorder = Recorder("fp4_linear", path, sources=[PACKAGE / s for s in SOURCES])
     for n, k in SHAPES:
         if options.shapes not in f"{n}x{k}":
             continue
-        for mode in ("cache", "memory"):
-            layers = None
+        for mode in ("memory", "cache"):
+            layers = Layers(n, k, mode == "cache")
             for m in options.rows:
-                if (m > FROM_MEMORY) != (mode == "cache"):
+                if (m > FROM_MEMORY) != (mode == "cache") or m * n * k > 2**34:
                     continue
-                layers = layers or Layers(n, k, mode == "cache")
                 x = torch.randn(m, k).bfloat16()
                 nbytes = 2 * m * k + n * k * 9 // 16 + 2 * m * n
-                with torch.inference_mode():
-                    found = providers(layers, x)
-                    rounds = rounds_for(found, options.seconds)
-                    working_set = nbytes * (2 if mode == "cache" else len(layers.codes["nvfp4"]))
-                    label = f"{n}x{k} M={m}"
-                    recorder.run(label, found, mode=mode, bytes=nbytes, working_set=working_set, rounds=rounds)
-                print(recorder.table().splitlines()[-1], flush=True)
+                working_set = nbytes * (2 if mode == "cache" else len(layers.codes["nvfp4"]))
+                for threads in options.threads:
+                    torch.set_num_threads(threads)
+                    with torch.inference_mode():
+                        found = providers(layers, x)
+                        rounds = rounds_for(found, options.seconds)
+                        label = f"{n}x{k} M={m}"
+                        recorder.run(label, found, mode=mode, bytes=nbytes, working_set=working_set, rounds=rounds)
+                    print(recorder.table().splitlines()[-1], flush=True)
     print(f"\n{recorder.table()}")
 
 
