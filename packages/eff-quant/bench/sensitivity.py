@@ -13,6 +13,7 @@ measured the report and pictures are written. ``--plot`` draws the report that i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -67,24 +68,17 @@ def run(args: argparse.Namespace) -> SensitivityReport:
                 raise TimeUp
 
         def sweep(**more) -> SensitivityReport:
-            return sensitivity_sweep(
-                model,
-                text.windows,
-                formats=FORMATS,
-                modes=("component", "block", "grid"),
-                num_bytes=text.bytes,
-                resume=_smollm2.cache() / "sensitivity.jsonl",
-                progress=show,
-                **more,
-            )
+            settings = {"formats": FORMATS, "modes": ("component", "block", "grid"), "directions": ("only",)} | more
+            kept = _smollm2.cache() / "sensitivity.jsonl"
+            return sensitivity_sweep(model, text.windows, num_bytes=text.bytes, resume=kept, progress=show, **settings)
 
         report = sweep(mixed=mixtures(sweep()))
-    return with_meta(report, {"model": folder.name, "text": [s.name for s in text.sources], **environment()})
-
-
-def with_meta(report: SensitivityReport, more: dict) -> SensitivityReport:
-    values = {name: getattr(report, name) for name in report.__dataclass_fields__}
-    return SensitivityReport(**{**values, "meta": {**report.meta, **more}})
+        more = [sweep(formats=FORMATS, modes=("component",), directions=("restore",))]
+        more += [sweep(formats=("mxfp4",), modes=("block",), directions=("restore",))]
+    restored = tuple(p for r in more for p in r.select(direction="restore"))
+    report = dataclasses.replace(report, passes=report.passes + restored)
+    meta = {"model": folder.name, "text": [s.name for s in text.sources], **environment()}
+    return dataclasses.replace(report, meta={**report.meta, **meta})
 
 
 def mixtures(report: SensitivityReport) -> dict[str, dict[str, str]]:
@@ -172,6 +166,8 @@ def plot_depth(report: SensitivityReport, path: Path) -> None:
     for axes, (direction, title) in zip(both, titles.items(), strict=True):
         for format in report.formats:
             full, passes = report.full(format), report.select("block", direction, format=format)
+            if not passes:
+                continue
             sums = [
                 p.kl if direction == "only" else [a - b for a, b in zip(full.kl, p.kl, strict=True)] for p in passes
             ]
@@ -208,8 +204,9 @@ def plot_recipes(report: SensitivityReport, path: Path) -> None:
             label = {"first blocks": "first blocks in FP8", "seed": "3 down_proj in bfloat16"}[kind]
             axes.plot([bits[n] for n in names], [kl[n] for n in names], marker, mfc="none", color=colour, label=label)
     for name, text in (("mxfp4", "all MXFP4"), ("nvfp4", "all NVFP4"), ("fp8, all", "all FP8")):
-        axes.annotate(text, (bits[name], kl[name]), textcoords="offset points", xytext=(6, 5), fontsize=9)
+        axes.annotate(text, (bits[name], kl[name]), textcoords="offset points", xytext=(6, 3), fontsize=9)
     axes.set_yscale("log")
+    axes.set_xlim(4, 8.8)
     axes.set_xlabel("bits a weight")
     axes.set_ylabel("KL (nats a token)")
     axes.grid(alpha=0.3, which="both")

@@ -68,6 +68,15 @@ def test_a_sweep_that_goes_on_skips_blocks_as_before(trained, windows, tmp_path,
     assert len(runs) == 3 + 1 + 3
 
 
+def test_layers_of_one_format_are_read_from_a_sweep_of_two(trained, windows, tmp_path):
+    both = sensitivity_sweep(trained, windows, modes=(), resume=tmp_path / "sweep.jsonl")
+    one = sensitivity_sweep(trained, windows, modes=(), formats=("nvfp4",), resume=tmp_path / "sweep.jsonl")
+    assert one == sensitivity_sweep(trained, windows, modes=(), formats=("nvfp4",))
+    assert [la.largest for la in both.layers] == [la.largest for la in one.layers]
+    kinds = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert sum("layers" in line for line in kinds) == 1
+
+
 def test_progress_counts_to_the_total(trained, windows):
     seen = []
     sensitivity_sweep(trained, windows, progress=lambda *step: seen.append(step), **SETTINGS)

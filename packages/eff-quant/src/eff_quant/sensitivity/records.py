@@ -70,12 +70,17 @@ class Records:
         )
 
     def layers(self, runner: Runner, formats: Sequence[str], show: Shown) -> list[Layer]:
-        """Look at the layers, or read what was seen."""
-        key = self._key("layers", [[p.name for p in runner.parts.linears], list(formats)])
+        """Look at the layers, or read what was seen, maybe for more formats."""
+        key = self._key("layers", [p.name for p in runner.parts.linears])
         show("layers")
-        if key not in self._known:
-            self._add(key, {"layers": [asdict(la) for la in measure_layers(runner, formats, show.again)]})
-        return [Layer(**values) for values in self._known[key]["layers"]]
+        if not set(formats) <= set(self._known.get(key, {}).get("formats", ())):
+            seen = measure_layers(runner, formats, show.again)
+            self._add(key, {"formats": list(formats), "layers": [asdict(la) for la in seen]})
+        by_format = ("weight_sqnr", "output_sqnr", "block_error")
+        return [
+            Layer(**values | {name: {f: values[name][f] for f in formats} for name in by_format})
+            for values in self._known[key]["layers"]
+        ]
 
     def _key(self, kind: str, what: object) -> str:
         return hashlib.sha256(json.dumps([self._fingerprint, kind, what]).encode()).hexdigest()[:16]
