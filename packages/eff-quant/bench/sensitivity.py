@@ -140,7 +140,10 @@ def plot_components(report: SensitivityReport, path: Path) -> None:
         for i, format in enumerate(report.formats):
             full = report.full(format)
             for y, component in enumerate(report.components):
-                (p,) = report.select("component", direction, format=format, component=component)
+                found = report.select("component", direction, format=format, component=component)
+                if not found:
+                    continue
+                (p,) = found
                 sums = p.kl if direction == "only" else [a - b for a, b in zip(full.kl, p.kl, strict=True)]
                 value, (low, high) = mean(sums, report.counts), interval(sums, report.counts)
                 label = format if y == 0 else None
@@ -189,8 +192,9 @@ def plot_recipes(report: SensitivityReport, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    made, weights = mixtures(report), sum(la.rows * la.columns for la in report.layers)
+    weights = sum(la.rows * la.columns for la in report.layers)
     kl = {p.format: report.kl(p) for p in report.select("mixed")} | {f: report.kl(report.full(f)) for f in FORMATS}
+    made = {name: formats for name, formats in mixtures(report).items() if name in kl}
     bits = {name: size(report, formats) for name, formats in made.items()}
     bits |= {f: size(report, {la.name: f for la in report.layers}) for f in FORMATS}
     for format in FORMATS:
