@@ -1,6 +1,6 @@
 """Train the policy of this folder by behaviour cloning, twenty seconds on one core; an interrupted run continues.
 
-    python packages/eff-quant/bench/vla/train.py --seconds 18
+    python packages/eff-quant/bench/vla/train.py --seconds 19
 
 Writes policy.safetensors (float16) and a record of the training.
 """
