@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eff_kernels import native, neighborhood_attention
+from eff_kernels.op import triton_interprets
 from eff_kernels.ops.neighborhood_attention import api, autograd, cpu, neighborhood_mask, reference, window_bounds
 from eff_kernels.ops.neighborhood_attention.specs import SPECS
+from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.budget import assert_within_budget
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
@@ -37,7 +39,7 @@ class TestNeighborhoodAttention(OpTests):
         return complete(*args)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "reference", *(["triton"] if triton_interprets() else [])])
 def backend(request):
     return request.param
 
@@ -329,3 +331,16 @@ Q = torch.zeros(1, 6, 8, 4, 16)
 def test_errors_name_what_they_saw(change, error, message):
     with pytest.raises(error, match=message):
         neighborhood_attention(**{"query": Q, "key": Q, "value": Q, "kernel_size": 3, **change})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("module", ["triton", "triton_backward"])
+def test_triton_kernels_compile_for_each_gpu(module):
+    assert_compiles(f"eff_kernels.ops.neighborhood_attention.{module}")
+
+
+def test_triton_refuses_long_heads_with_the_limit():
+    reason = api.OP.explain(*complete(*[torch.zeros(1, 4, 1, 200)] * 3, 2)).reasons["triton"]
+    assert reason
+    assert "128, got 200" in reason or "needs a CUDA" in reason

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.neighborhood_attention import cpu, reference
 from eff_kernels.ops.neighborhood_attention.autograd import backward, setup_context
 
@@ -37,6 +37,7 @@ OP = Op(
     "float scale, Tensor additional_keys, Tensor additional_values) -> (Tensor, Tensor)",
     [
         Backend("cpu", cpu.neighborhood_attention, cpu.reject),
+        triton_backend("eff_kernels.ops.neighborhood_attention.triton"),
         Backend("reference", reference.neighborhood_attention),
     ],
     fake=_allocate,

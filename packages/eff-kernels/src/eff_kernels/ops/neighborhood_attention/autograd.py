@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.neighborhood_attention import cpu, reference
 
 
@@ -21,6 +21,7 @@ BACKWARD_OP = Op(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     [
         Backend("cpu", cpu.neighborhood_attention_backward, cpu.reject_backward),
+        triton_backend("eff_kernels.ops.neighborhood_attention.triton_backward"),
         Backend("reference", reference.neighborhood_attention_backward),
     ],
     fake=_allocate,
