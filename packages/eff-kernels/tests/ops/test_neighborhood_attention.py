@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eff_kernels import native, neighborhood_attention
-from eff_kernels.op import triton_interprets
 from eff_kernels.ops.neighborhood_attention import api, autograd, cpu, neighborhood_mask, reference, window_bounds
 from eff_kernels.ops.neighborhood_attention.specs import SPECS
 from eff_kernels.testing.aot import assert_compiles
@@ -39,7 +38,7 @@ class TestNeighborhoodAttention(OpTests):
         return complete(*args)
 
 
-@pytest.fixture(params=["cpu", "reference", *(["triton"] if triton_interprets() else [])])
+@pytest.fixture(params=["cpu", "reference"])
 def backend(request):
     return request.param
 
@@ -142,13 +141,20 @@ def test_reference_is_the_definition(call):
 @settings(max_examples=150, deadline=None)
 @given(calls())
 def test_compiled_code_on_any_call(call):
+    """A few dozen roundings of float32 pass; the budgets are for the named specs, where values are many."""
     args = call.args()
-    # The largest of so many random errors is larger than that of one call: twice the usual factor.
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def wide(tree):
+        return [a.double() if isinstance(a, torch.Tensor) else a for a in tree]
+
     out, lse = api.OP(*args, backend="cpu")
-    assert_within_budget((out, lse), reference.neighborhood_attention, args, factor=4.0)
-    backward = (torch.randn_like(out), torch.randn_like(lse), *args[:3], out, lse, *args[3:])
+    near = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close((out, lse), reference.neighborhood_attention(*wide(args)), **near)
+    grads = [torch.randn(t.shape, generator=generator) for t in (out, lse)]
+    backward = (*grads, *args[:3], out, lse, *args[3:])
     actual = autograd.BACKWARD_OP(*backward, backend="cpu")
-    assert_within_budget(actual, reference.neighborhood_attention_backward, backward, factor=4.0)
+    torch.testing.assert_close(actual, reference.neighborhood_attention_backward(*wide(backward)), **near)
 
 
 @pytest.mark.parametrize("define", ["EFF_NO_AVX512", "EFF_GENERIC"])

@@ -54,8 +54,6 @@ SPECS = (
     _case("one-window", (5, 6), (5, 6), heads=1, d=8),
     _case("long-window", (150,), 140, causal=True, heads=1, d=24),
     _case("odd-features", (7, 8), 3, d=5, dv=19, heads=3, groups=1),
-    _case("no-additional-keys", (6, 6), 3, extra=0),
-    _case("video", (4, 6, 6), (2, 3, 3), d=32),
     _case("no-batch", (4, 5), 3, batch=0, tags=["empty"]),
 )
 

@@ -163,12 +163,14 @@ def run(
     lengths, causal = forward.padded(query, (kernel_size, stride, dilation, is_causal))
     heads, groups, d, e = query.size(-2), key.size(-2), query.size(-1), value.size(-1)
     block = _blocks(query.dtype, query.dim() - 3, d, e)
-    options = {"C0": causal[0], "C1": causal[1], "C2": causal[2], "WIDEN": INTERPRET, **block}
+    options = {"C0": causal[0], "C1": causal[1], "C2": causal[2], "WIDEN": INTERPRET}
     _query_kernel[forward.grid(query, lengths, block, heads)](
-        q, k, v, more_k, more_v, grad, lse, delta, dq, scale, heads, groups, d, e, more_k.size(1), *lengths, **options
-    )
+        q, k, v, more_k, more_v, grad, lse, delta, dq, scale, heads, groups, d, e, more_k.size(1), *lengths,
+        **options, **block,
+    )  # fmt: skip
+    block = _key_blocks(query.dtype, query.dim() - 3, d, e)
     _key_kernel[forward.grid(query, lengths, block, groups)](
-        q, k, v, grad, lse, delta, dk, dv, scale, heads, groups, d, e, *lengths, **options
+        q, k, v, grad, lse, delta, dk, dv, scale, heads, groups, d, e, *lengths, **options, **block
     )
     return dq, dk, dv, *_additional(grad, q, lse, delta, more_k, more_v, scale)
 
@@ -195,10 +197,20 @@ def _blocks(dtype: torch.dtype, rank: int, d: int, e: int) -> dict[str, int]:
     return {**block, "BN": 32 if dtype != torch.float32 else 16, "num_stages": 1}
 
 
+def _key_blocks(dtype: torch.dtype, rank: int, d: int, e: int) -> dict[str, int]:
+    """Box of keys, and block of queries; long heads have two large sums to hold."""
+    block = _blocks(dtype, rank, d, e)
+    if max(d, e) > 64:
+        small = ((1, 1, 16), (1, 4, 4), (2, 2, 4)) if dtype == torch.float32 else ((1, 1, 32), (1, 4, 8), (2, 4, 4))
+        block["BN"] = 16
+        block.update(zip(("T0", "T1", "T2"), small[rank - 1], strict=True))
+    return block
+
+
 _COMMON = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr")
 AOT_CASES = [
     *forward.aot_cases(
         _query_kernel, ["lse_ptr", "delta_ptr"], [*_COMMON, "more_k_ptr", "more_v_ptr", "dq_ptr"], _blocks
     ),
-    *forward.aot_cases(_key_kernel, ["lse_ptr", "delta_ptr"], [*_COMMON, "dk_ptr", "dv_ptr"], _blocks),
+    *forward.aot_cases(_key_kernel, ["lse_ptr", "delta_ptr"], [*_COMMON, "dk_ptr", "dv_ptr"], _key_blocks),
 ]
