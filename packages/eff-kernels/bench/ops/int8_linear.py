@@ -58,7 +58,9 @@ def activations(m: int, k: int) -> Tensor:
 def providers(layers: Layers, x: Tensor, compiled: bool) -> list[Provider]:
     count = len(layers.bf16)
     codes, absmax = layers.codes[0]
-    truth = {t: reference.int8_linear(x, codes, absmax, None, t, False, "dynamic", torch.float32) for t in (0.0, 6.0)}
+    fixed = (False, "dynamic", None, torch.float32)
+    truth = {t: reference.int8_linear(x, codes, absmax, None, t, *fixed) for t in (0.0, 6.0)}
+    grouped = {"threshold": 6.0, "activation_group": 128}
 
     def make(name: str, run, wanted: Tensor | None, backend: str = "") -> Provider:
         good = wanted is None or same(run(0), wanted, tolerance=2e-2)
@@ -75,6 +77,7 @@ def providers(layers: Layers, x: Tensor, compiled: bool) -> list[Provider]:
         make("bitsandbytes, 6", lambda i: layers.bnb[6.0][i % count](x), truth[6.0]),
         make("eff", lambda i: int8_linear(x, *layers.codes[i % count]), truth[0.0], "cpu"),
         make("eff, 6", lambda i: int8_linear(x, *layers.codes[i % count], threshold=6.0), truth[6.0], "cpu"),
+        make("eff, 6, 128", lambda i: int8_linear(x, *layers.codes[i % count], **grouped), truth[6.0], "cpu"),
     ]
     return found
 
