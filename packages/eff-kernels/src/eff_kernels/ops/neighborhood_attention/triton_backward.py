@@ -194,7 +194,9 @@ def _additional(
 def _blocks(dtype: torch.dtype, rank: int, d: int, e: int) -> dict[str, int]:
     """As for the forward, with half the block: more sums are held."""
     block = forward.blocks(dtype, rank, d, e)
-    return {**block, "BN": 32 if dtype != torch.float32 else 16, "num_stages": 1}
+    if dtype == torch.float32:
+        return {**block, "BN": 16, "num_warps": 4, "num_stages": 1}
+    return {**block, "BN": 32, "num_stages": 1}
 
 
 def _key_blocks(dtype: torch.dtype, rank: int, d: int, e: int) -> dict[str, int]:
@@ -202,7 +204,7 @@ def _key_blocks(dtype: torch.dtype, rank: int, d: int, e: int) -> dict[str, int]
     block = _blocks(dtype, rank, d, e)
     if max(d, e) > 64:
         small = ((1, 1, 16), (1, 4, 4), (2, 2, 4)) if dtype == torch.float32 else ((1, 1, 32), (1, 4, 8), (2, 4, 4))
-        block["BN"] = 16
+        block.update(BN=16, num_warps=8)
         block.update(zip(("T0", "T1", "T2"), small[rank - 1], strict=True))
     return block
 
