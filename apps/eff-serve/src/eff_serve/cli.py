@@ -19,7 +19,8 @@ class Model:
 
     Attributes:
         model: Folder in transformers' layout or name on the hub; by default the embedded SmolLM2-135M-Instruct.
-        quantize: Weights of the projections: int8 (LLM.int8()), or none: as in the checkpoint.
+        quantize: Weights of the projections: int8 (LLM.int8()), nvfp4, mxfp4, fp8, or none: as in the checkpoint. By
+            default a quantised folder as it is, and float weights to int8.
         threshold: Magnitude from which activations bypass int8; 0 switches that off. By default 6, or what an int8
             folder says.
         max_model_len: Most tokens of prompt and answer; by default the model's limit.
@@ -29,7 +30,7 @@ class Model:
     """
 
     model: str | None = None
-    quantize: Literal["int8", "none"] = "int8"
+    quantize: Literal["auto", "int8", "nvfp4", "mxfp4", "fp8", "none"] = "auto"
     threshold: float | None = None
     max_model_len: int | None = None
     max_batch: int = 16

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eff_quant import Int8Config
+from eff_quant import MixedConfig
 from torch import Tensor
+
+from eff_serve.engine.quantization import stored_settings
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -29,8 +31,7 @@ class DecoderConfig:
         inverse_frequencies: Rotary frequencies, [head_dim / 2], scaling included.
         attention_factor: Factor of cos and sin.
         eos_token_ids: Tokens that end a text.
-        int8_threshold: Outlier threshold that an int8 checkpoint was made with; None where the weights are floats.
-        int8_group: Columns of an activation row that share a scale in int8 layers; None: all.
+        quantization: How the folder stores its weights, by layer; None where they are floats.
     """
 
     architecture: str
@@ -48,8 +49,7 @@ class DecoderConfig:
     inverse_frequencies: tuple[float, ...]
     attention_factor: float
     eos_token_ids: frozenset[int]
-    int8_threshold: float | None = None
-    int8_group: int | None = None
+    quantization: MixedConfig | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> DecoderConfig:
@@ -73,7 +73,6 @@ class DecoderConfig:
         length = config["max_position_embeddings"]
         windowed = config.get("sliding_window") and config.get("use_sliding_window", architecture.startswith("Mistral"))
         frequencies, factor = _rotary(config, head_dim)
-        threshold, group = _int8_settings(config.get("quantization_config"))
         return cls(
             architecture=architecture,
             hidden_size=config["hidden_size"],
@@ -90,8 +89,7 @@ class DecoderConfig:
             inverse_frequencies=tuple(frequencies.tolist()),
             attention_factor=factor,
             eos_token_ids=_eos(folder, config),
-            int8_threshold=threshold,
-            int8_group=group,
+            quantization=_stored(config.get("quantization_config")),
         )
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,24 +98,11 @@ class DecoderConfig:
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
-def _int8_settings(stored: dict[str, Any] | None) -> tuple[float | None, int | None]:
-    """Threshold and group of an int8 checkpoint of eff-quant or bitsandbytes; other kinds of weights are refused.
-
-    Float weights have no threshold, and the group in which eff-quant would quantise their activations.
-    """
-    if not stored:
-        return None, Int8Config().activation_group
-    method = stored.get("quant_method")
-    if method == "bitsandbytes" and stored.get("load_in_8bit"):
-        return float(stored.get("llm_int8_threshold", 6.0)), None
-    if method != Int8Config.quant_method:
-        raise UnsupportedModelError(f"quantisation {method!r} is not int8 of eff-quant or bitsandbytes")
-    config = Int8Config.from_dict(stored)
-    if config.activation != "dynamic":
-        raise UnsupportedModelError(f"int8 with activation={config.activation!r} is not 'dynamic'")
-    if config.outlier_weights != "int8":
-        raise UnsupportedModelError(f"int8 with outlier_weights={config.outlier_weights!r} is not 'int8'")
-    return config.threshold, config.activation_group
+def _stored(entry: dict[str, Any] | None) -> MixedConfig | None:
+    try:
+        return stored_settings(entry)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 def _rotary(config: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:

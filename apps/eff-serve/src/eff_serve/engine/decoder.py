@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from eff_serve.engine.config import DecoderConfig
-from eff_serve.engine.linear import FloatLinear, Linear, load_linear
+from eff_serve.engine.linear import FloatLinear, Linear
+from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
+from eff_serve.engine.quantized import load_linear
 from eff_serve.engine.weights import Checkpoint
 
 PAGE = 32
@@ -42,14 +45,16 @@ class Decoder:
 
     Args:
         folder: Model folder (config.json and safetensors).
-        quantize: "int8" quantises the projections of a float checkpoint; None takes them as they are.
+        quantize: Format to quantise the projections of a float checkpoint to, see `quantization.FORMATS`; None takes
+            them as they are.
         threshold: Outlier threshold of int8 layers; 0 takes no outliers out. None is that of the checkpoint where its
-            weights are int8, else 6.
+            weights are int8, else that of `Int8Config`.
         num_pages: Pages of `PAGE` keys in the cache, shared by all sequences.
         on_layer: Called after each loaded layer, for progress.
 
     Raises:
         UnsupportedModelError, CheckpointError: the folder does not fit.
+        ValueError: the folder is quantised already, or the threshold is for no layer.
     """
 
     def __init__(
@@ -63,12 +68,18 @@ class Decoder:
     ) -> None:
         self.config = c = DecoderConfig.from_folder(folder)
         checkpoint = Checkpoint(folder)
-        if threshold is None:
-            threshold = 6.0 if c.int8_threshold is None else c.int8_threshold
+        stored = c.quantization
+        if stored is None:
+            settings = settings_for(quantize, threshold) if quantize else None
+        elif quantize:
+            raise ValueError(f"{folder} is quantised already ({describe(stored)}); leave out quantize={quantize!r}")
+        else:
+            settings, stored = None, with_threshold(stored, threshold)
         h, d = c.hidden_size, c.head_dim
 
         def linear(names: list[str], sizes: list[int], k: int) -> Linear:
-            return load_linear(checkpoint, names, sizes, k, quantize=quantize, threshold=threshold, group=c.int8_group)
+            of_layer = partial(settings_of_layer, stored)
+            return load_linear(checkpoint, names, sizes, k, stored=of_layer, quantize=settings)
 
         self.layers = []
         for i in range(c.num_layers):

@@ -11,10 +11,11 @@ from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
+from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
 
-_QUANTIZE = (None, "int8")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class LoadedModel:
 def load_engine(
     model: str | None = None,
     *,
-    quantize: str | None = "int8",
+    quantize: str | None = AUTO,
     threshold: float | None = None,
     max_model_len: int | None = None,
     max_batch: int = 16,
@@ -42,8 +43,10 @@ def load_engine(
 
     Args:
         model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model.
-        quantize: "int8" (LLM.int8() on all projections, not on embedding and head) or None (weights in the dtype of
-            the checkpoint). Models that the lean decoder does not run go through transformers, in float32 only.
+        quantize: Format of all projections (embedding and head stay): "int8" (LLM.int8()), "nvfp4", "mxfp4" or "fp8"
+            quantise float weights while loading, None takes weights as they are, "auto" takes a quantised folder as it
+            is and float weights to int8. Models that the lean decoder does not run go through transformers, without
+            quantising.
         threshold: Outlier threshold of int8; 0 takes no outliers out. None is that of the folder where its weights are
             int8, else 6.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
@@ -56,12 +59,14 @@ def load_engine(
         FileNotFoundError: there is no such model here.
         ValueError: the model or a setting is not supported.
     """
-    if quantize not in _QUANTIZE:
-        raise ValueError(f"quantize must be one of {_QUANTIZE}, got {quantize!r}")
+    if quantize not in (None, AUTO, *FORMATS):
+        raise ValueError(f"quantize must be one of {AUTO}, {', '.join(FORMATS)} or None, got {quantize!r}")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
     folder = embedded.folder(progress=progress) if model is None else find_folder(model)
     config = _config(folder, quantize)
+    if quantize == AUTO:
+        quantize = "int8" if isinstance(config, DecoderConfig) and config.quantization is None else None
     if isinstance(config, HFConfig):
         page_bytes = config.bytes_per_key * PAGE
     else:
@@ -83,8 +88,9 @@ def load_engine(
         max_waiting=max_waiting,
     )
     name = embedded.NAME if model is None else Path(model).name if Path(model).is_dir() else model
-    int8 = quantize or (isinstance(config, DecoderConfig) and config.int8_threshold is not None)
-    weights = f"{'int8' if int8 else 'float weights'}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
+    stored = config.quantization if isinstance(config, DecoderConfig) else None
+    kind = quantize or (describe(stored) if stored else "float weights")
+    weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
 
 
@@ -93,7 +99,7 @@ def _config(folder: Path, quantize: str | None) -> DecoderConfig | HFConfig:
     try:
         return DecoderConfig.from_folder(folder)
     except UnsupportedModelError as error:
-        if quantize is not None:
+        if quantize not in (None, AUTO):
             raise ValueError(f"this model runs only through transformers, without {quantize}: {error}") from error
         return hf_config(folder)
 
