@@ -191,7 +191,8 @@ def test_greedy_text_of_smollm2_equals_transformers_alone_and_in_a_batch(smollm2
     assert smollm2_tokenizer.decode(together[0][: together[0].index(2)]) == "The capital of France is Paris."
 
 
-def test_int8_smollm2_answers(smollm2, smollm2_tokenizer):
+@pytest.mark.parametrize("name", ["int8", "nvfp4", "mxfp4", "fp8"])
+def test_quantised_smollm2_answers(smollm2, smollm2_tokenizer, name):
     prompt = smollm2_tokenizer.encode(smollm2_tokenizer.render_chat([{"role": "user", "content": PROMPTS[0]}]))
-    (ids,) = greedy(Decoder(smollm2, quantize="int8", num_pages=4), [prompt], 8)
+    (ids,) = greedy(Decoder(smollm2, quantize=name, num_pages=4), [prompt], 8)
     assert "Paris" in smollm2_tokenizer.decode(ids)

@@ -9,7 +9,8 @@ from eff_quant import Int8Config, load, save_bnb_int8
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import Decoder
 from eff_serve.engine.hf import HFDecoder
-from eff_serve.engine.linear import Int8Linear
+from eff_serve.engine.linear import FloatLinear
+from eff_serve.engine.quantized import Int8Linear
 from eff_serve.engine.weights import CheckpointError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ def make(tiny_model, tmp_path):
     """``make(writer, **settings)``: an int8 folder of the tiny Llama, and what transformers computes from it."""
 
     def write(writer, **settings):
-        config = Int8Config(**{"activation_group": None if writer == "bitsandbytes" else 32, **settings})
+        config = Int8Config(**settings)
         model = AutoModelForCausalLM.from_pretrained(
             tiny_model("llama"), quantization_config=eff_quant.hf.EffConfig(config), dtype=torch.float32
         )
@@ -37,8 +38,7 @@ def make(tiny_model, tmp_path):
 def test_int8_folders_run_as_they_are(make, writer):
     folder, wanted = make(writer, threshold=0.0)
     decoder = Decoder(folder, num_pages=2)
-    assert decoder.config.int8_threshold == 0
-    assert decoder.layers[0].down.group == (None if writer == "bitsandbytes" else 32)
+    assert decoder.config.quantization.rules[0][1].threshold == 0
     stored = load_file(folder / "model.safetensors")
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer.qkv, Int8Linear)
@@ -52,8 +52,8 @@ def test_int8_folders_run_as_they_are(make, writer):
 
 def test_the_threshold_is_that_of_the_folder_unless_given(make):
     folder, _ = make("bitsandbytes", threshold=2.5)
-    assert Decoder(folder, num_pages=2).layers[0].down.threshold == 2.5
-    assert Decoder(folder, threshold=4.0, num_pages=2).layers[0].down.threshold == 4.0
+    assert Decoder(folder, num_pages=2).layers[0].down.config.threshold == 2.5
+    assert Decoder(folder, threshold=4.0, num_pages=2).layers[0].down.config.threshold == 4.0
 
 
 def test_weights_in_a_gpus_order_are_refused(make):
@@ -66,19 +66,19 @@ def test_weights_in_a_gpus_order_are_refused(make):
 
 
 def test_float_layers_beside_int8_layers_are_not_mixed_up(make):
-    folder, _ = make("eff", skip=("lm_head", "k_proj"))
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_proj are floats beside int8 layers"):
-        Decoder(folder, num_pages=2)
-    whole = Decoder(folder, quantize="int8", num_pages=2).layers[0].qkv.weight
-    assert whole.dtype == torch.int8
+    folder, wanted = make("eff", threshold=0.0, skip=("lm_head", "k_proj"))
+    decoder = Decoder(folder, num_pages=2)
+    assert [type(part) for part in decoder.layers[0].qkv.layers] == [Int8Linear, FloatLinear, Int8Linear]
+    got = decoder.prefill(IDS, 0, torch.tensor([0, 1]), all_logits=True)
+    assert (got - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq' is not int8"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes' is not int8"),
-        ({"quant_method": "fp8"}, "'fp8' is not int8"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq' is not one of"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes' is not one of"),
+        ({"quant_method": "fp8"}, "'fp8' is not one of"),
     ],
 )
 def test_other_quantisations_are_refused(tiny_model, tmp_path, settings, message):
@@ -89,8 +89,9 @@ def test_other_quantisations_are_refused(tiny_model, tmp_path, settings, message
 
 
 def test_settings_that_the_decoder_lacks_run_through_transformers(make):
-    folder, wanted = make("eff", activation="none")
-    with pytest.raises(UnsupportedModelError, match="activation='none'"):
+    columns = {"model.layers.0.mlp.down_proj": (3, 7)}
+    folder, wanted = make("eff", outlier_weights="original", outlier_columns=columns)
+    with pytest.raises(UnsupportedModelError, match="outlier_weights='original'"):
         Decoder(folder, num_pages=2)
     got = HFDecoder(folder, num_pages=2).prefill(IDS, 0, torch.tensor([0, 1]), all_logits=True)
     assert torch.equal(got, wanted)
