@@ -23,7 +23,7 @@ def make(tiny_model, tmp_path):
     """``make(writer, **settings)``: an int8 folder of the tiny Llama, and what transformers computes from it."""
 
     def write(writer, **settings):
-        config = Int8Config(**settings)
+        config = Int8Config(**{"activation_group": None if writer == "bitsandbytes" else 32, **settings})
         model = AutoModelForCausalLM.from_pretrained(
             tiny_model("llama"), quantization_config=eff_quant.hf.EffConfig(config), dtype=torch.float32
         )
@@ -38,7 +38,8 @@ def make(tiny_model, tmp_path):
 def test_int8_folders_run_as_they_are(make, writer):
     folder, wanted = make(writer, threshold=0.0)
     decoder = Decoder(folder, num_pages=2)
-    assert decoder.config.quantization.rules[0][1].threshold == 0
+    assert decoder.layers[0].down.config.threshold == 0
+    assert decoder.layers[0].down.config.activation_group == (None if writer == "bitsandbytes" else 32)
     stored = load_file(folder / "model.safetensors")
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer.qkv, Int8Linear)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from eff_quant import FP4Config, FP8Config, Int8Config, MixedConfig
+from eff_quant.fp4.settings import read_compressed_tensors
+from eff_quant.fp8_qat.files import fp8_config
 from eff_quant.mixed import as_mixed
 from eff_quant.registry import METHODS, config_from_dict
 from torch import nn
@@ -13,7 +15,7 @@ from torch import nn
 FORMATS = ("int8", "nvfp4", "mxfp4", "fp8")
 
 
-def settings_for(quantize: str, threshold: float | None = None) -> Any:
+def settings_for(quantize: Any, threshold: float | None = None) -> Any:
     """Settings to quantise float weights to one of `FORMATS`.
 
     Raises:
@@ -38,7 +40,7 @@ def stored_settings(entry: dict[str, Any] | None) -> MixedConfig | None:
         return None
     method = entry.get("quant_method")
     if method == "bitsandbytes" and entry.get("load_in_8bit"):
-        return as_mixed(Int8Config(threshold=float(entry.get("llm_int8_threshold", 6.0))))
+        return as_mixed(Int8Config(threshold=float(entry.get("llm_int8_threshold", 6.0)), activation_group=None))
     known = [c.quant_method for c in METHODS]  # type: ignore[attr-defined]
     if method == MixedConfig.quant_method:
         rules = MixedConfig.from_dict(entry)
@@ -51,6 +53,14 @@ def stored_settings(entry: dict[str, Any] | None) -> MixedConfig | None:
     for _, config in rules.rules:
         _check(config)
     return rules
+
+
+def _compressed_tensors(entry: dict[str, Any]) -> Any:
+    if "fp4" not in str(entry.get("format")):
+        return fp8_config(entry)
+    format, activations = read_compressed_tensors(entry)
+    rounding: Any = "even" if format == "mxfp4" else "floor"  # as compressed-tensors rounds activations
+    return FP4Config(format=format, activations=activations, scale_rounding=rounding)
 
 
 def _check(config: Any) -> None:
@@ -71,8 +81,13 @@ def with_threshold(rules: MixedConfig, threshold: float | None) -> MixedConfig:
         return rules
     if not any(isinstance(c, Int8Config) for _, c in rules.rules):
         raise ValueError(f"threshold={threshold} is for int8, which the folder does not hold")
-    change = {"threshold": threshold, "per_token_outliers": False}
-    return MixedConfig(tuple((p, replace(c, **change) if isinstance(c, Int8Config) else c) for p, c in rules.rules))
+
+    def change(config: Any) -> Any:
+        if not isinstance(config, Int8Config):
+            return config
+        return replace(config, threshold=threshold, per_token_outliers=False)  # the decoder looks token by token
+
+    return MixedConfig(tuple((patterns, change(config)) for patterns, config in rules.rules))
 
 
 def describe(rules: MixedConfig) -> str:

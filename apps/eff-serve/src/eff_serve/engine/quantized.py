@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from eff_kernels import FP4Codes, fp4_linear, fp4_quantize, fp8_linear, fp8_quantize, int8_linear, int8_quantize_rows
+from eff_kernels import FP4Codes, fp4_linear, fp8_linear, fp8_quantize, int8_linear
 from eff_quant import FP4Config, FP8Config, Int8Config
+from eff_quant.fp4 import weight as fp4
+from eff_quant.llm_int8 import weight as int8
 from torch import Tensor
 
-from eff_serve.engine.linear import FloatLinear, Linear, stack_biases
+from eff_serve.engine.linear import FloatLinear, Linear, Separate, stack_biases
 from eff_serve.engine.weights import Checkpoint, CheckpointError
 
 
@@ -27,9 +29,11 @@ class Int8Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         c = self.config
+        if c.activation == "none":
+            return int8_linear(x, self.weight, self.absmax, self.bias, activation="none")
         return int8_linear(
-            x, self.weight, self.absmax, self.bias, threshold=c.threshold, activation=c.activation,
-            per_token_outliers=c.activation == "dynamic" and c.threshold > 0,
+            x, self.weight, self.absmax, self.bias, threshold=c.threshold, per_token_outliers=c.threshold > 0,
+            activation_group=c.activation_group,
         )  # fmt: skip
 
     @property
@@ -40,8 +44,7 @@ class Int8Linear:
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None, config: Int8Config) -> Int8Linear:
         """From a float weight [N, K]."""
-        codes, absmax, _ = int8_quantize_rows(weight)
-        return cls(codes, absmax, bias, config)
+        return cls(*int8.quantize_weight(weight), bias, config)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, name: str, n: int, k: int, bias: Tensor | None, config: Any) -> Int8Linear:
@@ -90,7 +93,7 @@ class FP4Linear:
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None, config: FP4Config) -> FP4Linear:
         """From a float weight [N, K]."""
-        return cls(fp4_quantize(weight, config.format, scale_rounding=config.scale_rounding), bias, config)
+        return cls(fp4.quantize_weight(weight, config).codes, bias, config)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, name: str, n: int, k: int, bias: Tensor | None, config: Any) -> FP4Linear:
@@ -100,14 +103,12 @@ class FP4Linear:
         scales = checkpoint.get(scale, (n, k // block))
         if scales.dtype != dtype:
             raise CheckpointError(f"{scale} of {config.format} must be {dtype}, got {scales.dtype}")
-        by_format = {"nvfp4": f"{name}.weight_global_scale"}
-        # Files hold the reciprocals of global scales.
-        whole = 1 / checkpoint.floats(by_format["nvfp4"], (1,))[0] if config.format == "nvfp4" else None
-        given = f"{name}.input_global_scale"
-        static = config.activations == "static"
-        return cls(
-            FP4Codes(packed, scales, whole), bias, config, 1 / checkpoint.floats(given, (1,))[0] if static else None
-        )
+        whole = of_input = None
+        if config.format == "nvfp4":  # files hold the reciprocals of global scales
+            whole = 1 / checkpoint.floats(f"{name}.weight_global_scale", (1,))[0]
+        if config.activations == "static":
+            of_input = 1 / checkpoint.floats(f"{name}.input_global_scale", (1,))[0]
+        return cls(FP4Codes(packed, scales, whole), bias, config, of_input)
 
     @staticmethod
     def stack(layers: Sequence[FP4Linear]) -> FP4Linear | None:
@@ -148,7 +149,7 @@ class FP8Linear:
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None, config: FP8Config) -> FP8Linear:
         """From a float weight [N, K]."""
-        codes, scale = fp8_quantize(weight)
+        codes, scale = fp8_quantize(weight, dtype=config.torch_dtype, power_of_two=config.power_of_two)
         return cls(codes, scale, bias, config)
 
     @classmethod
@@ -191,12 +192,17 @@ def load_linear(
     layers = [_read(checkpoint, name, n, k, stored(name)) for name, n in zip(names, sizes, strict=True)]
     if len({type(layer) for layer in layers}) > 1:
         return Separate(tuple(layers))
-    whole = type(layers[0]).stack(layers) if len(layers) > 1 else layers[0]  # type: ignore[arg-type]
+    whole = layers[0] if len(layers) == 1 else _stack(layers)
     if whole is None:
         return Separate(tuple(layers))
     if quantize is not None and isinstance(whole, FloatLinear):
         return BY_CONFIG[type(quantize)].quantize(whole.weight, whole.bias, quantize)
     return whole
+
+
+def _stack(layers: Sequence[Any]) -> Linear | None:
+    stacked: Linear | None = type(layers[0]).stack(layers)
+    return stacked
 
 
 def _read(checkpoint: Checkpoint, name: str, n: int, k: int, config: Any) -> Linear:
