@@ -112,7 +112,8 @@ def speed(folder: Path, rounds: int, path: Path | None, only: str) -> None:
         runs = {name: make(model, ids) for name, model in models.items()}
         truth = runs["bfloat16"](0)
         providers = [
-            Provider(name, run, check=lambda run=run: same(run(0), truth, tolerance=0.6)) for name, run in runs.items()
+            Provider(name, run, check=lambda run=run, truth=truth: same(run(0), truth, tolerance=0.6))
+            for name, run in runs.items()
         ]
         recorder.run(spec, providers, mode=mode, rounds=rounds)
     print(recorder.table("bfloat16"))

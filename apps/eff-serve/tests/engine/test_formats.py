@@ -6,6 +6,8 @@ import eff_quant.hf  # noqa: F401 - registers the methods
 import pytest
 import torch
 from eff_quant import FP4Config, FP8Config, Int8Config, load, quantize_
+from eff_quant.fp4 import save_fp4_checkpoint
+from eff_quant.fp8_qat import save_compressed_fp8
 from eff_serve.engine.decoder import Decoder
 from eff_serve.engine.linear import Separate
 from eff_serve.engine.load import load_engine
@@ -68,6 +70,13 @@ def test_folders_run_as_they_are(tiny_model, tmp_path, truth, name):
     assert not isinstance(decoder.layers[0].qkv, Separate)
     with pytest.raises(ValueError, match="is quantised already"):
         Decoder(tmp_path, quantize="fp8", num_pages=2)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8", "fp8 both"])
+def test_folders_of_compressed_tensors(tiny_model, tmp_path, truth, name):
+    model = transformers_model(tiny_model("llama"), CONFIGS[name])
+    (save_compressed_fp8 if "fp8" in name else save_fp4_checkpoint)(model, tmp_path)
+    assert close(logits(Decoder(tmp_path, num_pages=2)), truth(model))
 
 
 def test_a_folder_of_several_formats(tiny_model, tmp_path, truth):

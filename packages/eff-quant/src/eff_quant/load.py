@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from eff_quant.registry import METHODS
 def load(
     path: str | Path, config: MethodConfig | MixedConfig | Mapping[str, MethodConfig] | None = None, **kwargs: Any
 ) -> Any:
-    """Load a model: quantised as we saved it, int8 of bitsandbytes, or float weights that are quantised on the way.
+    """Load a model: quantised by us or another library, or float weights that are quantised on the way.
+
+    Of other libraries it reads int8 of bitsandbytes, FP4 and FP8 of compressed-tensors, and NVFP4 of ModelOpt.
 
     Args:
         path: Folder with config.json and safetensors files, or a model's name.
@@ -43,13 +45,40 @@ def load(
     method = found.get("quant_method")
     if method is None and config is None:
         raise ValueError(f"{path} holds float weights; give a config to quantise it, such as Int8Config()")
+    if method in _READERS and config is None:
+        return _READERS[method](found)(path, **kwargs)
     known = [*(c.quant_method for c in METHODS), MixedConfig.quant_method]  # type: ignore[attr-defined]
-    if method not in (None, *known):
-        raise ValueError(f"{path} is quantised by {method!r}; wanted {', '.join(known)} or bitsandbytes int8")
+    if method not in (None, *known, *_READERS):
+        raise ValueError(
+            f"{path} is quantised by {method!r}; wanted {', '.join((*known, *_READERS))} or bitsandbytes int8"
+        )
     if method is not None and config is not None:
         raise ValueError(f"{path} is quantised already with its own settings {found}; leave out config")
     settings = {} if config is None else {"quantization_config": hf.EffConfig(config)}
     return cls.from_pretrained(path, **settings, **kwargs)
+
+
+def _compressed_tensors(settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """The reader of a folder of compressed-tensors: FP4 where that is what it packs, else FP8."""
+    from eff_quant.fp4 import load_fp4_checkpoint
+    from eff_quant.fp8_qat import load_compressed_fp8
+
+    groups = dict(settings.get("config_groups") or {}).values()
+    formats = [settings.get("format"), *(group.get("format") for group in groups)]
+    return load_fp4_checkpoint if any("fp4" in str(f) for f in formats) else load_compressed_fp8
+
+
+def _modelopt(settings: Mapping[str, Any]) -> Callable[..., Any]:
+    from eff_quant.fp4 import load_fp4_checkpoint
+
+    return load_fp4_checkpoint
+
+
+_READERS: dict[Any, Callable[[Mapping[str, Any]], Callable[..., Any]]] = {
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+    "modelopt_fp4": _modelopt,
+}
 
 
 def quantization_settings(hf_config: Any) -> dict[str, Any]:

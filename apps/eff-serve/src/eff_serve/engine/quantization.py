@@ -56,7 +56,8 @@ def stored_settings(entry: dict[str, Any] | None) -> MixedConfig | None:
 
 
 def _compressed_tensors(entry: dict[str, Any]) -> Any:
-    if "fp4" not in str(entry.get("format")):
+    groups = dict(entry.get("config_groups") or {}).values()
+    if not any("fp4" in str(f) for f in (entry.get("format"), *(g.get("format") for g in groups))):
         return fp8_config(entry)
     format, activations = read_compressed_tensors(entry)
     rounding: Any = "even" if format == "mxfp4" else "floor"  # as compressed-tensors rounds activations
