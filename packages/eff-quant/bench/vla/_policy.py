@@ -9,7 +9,8 @@ import torch
 from _task import CHUNK, Scenes, expert_chunk, scenes
 from torch import Tensor, nn
 
-WIDTH, EULER_STEPS = 64, 8
+WIDTH, EULER_STEPS, BLOCKS = 128, 8, 4
+FREQUENCIES = (1.0, 2.0, 4.0, 8.0)
 WEIGHTS = Path(__file__).parent / "policy.safetensors"
 
 
@@ -22,7 +23,8 @@ class Policy(nn.Module):
         from transformers import LlamaConfig, LlamaModel
 
         self.instruction = nn.Embedding(3, WIDTH)
-        self.point = nn.Linear(2, WIDTH)
+        inputs = 2 + 4 * len(FREQUENCIES)
+        self.point = nn.Sequential(nn.Linear(inputs, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.kind = nn.Parameter(torch.randn(5, WIDTH) * 0.5)
         config = LlamaConfig(
             hidden_size=WIDTH,
@@ -45,7 +47,7 @@ class Policy(nn.Module):
                 attention_bias=True,
                 activation_fn="gelu-approximate",
             )
-            for _ in range(2)
+            for _ in range(BLOCKS)
         )
         self.norm = nn.LayerNorm(WIDTH)
         self.action_out = nn.Linear(WIDTH, 2)
@@ -53,7 +55,9 @@ class Policy(nn.Module):
     def encode(self, points: Tensor, goal: Tensor) -> Tensor:
         """Features of a scene, [B, 6, WIDTH]."""
         points = torch.cat([points[:, :4] - points[:, 4:], points[:, 4:]], 1)  # seen from the agent
-        tokens = torch.cat([self.point(points) + self.kind, self.instruction(goal)[:, None]], 1)
+        angles = torch.cat([f * points for f in FREQUENCIES], -1)
+        points = self.point(torch.cat([points, angles.sin(), angles.cos()], -1)) + self.kind
+        tokens = torch.cat([self.instruction(goal)[:, None], points], 1)
         return self.language_model(inputs_embeds=tokens, use_cache=False).last_hidden_state
 
     def denoised(self, features: Tensor, actions: Tensor, t: Tensor) -> Tensor:
