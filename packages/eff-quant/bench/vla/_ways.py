@@ -27,13 +27,15 @@ SELECTIVE = QuantLayout(include=(LLM, MLP), attention=ATTENTION)
 EVERYTHING = QuantLayout(include=(LLM, HEAD), attention=ATTENTION)
 WAYS = {"all layers": (EVERYTHING, False), "selective": (SELECTIVE, False), "QuantVLA": (SELECTIVE, True)}
 
-# None emulates W4A4 with planted outliers.
+# None emulates W4A4 with planted outliers, of this gain.
 SETTINGS = {
     "W4A8": W4A8Config(rotation=None),
     "W4A4 emulated": None,
+    "W4A4 emulated, gain 8": None,
     "W4A8 svd": W4A8Config(rotation="svd"),
     "W4A8 hadamard": W4A8Config(rotation="hadamard"),
 }
+GAINS = {"W4A4 emulated": 20.0, "W4A4 emulated, gain 8": 8.0}
 
 
 class W4A4Linear(nn.Module):

@@ -11,7 +11,7 @@ import statistics
 
 import matplotlib
 from _task import RADIUS, REACHED
-from _ways import SETTINGS, WAYS
+from _ways import WAYS
 from vla import FLOAT, PATHS, RESULTS, ROOT
 
 matplotlib.use("svg")
@@ -24,7 +24,8 @@ NAMES = {
     "W4A8": "W4A8",
     "W4A8 svd": "W4A8, svd",
     "W4A8 hadamard": "W4A8, hadamard",
-    "W4A4 emulated": "W4A4, outliers planted",
+    "W4A4 emulated, gain 8": "W4A4, outliers of 8",
+    "W4A4 emulated": "W4A4, outliers of 20",
 }
 
 
@@ -52,9 +53,8 @@ def table(lines: dict) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     rows.append(f"| float32 | | | {first['success']:.1%} | | |")
-    for (bits, way), line in lines.items():
-        if bits == FLOAT:
-            continue
+    for line in (lines[bits, way] for bits in NAMES for way in WAYS):
+        bits, way = line["bits"], line["way"]
         difference, half = paired(line, first)
         size = f"{line['bytes']:,} of {line['bytes_float32']:,}" if "bytes" in line else ""
         over = f"{100 * difference:+.1f} +- {100 * half:.1f}"
@@ -65,7 +65,7 @@ def table(lines: dict) -> str:
 
 def plot(lines: dict) -> None:
     """Success with its interval and error of the actions, a group of three for each choice of bits."""
-    shown = [bits for bits in SETTINGS if (bits, "QuantVLA") in lines]
+    shown = [bits for bits in NAMES if (bits, "QuantVLA") in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     reference = lines[FLOAT, FLOAT]
     left.axhspan(*(100 * x for x in wilson(reference)), color="black", alpha=0.12, linewidth=0)
@@ -86,7 +86,7 @@ def plot(lines: dict) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel(f"successful episodes of {len(outcomes(reference))}, %")
     left.set_ylim(0, 104)
-    left.legend(fontsize=8, loc="lower left", frameon=False)
+    left.legend(fontsize=8, loc="lower left", frameon=False, handletextpad=0.8)
     right.set_yscale("log")
     right.set_ylabel("relative error of actions")
     figure.savefig(IMAGES / "quantvla_closed_loop.svg", metadata={"Date": None})
@@ -95,7 +95,7 @@ def plot(lines: dict) -> None:
 
 def draw_paths(drawn: dict) -> None:
     """The same episodes for several settings: a row for each."""
-    names = [FLOAT, "W4A8, all layers", "W4A8, QuantVLA", *(f"W4A4 emulated, {way}" for way in WAYS)]
+    names = [FLOAT, "W4A8, QuantVLA", *(f"W4A4 emulated, {way}" for way in WAYS)]
     columns = len(drawn[FLOAT]["goal"])
     size = (1.5 * columns + 1.1, 1.5 * len(names) + 0.2)
     figure, grid = plt.subplots(len(names), columns, figsize=size, sharex=True, sharey=True, layout="constrained")
@@ -109,7 +109,9 @@ def draw_paths(drawn: dict) -> None:
             axes.plot(*zip(*path, strict=True), color="#4c72b0" if good else "#c44e52", linewidth=1.3)
             axes.plot(*path[0], "o", color="black", markersize=3)
             axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), xticks=[], yticks=[], aspect="equal")
-        row[0].set_ylabel(name.replace(" emulated", "").replace(", ", "\n"), rotation=0, ha="right", va="center")
+        row[0].set_ylabel(
+            name.replace(" emulated, ", ", outliers\n").replace("W4A8, ", "W4A8\n"), rotation=0, ha="right", va="center"
+        )
     figure.savefig(IMAGES / "quantvla_paths.svg", metadata={"Date": None})
     plt.close(figure)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from _policy import load
 from _task import episodes
-from _ways import SETTINGS, WAYS, action_error, plant_outliers, quantised
+from _ways import GAINS, SETTINGS, WAYS, action_error, plant_outliers, quantised
 from eff_kernels.testing.machine import device_name
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ def measured(bits: str, way: str, seeds: int, count: int) -> tuple[dict, Tensor,
     for seed in range(seeds):
         model = teacher
         if bits != FLOAT:
-            source = plant_outliers(teacher, seed) if config is None else teacher
+            source = plant_outliers(teacher, seed, gain=GAINS[bits]) if bits in GAINS else teacher
             model, table, report = quantised(source, way, seed, config)
             errors.append(round(action_error(source, model, seed), 5))
             if table is not None:

@@ -1,38 +1,61 @@
-"""The trained policy of ``bench/vla``: what the layout and the matching of attention scales do to its actions."""
+"""The trained policy of ``bench/vla``: what the layout and the matching of attention scales do to it."""
 
+import importlib
+import math
+import sys
 from pathlib import Path
 
 import pytest
+from eff_quant import collect_attention_stats
+
+pytest.importorskip("diffusers", reason="the policy's head is of its classes")
+pytest.importorskip("transformers", reason="the policy's language model is of its classes")
 
 BENCH = Path(__file__).parents[2] / "bench" / "vla"
 
 
 @pytest.fixture
-def ways(monkeypatch):
+def bench(monkeypatch):
     """The benchmark's module ``_ways``."""
-    pytest.importorskip("diffusers")
-    pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(str(BENCH))
-    import _ways
-
-    return _ways
-
-
-def test_order_of_action_errors_with_planted_outliers(ways):
-    from _policy import load
-
-    teacher, seeds = load(), range(5)
-    sources = [ways.plant_outliers(teacher, seed) for seed in seeds]
-    mean = {}
-    for way in ways.WAYS:
-        models = [ways.quantised(s, way, seed, None)[0] for seed, s in zip(seeds, sources, strict=True)]
-        errors = [ways.action_error(s, m, seed, 64) for seed, s, m in zip(seeds, sources, models, strict=True)]
-        mean[way] = sum(errors) / len(errors)
-    assert mean["QuantVLA"] < mean["selective"] < mean["all layers"], mean
+    yield importlib.import_module("_ways")
+    for name in ("_ways", "_policy", "_task"):
+        del sys.modules[name]
 
 
-def test_planting_outliers_keeps_the_function(ways):
-    from _policy import load
+@pytest.fixture
+def teacher(bench):
+    """The policy in full precision."""
+    return sys.modules["_policy"].load()
 
-    teacher = load()
-    assert ways.action_error(teacher, ways.plant_outliers(teacher, 0), 0, 16) < 1e-4
+
+def test_attention_of_the_head_is_what_four_bits_hurt(bench, teacher):
+    for seed in range(5):
+        source = bench.plant_outliers(teacher, seed, gain=8)
+        selective, everything = (
+            bench.action_error(source, bench.quantised(source, way, seed, None)[0], seed, 64)
+            for way in ("selective", "all layers")
+        )
+        assert selective < 0.9 * everything, seed
+
+
+def test_matching_brings_spread_and_energy_back(bench, teacher):
+    source = bench.plant_outliers(teacher, 0)
+    distance = {}
+    for way in ("selective", "QuantVLA"):
+        model = bench.quantised(source, way, 0, None)[0]
+        wanted, found = (
+            collect_attention_stats(m, bench.batches(0), bench.ATTENTION, run=bench.rollout, seed=0).modules.values()
+            for m in (source, model)
+        )
+        pairs = [
+            pair
+            for w, f in zip(wanted, found, strict=True)
+            for pair in zip((*w.std, w.rms), (*f.std, f.rms), strict=True)
+        ]
+        distance[way] = sum(abs(math.log(b / a)) for a, b in pairs) / len(pairs)
+    assert distance["QuantVLA"] < 0.7 * distance["selective"], distance
+
+
+def test_planting_outliers_keeps_the_function(bench, teacher):
+    assert bench.action_error(teacher, bench.plant_outliers(teacher, 0), 0, 16) < 1e-4
