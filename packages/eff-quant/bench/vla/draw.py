@@ -17,6 +17,7 @@ from vla import FLOAT, PATHS, RESULTS, ROOT
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "eff"
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of the format
+from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 COLOURS = {"all layers": "#c44e52", "selective": "#8c8c8c", "QuantVLA": "#4c72b0"}
@@ -46,21 +47,24 @@ def paired(line: dict, other: dict) -> tuple[float, float]:
     return statistics.mean(d), 1.96 * statistics.stdev(d) / math.sqrt(len(d))
 
 
+def rate(line: dict) -> str:
+    low, high = (100 * x for x in wilson(line))
+    return f"{100 * line['success']:.1f} ({low:.1f} to {high:.1f})"
+
+
 def table(lines: dict) -> str:
     first = lines[FLOAT, FLOAT]
-    rows = [
-        "| bits | layers | error of actions | success | over float32 | bytes |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    rows.append(f"| float32 | | | {first['success']:.1%} | | |")
+    head = ("bits", "layers", "error of actions", "success, %", "over float32", "over selective", "bytes")
+    rows = [head, ("---",) * len(head), ("float32", "", "", rate(first), "", "", "")]
     for line in (lines[bits, way] for bits in NAMES for way in WAYS):
         bits, way = line["bits"], line["way"]
-        difference, half = paired(line, first)
-        size = f"{line['bytes']:,} of {line['bytes_float32']:,}" if "bytes" in line else ""
-        over = f"{100 * difference:+.1f} +- {100 * half:.1f}"
-        error = statistics.mean(line["errors"])
-        rows.append(f"| {NAMES[bits]} | {way} | {error:.4f} | {line['success']:.1%} | {over} | {size} |")
-    return "\n".join(rows).replace("%", " %")
+        over = []
+        for other in (first, lines[bits, "selective"]):
+            difference, half = paired(line, other)
+            over.append("" if other is line else f"{100 * difference:+.1f} +- {100 * half:.1f}")
+        size = f"{line['bytes'] / 1e6:.2f} of {line['bytes_float32'] / 1e6:.2f} MB" if "bytes" in line else ""
+        rows.append((NAMES[bits], way, f"{statistics.mean(line['errors']):.4f}", rate(line), *over, size))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def plot(lines: dict) -> None:
@@ -74,10 +78,10 @@ def plot(lines: dict) -> None:
         for k, way in enumerate(WAYS):
             line, x = lines[bits, way], i + 0.22 * (k - 1)
             low, high = wilson(line)
-            rate = line["success"]
-            error = [[100 * max(0, rate - low)], [100 * max(0, high - rate)]]
+            share = line["success"]
+            error = [[100 * max(0, share - low)], [100 * max(0, high - share)]]
             label = way if i == 0 else None
-            left.errorbar(x, 100 * rate, yerr=error, fmt="o", color=COLOURS[way], capsize=3, label=label)
+            left.errorbar(x, 100 * share, yerr=error, fmt="o", color=COLOURS[way], capsize=3, label=label)
             right.scatter([x] * len(line["errors"]), line["errors"], s=14, color=COLOURS[way], label=label)
             right.plot([x - 0.08, x + 0.08], [statistics.mean(line["errors"])] * 2, color=COLOURS[way])
     for axes in (left, right):
@@ -88,6 +92,9 @@ def plot(lines: dict) -> None:
     left.set_ylim(0, 104)
     left.legend(fontsize=8, loc="lower left", frameon=False, handletextpad=0.8)
     right.set_yscale("log")
+    right.yaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.5, 1]))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_locator(NullLocator())
     right.set_ylabel("relative error of actions")
     figure.savefig(IMAGES / "quantvla_closed_loop.svg", metadata={"Date": None})
     plt.close(figure)
@@ -110,7 +117,10 @@ def draw_paths(drawn: dict) -> None:
             axes.plot(*path[0], "o", color="black", markersize=3)
             axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), xticks=[], yticks=[], aspect="equal")
         row[0].set_ylabel(
-            name.replace(" emulated, ", ", outliers\n").replace("W4A8, ", "W4A8\n"), rotation=0, ha="right", va="center"
+            name.replace(" emulated, ", ", outliers of 20\n").replace("W4A8, ", "W4A8\n"),
+            rotation=0,
+            ha="right",
+            va="center",
         )
     figure.savefig(IMAGES / "quantvla_paths.svg", metadata={"Date": None})
     plt.close(figure)
