@@ -33,10 +33,6 @@ float eff_scan_row(const float *x, int64_t n, float threshold, uint8_t *columns,
   return any_bad ? NAN : top;
 }
 
-/* Adding 1.5 * 2^23 leaves a float without room for a fraction: rounded half to even, the integer in its low bits. */
-#define ROUNDER 12582912.0f
-#define ROUNDER_BITS 0x4b400000
-
 void eff_row_codes(const float *x, int64_t n, float absmax, eff_act *out, int64_t padded) {
   typedef eff_act codes_of_eight __attribute__((vector_size(EFF_LANES * sizeof(eff_act))));
   int64_t i = 0;
@@ -48,8 +44,7 @@ void eff_row_codes(const float *x, int64_t n, float absmax, eff_act *out, int64_
   for (; i + EFF_LANES <= n; i += EFF_LANES) {
     eff_vf scaled = eff_vload(x + i) * eff_splat(scale);
     EFF_ROUNDED(scaled);
-    const eff_vi code = (eff_vi)(scaled + eff_splat(ROUNDER)) - ROUNDER_BITS;
-    const codes_of_eight narrow = __builtin_convertvector(code + EFF_OFFSET, codes_of_eight);
+    const codes_of_eight narrow = __builtin_convertvector(eff_rounded(scaled) + EFF_OFFSET, codes_of_eight);
     memcpy(out + i, &narrow, sizeof narrow);
   }
   for (; i < n; i++) out[i] = eff_act_of((int32_t)nearbyintf(fmaxf(-256.0f, fminf(x[i] * scale, 256.0f))));

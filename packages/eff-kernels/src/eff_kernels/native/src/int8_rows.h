@@ -10,3 +10,7 @@ float eff_scan_row(const float *x, int64_t n, float threshold, uint8_t *columns,
 /* codes = x * (127 * (1 / absmax)), rounded half to even, followed by zeros up to `padded`. A row whose absmax is 0 or NaN gets
  * codes of 0; entries beyond absmax (outliers) get a code without meaning. */
 void eff_row_codes(const float *x, int64_t n, float absmax, eff_act *out, int64_t padded);
+
+/* Eight floats, below 2^22 in size, as integers, rounded half to even: adding 1.5 * 2^23 leaves a float without room for a
+ * fraction, and the integer in its low bits. */
+INLINE eff_vi eff_rounded(eff_vf v) { return (eff_vi)(v + eff_splat(12582912.0f)) - 0x4b400000; }

@@ -1,0 +1,74 @@
+"""int4_linear and int8_static_linear in compiled code: one call from float activations to float outputs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eff_kernels import native
+from eff_kernels.native import DTYPE_CODES
+
+_ARGS = struct.Struct("PqqqqqPqPPPqPqq").pack  # the fields of args in int4_linear.c
+
+
+def reject(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    out_dtype: torch.dtype,
+) -> str | None:
+    """Why the compiled code cannot run this call."""
+    if not x.is_cpu:
+        return f"needs CPU tensors, got x on {x.device}"
+    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
+        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    return native.unavailable()
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As the reference."""
+    step, unit = x.stride()
+    if unit != 1:
+        x = x.contiguous()
+        step = x.size(1)
+    weight, scale = weight.contiguous(), scale.contiguous()
+    bias_at = bias_code = input_scale_at = 0
+    if bias is not None:
+        if bias.dtype not in DTYPE_CODES or not bias.is_contiguous():
+            bias = bias.float().contiguous()
+        bias_at, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
+    if input_scale is not None:
+        input_scale = input_scale.contiguous()
+        input_scale_at = input_scale.data_ptr()
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n) if out_dtype is x.dtype else torch.empty(m, n, dtype=out_dtype)
+    failed = _kernel()(_ARGS(
+        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, step, weight.data_ptr(), weight.dtype is torch.uint8,
+        scale.data_ptr(), input_scale_at, bias_at, bias_code, y.data_ptr(), DTYPE_CODES[out_dtype],
+        native.threads_for(m * n * k),
+    ))  # fmt: skip
+    if failed:
+        raise MemoryError(f"int4_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")
+    return y
+
+
+@functools.cache
+def _kernel() -> Callable[[bytes], int]:
+    kernel = native.library().eff_int4_linear
+    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    run: Callable[[bytes], int] = kernel
+    return run
