@@ -1,7 +1,8 @@
 import pytest
 import torch
+from eff_kernels import native
 from eff_kernels.op import triton_interprets
-from eff_kernels.ops.int4_linear import api, int4_linear, int4_pack, int4_unpack, int8_static_linear, reference
+from eff_kernels.ops.int4_linear import api, cpu, int4_linear, int4_pack, int4_unpack, int8_static_linear, reference
 from eff_kernels.ops.int4_linear.specs import INT4_SPECS, INT8_SPECS
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
@@ -114,7 +115,7 @@ def test_sums_are_exact_up_to_the_largest_k(backend):
 @given(
     m=st.integers(0, 140),
     n=st.integers(1, 60),
-    half=st.integers(1, 150),
+    half=st.integers(0, 150),
     bits=st.sampled_from([4, 8]),
     static=st.booleans(),
     bias=st.booleans(),
@@ -222,6 +223,26 @@ def test_an_adapter_learns_on_a_frozen_base():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("defines", [["EFF_NO_VNNI"], ["EFF_EMULATE_VNNI"], ["EFF_NO_VNNI", "EFF_GENERIC"]])
+def test_code_paths_of_other_processors(defines, monkeypatch):
+    """Paths that this processor would not take, compiled for it; loading runs the self test on top."""
+    if native.unavailable():
+        pytest.skip(native.unavailable())
+    kernel = native.library(*defines).eff_int4_linear
+    kernel.argtypes, kernel.restype = cpu._kernel().argtypes, cpu._kernel().restype
+    monkeypatch.setattr(cpu, "_kernel", lambda: kernel)
+    for k in (2, 78, 2300):
+        codes, scale, step = random_codes(31, k), torch.ones(31), torch.ones(k)
+        wide_codes = random_codes(31, k, low=-128, high=127)
+        for m in (1, 2, 3, 4, 66):
+            x = random_codes(m, k, seed=m, low=-128, high=127).float()
+            exact = x.double() @ codes.double().t()
+            assert torch.equal(int4_linear(x, int4_pack(codes), scale, input_scale=step, backend="cpu").double(), exact)
+            exact = x.double() @ wide_codes.double().t()
+            y = int8_static_linear(x, wide_codes, scale, step, backend="cpu")
+            assert torch.equal(y, exact.float())
 
 
 @pytest.mark.parametrize(

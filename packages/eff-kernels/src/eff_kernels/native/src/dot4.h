@@ -7,9 +7,9 @@
 #pragma once
 #include "eff.h"
 
-INLINE int32_t eff_dot4_tail(const int8_t *even, const int8_t *odd, const uint8_t *b, int64_t n) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < n; i++) sum += even[i] * ((b[i] & 15) ^ 8) + odd[i] * ((b[i] >> 4) ^ 8);
+INLINE uint32_t eff_dot4_tail(const int8_t *even, const int8_t *odd, const uint8_t *b, int64_t n) {
+  uint32_t sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += (uint32_t)(even[i] * ((b[i] & 15) ^ 8) + odd[i] * ((b[i] >> 4) ^ 8));
   return sum;
 }
 
@@ -69,5 +69,5 @@ INLINE int32_t eff_dot4_row(const int8_t *even, const int8_t *odd, int32_t sum, 
 #undef EFF_PAIRS_OF
   for (int j = 0; j < 2; j++) total += (uint32_t)eff_pairs_sum(acc[j]);
 #endif
-  return (int32_t)(total + (uint32_t)eff_dot4_tail(even + i, odd + i, b + i, bytes - i));
+  return (int32_t)(total + eff_dot4_tail(even + i, odd + i, b + i, bytes - i));
 }

@@ -1,9 +1,11 @@
 /* y = x W^T in integers, for weights of 4 bits that stay packed, or of 8: quantise the rows of x (by their largest magnitude, or
  * by a static scale for each column), exact integer products, the scale of each weight row, bias, one rounding.
  *
- * A lone row of x meets the packed weights directly (dot4.h). For several rows a tile of weights is unpacked into the first-level
+ * Up to FEW rows of x meet the packed weights directly (dot4.h), one after the other while a weight row is in the first-level
+ * cache. For more rows a tile of weights is unpacked into the first-level
  * cache and multiplied as int8 (dot.h): of each K_BLOCK columns those of even index first, then the odd ones, which is how their
  * activation codes lie too. */
+#include "int4_linear.h"
 #include "dot4.h"
 #include "int8_rows.h"
 
@@ -14,19 +16,9 @@
 #define K_BLOCK 2048
 #define RUNS 4
 #define TILE 3 /* weight rows at a time */
+#define FEW 3
 
-typedef struct {
-  const void *x; /* [m, k], rows x_stride elements apart */
-  int64_t x_dtype, m, n, k, x_stride;
-  const uint8_t *w; /* [n, k / 2] pairs of 4-bit codes, or [n, k] int8 codes */
-  int64_t packed;
-  const float *w_scale; /* [n] */
-  const float *x_scale; /* [k], static scale of each column of x; NULL: each row by its largest magnitude */
-  const void *bias;     /* [n]; NULL: none */
-  int64_t bias_dtype;
-  void *y; /* [m, n] */
-  int64_t y_dtype, threads;
-} args;
+typedef eff_int4_linear_args args;
 
 typedef struct {
   const args *a;
@@ -34,8 +26,8 @@ typedef struct {
   int64_t padded;     /* activation codes of a row */
   eff_act *codes;     /* [m, padded] */
   float *row_scale;   /* [m], NaN for a row that no codes stand for */
-  int8_t *even, *odd; /* a lone row and packed weights: these instead of `codes` */
-  int32_t sum;        /* of the codes of a lone row */
+  int8_t *halves;     /* [m, k], for few rows and packed weights, instead of `codes`: those of even index, then the odd ones */
+  int32_t *sum;       /* [m], of the codes in halves */
   int64_t items, run;
   int failed;
 } job;
@@ -75,7 +67,7 @@ static void arrange(const eff_act *codes, int64_t k, eff_act *out) {
   }
 }
 
-/* The same for a lone row, whose codes meet the packed weights as two rows of bytes. Returns their sum. */
+/* The same for rows of which there are few, as dot4.h wants them. Returns the sum of the codes. */
 static int32_t split(const eff_act *codes, int64_t k, int8_t *even, int8_t *odd) {
   int32_t sum = 0;
   for (int64_t i = 0; i < k / 2; i++) {
@@ -106,8 +98,8 @@ static void quantise_row(void *ctx, int64_t r) {
     eff_row_codes(row, a->k, absmax, codes, padded);
     j->row_scale[r] = absmax / 127.0f;
   }
-  if (j->even)
-    j->sum = split(codes, a->k, j->even, j->odd);
+  if (j->halves)
+    j->sum[r] = split(codes, a->k, j->halves + r * a->k, j->halves + r * a->k + a->k / 2);
   else if (a->packed)
     arrange(codes, a->k, j->codes + r * j->padded);
   free(scratch);
@@ -137,8 +129,8 @@ static void tile_sums(const job *j, int64_t m0, int rows, int64_t n0, int column
   memset(sums, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);
   for (int64_t k0 = 0; k0 < a->k; k0 += K_BLOCK) {
     const eff_act *codes = j->codes + m0 * lda + k0;
-    int64_t k = MIN(K_BLOCK, a->k - k0);
-    const int64_t room = round_up(k / 2, EFF_STEP);
+    const int64_t k = MIN(K_BLOCK, a->k - k0);
+    const int64_t room = round_up(k / 2, EFF_STEP), bytes = a->packed ? k / 2 : k;
     for (int n = 0; n < columns; n += TILE) { /* these weight rows stay in the first-level cache while all rows of x pass */
       const int rest = MIN(TILE, columns - n);
       const uint8_t *w = a->w + (n0 + n) * j->row_bytes + (a->packed ? k0 / 2 : k0);
@@ -154,6 +146,8 @@ static void tile_sums(const job *j, int64_t m0, int rows, int64_t n0, int column
         }
         b = tile, ldb = K_BLOCK, len = a->packed ? 2 * room : k;
       }
+      for (int i = 0; i < TILE; i++) /* of the next tile, which arrives while this one is multiplied */
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(w + (TILE + i) * j->row_bytes + at, 0, 2);
       int m = 0;
 #define ARGUMENTS codes + m * lda, lda, b, ldb, len, surplus + n, sums + m * COLUMNS + n
       if (rows >= 3) dot_3_1(ARGUMENTS), m = 3;
@@ -171,9 +165,12 @@ static void product_item(job *j, int64_t item) {
   const int64_t m0 = item / tiles * ROWS, n0 = item % tiles * COLUMNS;
   const int rows = (int)MIN(ROWS, a->m - m0), columns = (int)MIN(COLUMNS, a->n - n0);
   int32_t sums[ROWS * COLUMNS];
-  if (j->even) {
+  if (j->halves) {
     for (int n = 0; n < columns; n++)
-      sums[n] = eff_dot4_row(j->even, j->odd, j->sum, a->w + (n0 + n) * j->row_bytes, j->row_bytes);
+      for (int m = 0; m < rows; m++) {
+        const int8_t *even = j->halves + m * a->k;
+        sums[m * COLUMNS + n] = eff_dot4_row(even, even + a->k / 2, j->sum[m], a->w + (n0 + n) * j->row_bytes, a->k / 2);
+      }
 #if EFF_ROW_STEP == EFF_STEP /* else eff_dot_row takes no code of -128 */
   } else if (a->m == 1) {
     for (int n = 0; n < columns; n++) sums[n] = eff_dot_row(j->codes, (const int8_t *)a->w + (n0 + n) * a->k, a->k);
@@ -196,17 +193,16 @@ static void product_run(void *ctx, int64_t run) {
   for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(j, i);
 }
 
-/* y = x w^T. Returns 0, or 1 when memory ran out. */
-EXPORT int eff_int4_linear(const args *a) {
+int eff_int4_linear(const args *a) {
   const int64_t m = a->m, k = a->k;
-  const int lone = m == 1 && a->packed;
+  const int few = m <= FEW && a->packed;
   job j = {.a = a, .row_bytes = a->packed ? k / 2 : k};
   j.padded = a->packed ? k / K_BLOCK * K_BLOCK + 2 * round_up(k % K_BLOCK / 2, EFF_STEP) : round_up(k, EFF_STEP);
-  const size_t codes = (size_t)round_up(lone ? k : m * j.padded * (int64_t)sizeof(eff_act), 64);
-  char *scratch = eff_scratch(codes + (size_t)m * 4);
+  const size_t codes = (size_t)round_up(few ? m * k : m * j.padded * (int64_t)sizeof(eff_act), 64);
+  char *scratch = eff_scratch(codes + (size_t)m * 8);
   if (!scratch) return 1;
-  j.codes = (eff_act *)scratch, j.row_scale = (float *)(scratch + codes);
-  if (lone) j.even = (int8_t *)scratch, j.odd = j.even + k / 2;
+  j.codes = (eff_act *)scratch, j.row_scale = (float *)(scratch + codes), j.sum = (int32_t *)(j.row_scale + m);
+  if (few) j.halves = (int8_t *)scratch;
   eff_parallel_for(m, m * k < 65536 ? 1 : (int)a->threads, quantise_row, &j);
   if (!j.failed) {
     j.items = (m + ROWS - 1) / ROWS * ((a->n + COLUMNS - 1) / COLUMNS), j.run = MAX(1, j.items / (a->threads * RUNS));

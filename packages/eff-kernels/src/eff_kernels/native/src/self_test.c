@@ -2,6 +2,7 @@
 #include "fp4.h"
 #include "fp4_linear.h"
 #include "fp8_decode.h"
+#include "int4_linear.h"
 #include "int8_linear.h"
 
 /* 4-bit floats in either format, with whole steps of 128 weights and a rest, multiplied in registers and from a panel. */
@@ -56,6 +57,29 @@ static int fp8_is_right(const eff_fp8 format) {
   return 1;
 }
 
+/* Packed weights of 4 bits, for one row of x and for several, with codes at both ends. */
+static int int4_is_wrong(int64_t m) {
+  enum { M = 5, N = 7, K = 654 };
+  float x[M * K], step[K], scale[N], y[M * N];
+  uint8_t w[N * K / 2];
+  for (int i = 0; i < M * K; i++) x[i] = (float)((i * 37) % 256 - 128);
+  for (int i = 0; i < N * K / 2; i++) w[i] = (uint8_t)(i * 53);
+  for (int k = 0; k < K; k++) step[k] = 1.0f;
+  for (int n = 0; n < N; n++) scale[n] = 1.0f;
+  const eff_int4_linear_args a = {.x = x, .m = m, .n = N, .k = K, .x_stride = K, .w = w, .packed = 1, .w_scale = scale,
+                                  .x_scale = step, .y = y, .threads = 1};
+  if (eff_int4_linear(&a)) return 1;
+  for (int i = 0; i < m * N; i++) {
+    int32_t sum = 0;
+    for (int k = 0; k < K; k++) {
+      const int half = w[i % N * (K / 2) + k / 2] >> (k % 2 * 4) & 15;
+      sum += (int32_t)x[i / N * K + k] * (half < 8 ? half : half - 16);
+    }
+    if (y[i] != (float)sum) return 1;
+  }
+  return 0;
+}
+
 /* Returns 0, or the number of the check that failed. */
 EXPORT int eff_self_test(void) {
   enum { M = 5, N = 7, K = 83 }; /* ragged in every direction */
@@ -82,5 +106,6 @@ EXPORT int eff_self_test(void) {
   if (fp4_is_wrong()) return 6;
   if (!fp8_is_right(E4M3)) return 4;
   if (!fp8_is_right(E5M2)) return 5;
+  if (int4_is_wrong(1) || int4_is_wrong(M)) return 7;
   return 0;
 }

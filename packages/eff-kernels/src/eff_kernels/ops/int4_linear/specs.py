@@ -42,12 +42,13 @@ INT4_SPECS = (
     _case("ragged", 5, 7, 82, bits=4, bias=True),
     _case("one-row", 1, 29, 64, bits=4, bias=True),
     _case("one-long-row", 1, 5, 4102, bits=4),
-    _case("two-rows", 2, 24, 2102, bits=4),
+    _case("three-rows", 3, 24, 2102, bits=4),
     _case("blocks", 70, 50, 96, bits=4),
     _case("static", 6, 33, 202, bits=4, static=True, bias=True),
     _case("static-one-row", 1, 26, 130, bits=4, static=True),
     _case("smallest", 1, 1, 2, bits=4),
     _case("no-rows", 0, 4, 8, bits=4, tags=["empty"]),
+    _case("no-columns", 3, 4, 0, bits=4, bias=True),
     _case("no-outputs", 3, 0, 8, bits=4, tags=["empty"]),
 )
 
