@@ -17,9 +17,9 @@ MOST_SEQUENCES, MOST_TOKENS = 16, 640
 class Eff:
     """The lean decoder, each sequence with its own pages."""
 
-    def __init__(self, folder, quantize, threshold):
+    def __init__(self, folder, quantize):
         width = MOST_TOKENS // PAGE
-        self.decoder = Decoder(folder, quantize=quantize, threshold=threshold, num_pages=MOST_SEQUENCES * width)
+        self.decoder = Decoder(folder, quantize=quantize, num_pages=MOST_SEQUENCES * width)
         self.table = torch.arange(MOST_SEQUENCES * width).view(MOST_SEQUENCES, width)
 
     def prefill(self, ids):
