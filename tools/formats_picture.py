@@ -50,8 +50,9 @@ def main() -> None:
     bits.set_title("bits of a code", fontsize=9)
     bits.legend(
         [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.75) for c in COLOURS.values()],
-        ["sign", "exponent", "mantissa or integer"], fontsize=7, loc="lower right", bbox_to_anchor=(1.02, -0.2), ncols=3,
-        frameon=False, handlelength=1, columnspacing=0.8,
+        ["sign", "exponent", "mantissa or integer"],
+        fontsize=7, loc="lower right", bbox_to_anchor=(1.02, -0.2), ncols=3, frameon=False, handlelength=1,
+        columnspacing=0.8,
     )  # fmt: skip
     grid.set_xscale("log", base=2)
     grid.set_xlim(2**-18, 1.15)

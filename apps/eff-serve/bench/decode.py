@@ -48,9 +48,9 @@ def main():
         return manual[: batch * length].view(batch, length)
 
     def check(name, run, truth):
-        # A wrong mask or position moves logits by half. On this text bfloat16 moves them by 1 to 3 %, int8 by 5 to 15 %,
-        # FP4 by up to a third (see the quality tables of eff-quant), llama.cpp's 8-bit activations by 4 to 10 %. OpenVINO
-        # gives no logits.
+        # A wrong mask or position moves logits by half. On this text bfloat16 moves them by 1 to 3 %, int8 by 5 to
+        # 15 %, FP4 by up to a third (see the quality tables of eff-quant), llama.cpp's 8-bit activations by 4 to 10 %.
+        # OpenVINO gives no logits.
         if name.startswith(("transformers", "OpenVINO")):
             return None
         limit = 0.05 if "bf16" in name else 0.4 if "fp4" in name else 0.25
