@@ -208,7 +208,7 @@ class EffHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Whether no method makes shapes depend on data."""
-        return all(method_of(c).compileable(c) for _, c in self.rules.rules)
+        return all(method_of(c).compilable(c) for _, c in self.rules.rules)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Before saving: note which linear layers have which settings, so that loading exchanges the same ones."""

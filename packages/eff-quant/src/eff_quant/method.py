@@ -43,7 +43,7 @@ class Method:
         check: ``check(config, found)`` raises ValueError if settings name layers that are not there.
         rebuild: ``rebuild(name, linear, old)``, for layers that hold more than their config says, see `again`.
         bytes_per_weight: ``bytes_per_weight(config)``: memory for one weight, scales included.
-        compileable: ``compileable(config)``: whether no shape depends on data.
+        compilable: ``compilable(config)``: whether no shape depends on data.
     """
 
     config: type[Any]
@@ -56,7 +56,7 @@ class Method:
     check: Callable[[Any, Sequence[Found]], None] = lambda config, found: None
     rebuild: Callable[[str, nn.Module, Any], nn.Module] | None = None
     bytes_per_weight: Callable[[Any], float]
-    compileable: Callable[[Any], bool] = lambda config: True
+    compilable: Callable[[Any], bool] = lambda config: True
 
     def build(self, name: str, linear: nn.Module, config: Any, shared: Any = None) -> nn.Module:
         """Quantise a layer, which is left as it was; the bias is shared with it."""

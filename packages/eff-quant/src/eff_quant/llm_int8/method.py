@@ -51,5 +51,5 @@ METHOD = Method(
     check=_check_outlier_columns,
     rebuild=_rebuild,
     bytes_per_weight=lambda config: 1.0,
-    compileable=lambda config: config.threshold == 0,
+    compilable=lambda config: config.threshold == 0,
 )
