@@ -3,8 +3,9 @@
     uvx nox -s bench -- quant sensitivity [--model FOLDER] [--windows 8] [--minutes 10]
 
 Windows of 512 tokens of documentation (`_text.py`) are scored in float32 with weights and activations of the linear
-layers rounded (W4A4): each component, each block, the single layers that cost most, and mixtures of formats that fit a
-number of bits a weight. The weights come from a 4-bit file, so it is rounding of both that is judged.
+layers rounded (W4A4): each component and each block alone and all but it, the single layers that cost most, and
+mixtures of formats that fit a number of bits a weight. The weights come from a 4-bit file, so it is rounding of both
+that is judged.
 
 Each finished run is kept in the cache; ``--minutes`` ends after that time, and the next call goes on. With everything
 measured the report and pictures are written. ``--plot`` draws the report that is there and ends.
@@ -67,16 +68,19 @@ def run(args: argparse.Namespace) -> SensitivityReport:
             if time.monotonic() > ends:
                 raise TimeUp
 
-        def sweep(**more) -> SensitivityReport:
-            settings = {"formats": FORMATS, "modes": ("component", "block", "grid"), "directions": ("only",)} | more
-            kept = _smollm2.cache() / "sensitivity.jsonl"
-            return sensitivity_sweep(model, text.windows, num_bytes=text.bytes, resume=kept, progress=show, **settings)
+        def sweep(mixed: dict[str, dict[str, str]] | None = None) -> SensitivityReport:
+            return sensitivity_sweep(
+                model,
+                text.windows,
+                formats=FORMATS,
+                modes=("component", "block", "grid"),
+                num_bytes=text.bytes,
+                mixed=mixed,
+                resume=_smollm2.cache() / "sensitivity.jsonl",
+                progress=show,
+            )
 
-        report = sweep(mixed=mixtures(sweep()))
-        more = [sweep(formats=FORMATS, modes=("component",), directions=("restore",))]
-        more += [sweep(formats=("mxfp4",), modes=("block",), directions=("restore",))]
-    restored = tuple(p for r in more for p in r.select(direction="restore"))
-    report = dataclasses.replace(report, passes=report.passes + restored)
+        report = sweep(mixtures(sweep()))
     meta = {"model": folder.name, "text": [s.name for s in text.sources], **environment()}
     return dataclasses.replace(report, meta={**report.meta, **meta})
 
