@@ -9,5 +9,7 @@ from torch import Tensor
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Y [T, N] of x [T, K] and weight [N, K], summed in the wider of the two dtypes, of ``x.dtype``."""
     wide = torch.promote_types(x.dtype, weight.dtype)
+    # Strided rows would be summed in an order, and with an error, that depend on the processor.
+    x, weight = x.contiguous(), weight.contiguous()
     y = torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     return y.to(x.dtype)
