@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     for p in model.parameters():
         p.data.copy_(noise.repeat(-(-p.numel() // len(noise)))[: p.numel()].view_as(p))
     model.save_pretrained(path / "float", max_shard_size="60MB")
-    quantize_(model, Int8Config())
+    quantize_(model, Int8Config(activation_group=None))
     model.save_pretrained(path / "int8", max_shard_size="30MB")
     save_bnb_int8(model, path / "bnb", max_shard_size="30MB")
     for name in ("float", "int8", "bnb"):
