@@ -4,6 +4,7 @@ from eff_kernels import native
 from eff_kernels.op import triton_interprets
 from eff_kernels.ops.int4_linear import api, cpu, int4_linear, int4_pack, int4_unpack, int8_static_linear, reference
 from eff_kernels.ops.int4_linear.specs import INT4_SPECS, INT8_SPECS
+from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,6 +103,7 @@ def test_the_largest_codes_do_not_saturate(backend, m, value, bits, code):
     assert torch.equal(y, (x.clamp(-128, 127).double() @ codes.double().t()).float())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_sums_are_exact_up_to_the_largest_k(backend):
     """A sum of 2^31 - 2048: int32 to its edge, for a lone row and for several."""
     k = 2**21 - 2
@@ -187,9 +189,9 @@ def test_rows_do_not_depend_on_each_other(backend, static):
 @pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32), (32,)])
 def test_leading_dimensions_and_out_dtype(backend, shape):
     x, packed, scale = torch.randn(shape), int4_pack(random_codes(10, 32)), torch.rand(10)
-    y = int4_linear(x, packed, scale, out_dtype=torch.bfloat16, backend=backend)
+    y = int4_linear(x, packed, scale, out_dtype=torch.float16, backend=backend)
     rows = int4_linear(x.reshape(-1, 32), packed, scale, backend=backend)
-    assert torch.equal(y, rows.bfloat16().view(*shape[:-1], 10))
+    assert torch.equal(y, rows.half().view(*shape[:-1], 10))
 
 
 @pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32)])
@@ -280,3 +282,19 @@ def test_errors_of_the_int8_form_name_what_they_saw(change, error, message):
     call = {"x": torch.ones(2, 4), "weight": torch.ones(3, 4, dtype=torch.int8), "scale": torch.ones(3)}
     with pytest.raises(error, match=message):
         int8_static_linear(**{**call, "input_scale": torch.ones(4), **change})
+
+
+def test_triton_kernels_compile_for_each_gpu():
+    assert_compiles("eff_kernels.ops.int4_linear.triton")
+
+
+@pytest.mark.skipif(not triton_interprets(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 40, 70), (70, 33, 300), (130, 129, 128), (1, 5, 0)])
+def test_triton_equals_the_reference_in_each_configuration(bits, m, n, k):
+    """Every block size that is chosen by the number of rows, with borders inside a block, static steps and a bias."""
+    codes = random_codes(n, k, low=-(2 ** (bits - 1)), high=2 ** (bits - 1) - 1)
+    weight = int4_pack(codes) if bits == 4 else codes
+    args = (torch.randn(m, k).bfloat16(), weight, torch.rand(n), torch.randn(n), torch.rand(k) * 0.05 + 0.01)
+    actual = api.OP(*args, torch.float32, backend="triton")
+    torch.testing.assert_close(actual, api.OP(*args, torch.float32, backend="reference"), rtol=1e-6, atol=1e-5)

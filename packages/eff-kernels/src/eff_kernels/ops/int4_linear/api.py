@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
+from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.int4_linear import cpu, reference
 from eff_kernels.ops.int4_linear.backward import input_gradient
 from eff_kernels.ops.int8_quantize.api import check_float
@@ -30,7 +30,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 OP = Op(
     "int4_linear",
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? input_scale, ScalarType out_dtype) -> Tensor",
-    [Backend("cpu", cpu.linear, cpu.reject), Backend("reference", reference.linear)],
+    [
+        Backend("cpu", cpu.linear, cpu.reject),
+        triton_backend("eff_kernels.ops.int4_linear.triton"),
+        Backend("reference", reference.linear),
+    ],
     fake=lambda x, weight, scale, bias, input_scale, out_dtype: x.new_empty(
         (x.shape[0], weight.shape[0]), dtype=out_dtype
     ),
