@@ -123,6 +123,13 @@ INLINE void *eff_at_mut(void *base, eff_dtype dtype, int64_t i) { return (char *
 /* Scratch memory aligned for any vector. */
 INLINE void *eff_scratch(size_t bytes) { return aligned_alloc(64, (MAX(bytes, 1) + 63) / 64 * 64); }
 
+/* The next `bytes` of scratch memory, aligned for any vector. */
+INLINE void *eff_take(char **scratch, size_t bytes) {
+  void *p = *scratch;
+  *scratch += (bytes + 63) / 64 * 64;
+  return p;
+}
+
 /* Call work(ctx, item) for item = 0 .. items-1 on up to `threads` threads. Threads take the next item when they are free, so
  * a busy core delays the others little. With one thread or one item it is a plain loop. */
 typedef void (*eff_work)(void *ctx, int64_t item);

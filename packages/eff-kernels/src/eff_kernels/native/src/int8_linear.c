@@ -119,19 +119,12 @@ static void product_run(void *ctx, int64_t run) {
   for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(ctx, i);
 }
 
-/* The next `bytes` of scratch memory, aligned for any vector. */
-INLINE void *take(char **scratch, size_t bytes) {
-  void *p = *scratch;
-  *scratch += (bytes + 63) / 64 * 64;
-  return p;
-}
-
 int eff_int8_linear(const eff_int8_linear_args *a) {
   const int64_t m = a->m, n = a->n, k = a->k;
   const int threads = (int)a->threads, row_threads = m * k < 65536 ? 1 : threads;
   job j = {.a = a, .x_dtype = (eff_dtype)a->x_dtype, .threshold = (float)a->threshold};
   tile_rows *t = &j.t;
-  t->rows = m, t->k = k, t->group = a->group ? MIN(a->group, MAX(k, 1)) : MAX(k, 1);
+  t->rows = m, t->k = t->stride = k, t->group = a->group ? MIN(a->group, MAX(k, 1)) : MAX(k, 1);
   t->groups = MAX(1, (k + t->group - 1) / t->group);
   t->padded = ((k + EFF_STEP - 1) / EFF_STEP | 1) * EFF_STEP; /* odd: rows do not all fall into the same sets of the cache */
   const size_t codes = (size_t)(m * t->padded) * sizeof(eff_act), scales = (size_t)(m * t->groups) * 4;
@@ -139,8 +132,8 @@ int eff_int8_linear(const eff_int8_linear_args *a) {
   const size_t row = m == 1 ? (size_t)(t->padded + EFF_ROW_STEP) * sizeof(eff_row) : 0;
   char *scratch = eff_scratch(codes + 2 * scales + flags + row + 5 * 64), *free_part = scratch, *outliers = NULL;
   if (!scratch) return 1;
-  t->codes = take(&free_part, codes), t->scale = take(&free_part, scales), t->surplus = take(&free_part, scales);
-  t->row = take(&free_part, row), j.columns = take(&free_part, flags);
+  t->codes = eff_take(&free_part, codes), t->scale = eff_take(&free_part, scales), t->surplus = eff_take(&free_part, scales);
+  t->row = eff_take(&free_part, row), j.columns = eff_take(&free_part, flags);
   memset(j.columns, 0, flags);
   eff_parallel_for(m, row_threads, scan_rows, &j);
   if (j.found) {

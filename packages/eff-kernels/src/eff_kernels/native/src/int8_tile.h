@@ -1,15 +1,21 @@
-/* The tile of int8_linear: ROWS x COLUMNS outputs, whose activation codes stay in the second-level cache and whose weights stay
- * in the first. AVX-512 has one of its own; this one is on the dot products of dot.h. */
+/* The tile of int8_linear and int4_linear: ROWS x COLUMNS outputs, whose activation codes stay in the second-level cache and whose
+ * weights stay in the first. AVX-512 has one of its own; this one is on the dot products of dot.h. */
 #pragma once
 #include "int8_rows.h"
 
-/* The codes of all rows of x: k columns in groups, each group of each row with a scale of its own. */
+#define PAIRS 64 /* bytes of packed weights that are unpacked together */
+
+/* The codes of all rows of x: k columns in groups, each group of each row with a scale of its own; and how weights are stored.
+ * Packed weights hold two columns in a byte. Of each 2 * PAIRS columns the codes of x are then in another order, the even ones
+ * before the odd ones, with zeros for what is missing of the last; k counts these zeros, and there is one group. */
 typedef struct {
   eff_act *codes; /* [rows, padded] */
   eff_row *row;   /* [padded to EFF_ROW_STEP], for one row: the codes as eff_dot_row takes them */
   float *scale;   /* [rows, groups] */
   int32_t *surplus; /* [rows, groups] */
   int64_t rows, k, padded, group, groups;
+  int64_t stride; /* bytes of a weight row */
+  int packed;
 } tile_rows;
 
 #define TILE_AHEAD 8192 /* bytes of weights that are fetched ahead for a lone row with AVX-512 */
@@ -48,27 +54,46 @@ INLINE float add_scaled(int32_t exact, float scale, float sum) {
 #endif
 }
 
+/* `len` columns of some weight rows from k on as int8, unpacked into `room` if they are not. */
+INLINE const int8_t *weights_at(const tile_rows *t, const int8_t *w, int rows, int64_t k, int64_t len, int8_t *room) {
+  if (!t->packed) return w + k;
+  for (int n = 0; n < rows; n++)
+    for (int64_t i = 0; i < len; i += 2 * PAIRS) {
+      uint8_t pairs[PAIRS] = {0};
+      const int64_t at = (k + i) / 2;
+      int8_t *out = room + n * K_BLOCK + i;
+      memcpy(pairs, w + n * t->stride + at, (size_t)MIN(PAIRS, t->stride - at));
+      for (int j = 0; j < PAIRS; j++) out[j] = (int8_t)(((pairs[j] & 15) ^ 8) - 8);
+      for (int j = 0; j < PAIRS; j++) out[PAIRS + j] = (int8_t)(((pairs[j] >> 4) ^ 8) - 8);
+    }
+  return room;
+}
+
 /* c += the exact sums over columns k0 to k1. */
 INLINE void exact_sums(const tile_rows *t, const eff_act *codes, int rows, const int8_t *w, int columns, int64_t k0, int64_t k1,
                        int32_t *c) {
   int32_t surplus[COLUMNS];
+  int8_t room[3 * K_BLOCK];
+  const int64_t ldb = t->packed ? K_BLOCK : t->stride;
   for (int64_t k = k0; k < k1; k += K_BLOCK) {
     const int64_t len = MIN(K_BLOCK, k1 - k);
     const eff_act *a = codes + k;
     int n = 0;
     for (; n + 3 <= columns; n += 3) { /* three weight rows stay in the first-level cache while all rows of x pass */
-      const int8_t *b = w + n * t->k + k;
+      const int8_t *b = weights_at(t, w + n * t->stride, 3, k, len, room);
       int m = 0;
-#define ARGUMENTS a + m * t->padded, t->padded, b, t->k, len, surplus + n, c + m * COLUMNS + n
+#define ARGUMENTS a + m * t->padded, t->padded, b, ldb, len, surplus + n, c + m * COLUMNS + n
       if (rows >= 3) dot_3x3_1(ARGUMENTS), m = 3;
       for (; m + 3 <= rows; m += 3) dot_3x3_0(ARGUMENTS);
       if (rows - m == 2) m ? dot_2x3_0(ARGUMENTS) : dot_2x3_1(ARGUMENTS);
       if (rows - m == 1) m ? dot_1x3_0(ARGUMENTS) : dot_1x3_1(ARGUMENTS);
 #undef ARGUMENTS
     }
-    for (; n < columns; n++)
+    for (; n < columns; n++) {
+      const int8_t *b = weights_at(t, w + n * t->stride, 1, k, len, room);
       for (int m = 0; m < rows; m++)
-        (m ? dot_1x1_0 : dot_1x1_1)(a + m * t->padded, t->padded, w + n * t->k + k, t->k, len, surplus + n, c + m * COLUMNS + n);
+        (m ? dot_1x1_0 : dot_1x1_1)(a + m * t->padded, t->padded, b, ldb, len, surplus + n, c + m * COLUMNS + n);
+    }
   }
 }
 
@@ -79,7 +104,7 @@ INLINE void tile_product(const tile_rows *t, int64_t r0, int rows, const int8_t 
   for (int64_t n = 0; t->rows == 1 && n < columns; n++)
     for (int64_t g = 0; g < t->groups; g++) {
       const int64_t k = g * t->group;
-      sums[n] = add_scaled(eff_dot_row(t->row + k, w + n * t->k + k, MIN(t->group, t->k - k)), t->scale[g], sums[n]);
+      sums[n] = add_scaled(eff_dot_row(t->row + k, w + n * t->stride + k, MIN(t->group, t->k - k)), t->scale[g], sums[n]);
     }
   for (int64_t g = 0; t->rows > 1 && g < t->groups; g++) {
     memset(exact, 0, sizeof(int32_t) * COLUMNS * (size_t)rows);

@@ -1,7 +1,8 @@
 /* The tile of int8_linear with AVX-512 VNNI.
  *
- * The instruction multiplies unsigned by signed bytes: weights are made unsigned on their way (w + 128, one exclusive or), and
- * the surplus, 128 * the sum of the activation codes, is known before any weight is read. All is exact in int32 as in dot.h.
+ * The instruction multiplies unsigned by signed bytes: weights are made unsigned on their way (w + 128, one exclusive or; w + 8
+ * for packed ones), and the surplus, 128 or 8 times the sum of the activation codes, is known before any weight is read. All is
+ * exact in int32 as in dot.h.
  *
  * Several rows of x: weights are transposed as they come, so that a lane is an output. No sum then runs across lanes, and what
  * a group costs at its end is shared by 16 outputs. A lone row of x: weights are read as they lie, in one stream. */
@@ -17,14 +18,14 @@ typedef int8_t tile_code;
 
 /* From what eff_row_codes has written: signed codes, and the surplus of each group. */
 INLINE void tile_codes(eff_act *codes, const tile_rows *t, int64_t r) {
-  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  const __m512i flip = _mm512_set1_epi8((char)0x80), offset = _mm512_set1_epi8((char)(t->packed ? 8 : 128));
   for (int64_t i = 0; i < t->padded; i += 64)
     _mm512_storeu_si512(codes + i, _mm512_xor_si512(_mm512_loadu_si512(codes + i), flip));
   for (int64_t g = 0, i = 0; g < t->groups; g++) {
     __m512i sum = _mm512_setzero_si512();
     const int64_t end = MIN(t->k, i + t->group);
-    for (; i + 64 <= end; i += 64) sum = _mm512_dpbusd_epi32(sum, flip, _mm512_loadu_si512(codes + i));
-    if (i < end) sum = _mm512_dpbusd_epi32(sum, flip, _mm512_maskz_loadu_epi8(~0ull >> (64 - (end - i)), codes + i));
+    for (; i + 64 <= end; i += 64) sum = _mm512_dpbusd_epi32(sum, offset, _mm512_loadu_si512(codes + i));
+    if (i < end) sum = _mm512_dpbusd_epi32(sum, offset, _mm512_maskz_loadu_epi8(~0ull >> (64 - (end - i)), codes + i));
     i = end;
     t->surplus[r * t->groups + g] = _mm512_reduce_add_epi32(sum);
   }
@@ -33,6 +34,13 @@ INLINE void tile_codes(eff_act *codes, const tile_rows *t, int64_t r) {
 INLINE __m512i unsigned_weights(const int8_t *w, int64_t left) {
   const __m512i v = left >= 64 ? _mm512_loadu_si512(w) : _mm512_maskz_loadu_epi8(~0ull >> (64 - left), w);
   return _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80));
+}
+
+/* The same for one half of each of 64 pairs: the low one, or with `up` = 4 the high one. */
+INLINE __m512i unsigned_halves(const int8_t *w, int64_t left, __m128i up) {
+  const __m512i v = left >= 64 ? _mm512_loadu_si512(w) : _mm512_maskz_loadu_epi8(~0ull >> (64 - left), w);
+  const __m512i flip = _mm512_set1_epi8(8), mask = _mm512_set1_epi8(15);
+  return _mm512_ternarylogic_epi64(_mm512_srl_epi16(v, up), flip, mask, 0x28); /* (half ^ 8) & 15 */
 }
 
 /* Lane i of the result is the sum of the lanes of v[i]. */
@@ -105,11 +113,15 @@ INLINE float lone_row(const tile_rows *t, const int8_t *w) {
 }
 
 /* 16 rows of 64 weights -> 16 vectors, each with four weights of every row. Rows from `rows` on and columns from `left` on are
- * without meaning. */
-INLINE void transpose(const int8_t *w, int64_t ldw, const int rows, const int64_t left, int32_t *out) {
+ * without meaning. Of packed weights these are the low halves of 64 bytes, or with `up` = 4 the high ones. */
+INLINE void transpose(const int8_t *w, int64_t ldw, const int packed, const int rows, const int64_t left, __m128i up,
+                      int32_t *out) {
   __m512i r[16], s[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = unsigned_weights(w + MIN(i, rows - 1) * ldw, left);
+  for (int i = 0; i < 16; i++) {
+    const int8_t *row = w + MIN(i, rows - 1) * ldw;
+    r[i] = packed ? unsigned_halves(row, left, up) : unsigned_weights(row, left);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2)
     s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -173,12 +185,12 @@ BLOCK(8) BLOCK(4) BLOCK(2) BLOCK(1)
 
 /* sums[m * COLUMNS + n] = the int8 product of rows r0 + m of x and n of w, scaled by the groups of x. */
 INLINE void tile_product(const tile_rows *t, int64_t r0, int rows, const int8_t *w, int columns, float *sums) {
-  if (t->rows == 1 && (t->groups == 1 || t->group % 64 == 0)) {
-    for (int n = 0; n < columns; n++) sums[n] = lone_row(t, w + n * t->k);
+  if (t->rows == 1 && !t->packed && (t->groups == 1 || t->group % 64 == 0)) {
+    for (int n = 0; n < columns; n++) sums[n] = lone_row(t, w + n * t->stride);
     return;
   }
   const tile_code *codes = (const tile_code *)t->codes + r0 * t->padded;
-  int32_t packed[TILE_CHUNK / 4 * COLUMNS] __attribute__((aligned(64)));
+  int32_t quads_of[TILE_CHUNK / 4 * COLUMNS] __attribute__((aligned(64)));
   int32_t whole[ROWS * COLUMNS] __attribute__((aligned(64)));
   memset(sums, 0, sizeof(float) * COLUMNS * (size_t)rows);
   const int64_t many = t->group < TILE_CHUNK ? TILE_CHUNK / t->group * t->group : 0; /* whole groups of a chunk; 0: part of one */
@@ -186,18 +198,22 @@ INLINE void tile_product(const tile_rows *t, int64_t r0, int rows, const int8_t 
     k1 = MIN(t->k, many ? k0 + many : MIN(k0 + TILE_CHUNK, (k0 / t->group + 1) * t->group));
     for (int64_t k = k0; k < k1; k += 64)
       for (int n = 0; n < columns; n += 16) {
-        int32_t *out = packed + (k - k0) / 4 * COLUMNS + n;
-        if (columns - n >= 16 && t->k - k >= 64)
-          transpose(w + n * t->k + k, t->k, 16, 64, out);
+        int32_t *out = quads_of + (k - k0) / 4 * COLUMNS + n;
+        const int64_t at = t->packed ? k / (2 * PAIRS) * PAIRS : k, left = t->stride - at;
+        const int8_t *b = w + n * t->stride + at;
+        const int some = MIN(16, columns - n), whole = some == 16 && left >= 64;
+        const __m128i up = _mm_cvtsi32_si128(k & PAIRS ? 4 : 0);
+        if (t->packed)
+          whole ? transpose(b, t->stride, 1, 16, 64, up, out) : transpose(b, t->stride, 1, some, left, up, out);
         else
-          transpose(w + n * t->k + k, t->k, columns - n, t->k - k, out);
+          whole ? transpose(b, t->stride, 0, 16, 64, up, out) : transpose(b, t->stride, 0, some, left, up, out);
       }
     for (int64_t k = k0, end; k < k1; k = end) {
       const int64_t g = k / t->group, group_end = MIN(t->k, (g + 1) * t->group), quads = (MIN(k1, group_end) - k + 3) / 4;
       end = MIN(k1, group_end);
       const int first = k == g * t->group, last = end == group_end;
       int m = 0;
-#define ARGUMENTS t, r0 + m, g, codes + m * t->padded + k, packed + (k - k0) / 4 * COLUMNS, quads, first, last, \
+#define ARGUMENTS t, r0 + m, g, codes + m * t->padded + k, quads_of + (k - k0) / 4 * COLUMNS, quads, first, last, \
                   whole + m * COLUMNS, sums + m * COLUMNS
       for (; m + 8 <= rows; m += 8) group_block_8(ARGUMENTS);
       if (rows - m >= 4) group_block_4(ARGUMENTS), m += 4;
