@@ -1,8 +1,8 @@
 """Benchmark of int4_linear: ``python packages/eff-kernels/bench/ops/int4_linear.py --threads 1 2``.
 
-All providers get bfloat16 activations. "eff" quantises them row by row, "eff static" by a scale for each column, "eff int8
-static" has int8 weights; "int4pack" is PyTorch's own product with packed int4 weights in groups of 32. "cache": the same
-weights in each call; "memory": enough weights take turns that none is still cached.
+All providers get bfloat16 activations. "eff" quantises them row by row, "eff static" by a scale for each column, "eff
+int8 static" does so with int8 weights; "int4pack" is PyTorch's own product with packed int4 weights in groups of 32.
+"cache": the same weights in each call; "memory": enough weights take turns that none is still cached.
 """
 
 import argparse
@@ -24,7 +24,10 @@ RESULTS = Path(__file__).parents[1] / "results"
 PACKAGE = Path(eff_kernels.__file__).parent
 SOURCES = (
     *("ops/int4_linear/cpu.py", "ops/int4_linear/api.py", "ops/int8_linear/cpu.py", "op.py", "native/call.py"),
-    *(f"native/src/{name}" for name in ("int4_linear.c", "dot4.h", "int8_linear.c", "dot.h", "eff.h", "parallel.c")),
+    *(
+        f"native/src/{name}"
+        for name in ("int4_linear.c", "dot4.h", "int8_linear.c", "int8_tile.h", "int8_tile_512.h", "eff.h")
+    ),
 )
 ROWS = (1, 16, 64, 512)
 FROM_MEMORY = 64  # rows up to which the weights' way from memory shows
@@ -97,7 +100,6 @@ def providers(layers: Layers, x: Tensor) -> list[Provider]:
     def static8(codes, scale):
         return int8_static_linear(x, codes, scale, layers.step)
 
-    # One scale for a row of random weights of four bits: a step is a seventh of four standard deviations.
     found = [
         make("bf16 nn.Linear", layers.bf16, lambda w: torch.nn.functional.linear(x, w), tolerance=2e-2),
         make("eff linear", layers.bf16, lambda w: linear(x, w), tolerance=2e-2, backend="cpu"),

@@ -238,7 +238,7 @@ def test_code_paths_of_other_processors(defines, monkeypatch):
     for k in (2, 78, 2300):
         codes, scale, step = random_codes(31, k), torch.ones(31), torch.ones(k)
         wide_codes = random_codes(31, k, low=-128, high=127)
-        for m in (1, 2, 3, 4, 66):
+        for m in (1, 2, 5, 6, 66):
             x = random_codes(m, k, seed=m, low=-128, high=127).float()
             exact = x.double() @ codes.double().t()
             assert torch.equal(int4_linear(x, int4_pack(codes), scale, input_scale=step, backend="cpu").double(), exact)

@@ -10,7 +10,7 @@
 #include <float.h>
 
 #define RUNS 4 /* as in int8_linear.c */
-#define FEW 3
+#define FEW 5
 
 typedef eff_int4_linear_args args;
 

@@ -1,5 +1,5 @@
-/* The tile of int8_linear and int4_linear: ROWS x COLUMNS outputs, whose activation codes stay in the second-level cache and whose
- * weights stay in the first. AVX-512 has one of its own; this one is on the dot products of dot.h. */
+/* The tile of int8_linear and int4_linear: ROWS x COLUMNS outputs, whose activation codes stay in the second-level cache and
+ * whose weights stay in the first. AVX-512 has one of its own; this one is on the dot products of dot.h. */
 #pragma once
 #include "int8_rows.h"
 

@@ -203,6 +203,8 @@ INLINE void tile_product(const tile_rows *t, int64_t r0, int rows, const int8_t 
         const int8_t *b = w + n * t->stride + at;
         const int some = MIN(16, columns - n), whole = some == 16 && left >= 64;
         const __m128i up = _mm_cvtsi32_si128(k & PAIRS ? 4 : 0);
+        for (int i = 0; i < some && t->packed; i++) /* what the next tile reads */
+          __builtin_prefetch(b + (COLUMNS + i) * t->stride, 0, 2);
         if (t->packed)
           whole ? transpose(b, t->stride, 1, 16, 64, up, out) : transpose(b, t->stride, 1, some, left, up, out);
         else
