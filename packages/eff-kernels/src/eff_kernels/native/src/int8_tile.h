@@ -59,10 +59,11 @@ INLINE const int8_t *weights_at(const tile_rows *t, const int8_t *w, int rows, i
   if (!t->packed) return w + k;
   for (int n = 0; n < rows; n++)
     for (int64_t i = 0; i < len; i += 2 * PAIRS) {
-      uint8_t pairs[PAIRS] = {0};
+      uint8_t tail[PAIRS] = {0};
       const int64_t at = (k + i) / 2;
-      int8_t *out = room + n * K_BLOCK + i;
-      memcpy(pairs, w + n * t->stride + at, (size_t)MIN(PAIRS, t->stride - at));
+      const uint8_t *pairs = (const uint8_t *)w + n * t->stride + at;
+      int8_t *restrict out = room + n * K_BLOCK + i;
+      if (t->stride - at < PAIRS) pairs = memcpy(tail, pairs, (size_t)(t->stride - at));
       for (int j = 0; j < PAIRS; j++) out[j] = (int8_t)(((pairs[j] & 15) ^ 8) - 8);
       for (int j = 0; j < PAIRS; j++) out[PAIRS + j] = (int8_t)(((pairs[j] >> 4) ^ 8) - 8);
     }
