@@ -84,7 +84,7 @@ def int4_linear(
     if packed.dtype is not torch.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
     shape, stored = x.shape, packed.shape
-    if len(stored) != 2 or len(shape) == 0 or shape[-1] != 2 * stored[1]:
+    if len(stored) != 2 or not shape or shape[-1] != 2 * stored[1]:
         raise ValueError(f"x [..., K] and packed [N, K / 2] do not fit: got {list(shape)} and {list(stored)}")
     return _linear(x, packed, scale, bias, input_scale, out_dtype, backend)
 
@@ -125,7 +125,7 @@ def int8_static_linear(
     if weight.dtype is not torch.int8:
         raise TypeError(f"weight must be int8, got {weight.dtype}")
     shape, stored = x.shape, weight.shape
-    if len(stored) != 2 or shape[-1:] != stored[1:]:
+    if len(stored) != 2 or not shape or shape[-1] != stored[1]:
         raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(shape)} and {list(stored)}")
     return _linear(x, weight, scale, bias, input_scale, out_dtype, backend)
 

@@ -95,7 +95,7 @@ def int8_linear(
         BackendError: the named backend cannot run this call; the message says why.
     """
     shape, stored = x.shape, weight.shape
-    if len(stored) != 2 or shape[-1:] != stored[1:]:
+    if len(stored) != 2 or not shape or shape[-1] != stored[1]:
         raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(shape)} and {list(stored)}")
     if weight.dtype is not torch.int8:
         raise TypeError(f"weight must be int8, got {weight.dtype}")

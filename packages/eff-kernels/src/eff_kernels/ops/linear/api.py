@@ -63,15 +63,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))
         tensor([[3.]])
     """
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(x.shape)} and {list(weight.shape)}")
-    n = weight.shape[0]
+    shape, stored = x.shape, weight.shape
+    if len(stored) != 2 or not shape or shape[-1] != stored[1]:
+        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(shape)} and {list(stored)}")
+    n = stored[0]
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must have shape [{n}], got {list(bias.shape)}")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must have a float dtype, got {tensor.dtype}")
-    if x.dim() == 2:
+    if len(shape) == 2:
         return OP(x, weight, bias, backend=backend)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return OP(rows, weight, bias, backend=backend).view(*x.shape[:-1], n)
+    rows = x.reshape(shape[:-1].numel(), shape[-1])
+    return OP(rows, weight, bias, backend=backend).view(*shape[:-1], n)
