@@ -9,7 +9,7 @@ from eff_kernels.ops.fp4_quantize.specs import SPECS
 from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
 from eff_kernels.testing.specs import Spec
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytestmark = OpTests.pytestmark  # numpy warns under Triton's interpreter
@@ -156,6 +156,17 @@ class TestDequantize(OpTests):
     bad=st.sampled_from([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-45]),
     given_scale=st.booleans(),
     seed=st.integers(0, 10_000),
+)
+@example(  # blocks of subnormal bfloat16
+    rows=2,
+    blocks=5,
+    spread=140.0,
+    format="mxfp4",
+    mode="floor",
+    dtype=torch.bfloat16,
+    bad=0.0,
+    given_scale=False,
+    seed=0,
 )
 def test_every_backend_gives_the_same_bits(rows, blocks, spread, format, mode, dtype, bad, given_scale, seed):
     generator = torch.Generator().manual_seed(seed)

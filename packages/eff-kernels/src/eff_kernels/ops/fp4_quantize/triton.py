@@ -50,6 +50,14 @@ def encode(x):
 
 
 @triton.jit
+def widen(x):
+    """Float32 of what was loaded. bfloat16 by its bits: the interpreter's own conversion is wrong for subnormals."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, x_stride, global_ptr, packed_ptr, scale_ptr, blocks, across,
     NVFP4: tl.constexpr, ROUNDING: tl.constexpr, B: tl.constexpr, V: tl.constexpr,
@@ -58,7 +66,7 @@ def _quantize_kernel(
     start_B = (block_B // across).to(tl.int64) * x_stride + (block_B % across) * V
     value_V = tl.arange(0, V)
     inside_B = block_B < blocks
-    x_BV = tl.load(x_ptr + start_B[:, None] + value_V[None, :], inside_B[:, None], other=0.0).to(tl.float32)
+    x_BV = widen(tl.load(x_ptr + start_B[:, None] + value_V[None, :], inside_B[:, None], other=0.0))
     bits_B = tl.max(x_BV.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # ordered as magnitudes are, NaN above all
     absmax_B = bits_B.to(tl.float32, bitcast=True)
     if NVFP4:
