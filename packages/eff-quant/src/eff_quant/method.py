@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -71,20 +71,3 @@ class Method:
         if self.rebuild is not None:
             return self.rebuild(name, linear, old)
         return self.build(name, linear, old.config)
-
-
-def check_version(values: Mapping[str, Any], config: type[Any], newest: int) -> int:
-    """Check whose settings these are, and return their format version, ``newest`` if they name none.
-
-    Raises:
-        ValueError: another method's settings, or a version that this code does not know.
-    """
-    method = values.get("quant_method", config.quant_method)
-    if method != config.quant_method:
-        raise ValueError(f"quant_method={method!r}; {config.__name__} reads {config.quant_method!r}")
-    version = values.get("version", newest)
-    if not isinstance(version, int) or not 1 <= version <= newest:
-        raise ValueError(
-            f"settings of version {version!r}; this eff_quant reads versions 1 to {newest}, a newer one may help"
-        )
-    return version

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from eff_kernels.edit import fits
 from torch import nn
 
-from eff_quant.method import check_version
 from eff_quant.registry import config_from_dict, method_of
+from eff_quant.settings import check_version
 
 VERSION = 1
 

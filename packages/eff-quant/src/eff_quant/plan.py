@@ -77,11 +77,11 @@ def name_of(config: MixedConfig) -> str:
     return ", ".join(dict.fromkeys(type(c).__name__ for _, c in config.rules))
 
 
-def settings_of(model: nn.Module, layer: type[nn.Module] | tuple[type[nn.Module], ...] = LAYERS) -> list[Any]:
+def settings_of(model: nn.Module) -> list[Any]:
     """The different settings of a model's quantised layers, without their skip lists, in the model's order."""
     different: list[Any] = []
     for module in model.modules():
-        if isinstance(module, layer):
+        if isinstance(module, LAYERS):
             config = replace(module.config, skip=())  # type: ignore[type-var]
             if config not in different:
                 different.append(config)

@@ -30,11 +30,6 @@ def method_of(config: object) -> Method:
     return method
 
 
-def method_of_layer(layer: nn.Module) -> Method | None:
-    """The method that made a layer; None for any other module."""
-    return next((m for m in METHODS.values() if isinstance(layer, m.layer)), None)
-
-
 def config_from_dict(values: Mapping[str, Any]) -> Any:
     """Settings of any single method, from its ``to_dict``.
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from eff_quant.fp4.check import check_fp4_tensors
-from eff_quant.fp4.config import Activations, Format, FP4Config, check_choice
+from eff_quant.fp4.config import Activations, Format, FP4Config
 from eff_quant.fp4.files import Folder
 from eff_quant.fp4.layer import FP4Linear
 from eff_quant.fp4.settings import FileLayout, compressed_tensors_settings, modelopt_settings, read_compressed_tensors
 from eff_quant.linears import find_linears, is_conv1d, linear_weight
+from eff_quant.settings import check_choice
 
 
 def save_fp4_checkpoint(

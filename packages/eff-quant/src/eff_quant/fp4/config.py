@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+
+from eff_quant.settings import BACKENDS, check_choice, check_out_dtype, check_patterns, from_json, to_json
 
 Format = Literal["nvfp4", "mxfp4"]
 ScaleRounding = Literal["floor", "even", "rceil", "ceil"]
@@ -56,15 +58,10 @@ class FP4Config:
         check_choice("format", self.format, get_args(Format))
         check_choice("activations", self.activations, (None, *get_args(Activations)))
         check_choice("scale_rounding", self.scale_rounding, get_args(ScaleRounding))
-        check_choice("backend", self.backend, ("auto", "cpu", "triton", "reference"))
-        if isinstance(self.skip, str):
-            raise TypeError(f"skip={self.skip!r} is one string; use a tuple of patterns, such as ({self.skip!r},)")
-        object.__setattr__(self, "skip", tuple(self.skip))
+        check_choice("backend", self.backend, BACKENDS)
+        check_patterns(self, "skip")
         object.__setattr__(self, "fuse_groups", _check_groups(self.fuse_groups))
-        if self.out_dtype is not None and not (
-            isinstance(self.out_dtype, torch.dtype) and self.out_dtype.is_floating_point
-        ):
-            raise TypeError(f"out_dtype={self.out_dtype!r}; use a floating torch.dtype or None")
+        check_out_dtype(self.out_dtype)
         if self.format == "nvfp4" and self.scale_rounding != "floor":
             raise ValueError(
                 f"scale_rounding={self.scale_rounding!r} with format='nvfp4', whose block scales are E4M3 numbers; "
@@ -82,11 +79,7 @@ class FP4Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, with the format version and the method's name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["skip"] = list(self.skip)
-        values["fuse_groups"] = [list(group) for group in self.fuse_groups]
-        values["out_dtype"] = None if self.out_dtype is None else str(self.out_dtype).removeprefix("torch.")
-        return {"quant_method": self.quant_method, "version": VERSION, **values}
+        return to_json(self, VERSION)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FP4Config:
@@ -95,27 +88,7 @@ class FP4Config:
         Raises:
             ValueError: another method's settings, a version that this code does not know, or an unknown entry.
         """
-        values = dict(values)
-        method = values.pop("quant_method", cls.quant_method)
-        if method != cls.quant_method:
-            raise ValueError(f"quant_method={method!r}; FP4Config reads {cls.quant_method!r}")
-        version = values.pop("version", VERSION)
-        if version != VERSION:
-            raise ValueError(
-                f"settings of version {version!r}; this eff_quant reads version {VERSION}, a newer one may help"
-            )
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; FP4Config has {sorted(known)}")
-        if isinstance(name := values.get("out_dtype"), str):
-            values["out_dtype"] = getattr(torch, name, name)
-        return cls(**values)
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError if an argument is not one of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, choices))}")
+        return cls(**from_json(cls, values, VERSION)[0])
 
 
 def _check_groups(groups: Any) -> tuple[tuple[str, ...], ...]:

@@ -9,6 +9,7 @@ import torch
 from eff_kernels import FP4Codes, fp4_linear
 from torch import Tensor, nn
 
+from eff_quant.buffers import as_integers
 from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import FP4Config
 from eff_quant.fp4.weight import FP4Weight, dequantize_weight, empty_weight, quantize_weight, shape_refusal
@@ -210,16 +211,8 @@ class FP4Linear(nn.Linear):
         if dtype != torch.uint8:
             raise TypeError(f"FP4 weights cannot be cast to {dtype}; use dequantize_(model) for float weights")
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_packed.device)).dtype
-        # The scales pass as integers, which casts such as .half() and .to(torch.bfloat16) leave alone.
-        before = {name: t for name, t in self._buffers.items() if t is not None}
-        for name, tensor in before.items():
-            self._buffers[name] = tensor.view(_AS_INTEGERS.get(tensor.dtype, tensor.dtype))
-        try:
+        with as_integers(self):
             super()._apply(fn, recurse)
-        finally:
-            for name, tensor in before.items():
-                moved = self._buffers[name]
-                self._buffers[name] = tensor if moved is None else moved.view(tensor.dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -232,6 +225,3 @@ class FP4Linear(nn.Linear):
             checked = check_fp4_tensors(prefix.removesuffix("."), leaves, self.config.format, shape)
             state_dict.update({prefix + leaf: t for leaf, t in checked.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-_AS_INTEGERS = {torch.float8_e4m3fn: torch.uint8, torch.float32: torch.int32}

@@ -14,7 +14,8 @@ from eff_kernels import FP4Codes
 from torch import Tensor
 
 from eff_quant.fp4.check import check_fp4_tensors
-from eff_quant.fp4.config import BLOCK, check_choice
+from eff_quant.fp4.config import BLOCK
+from eff_quant.settings import check_choice
 
 Layout = Literal["compressed-tensors", "modelopt", "torchao", "torchao-swizzled", "gpt-oss"]
 

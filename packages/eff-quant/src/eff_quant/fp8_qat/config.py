@@ -8,7 +8,15 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from eff_quant.method import check_version
+from eff_quant.settings import (
+    BACKENDS,
+    check_choice,
+    check_known,
+    check_out_dtype,
+    check_patterns,
+    from_json,
+    to_json,
+)
 
 Dtype = Literal["e4m3", "e5m2"]
 Granularity = Literal["row", "tensor", "block", "mx32"]
@@ -140,12 +148,9 @@ class FP8Config:
     def __post_init__(self) -> None:
         check_choice("activations", self.activations, get_args(Activations))
         check_choice("dtype", self.dtype, get_args(Dtype))
-        check_choice("backend", self.backend, ("auto", "cpu", "triton", "reference"))
+        check_choice("backend", self.backend, BACKENDS)
         check_patterns(self, "skip")
-        if self.out_dtype is not None and not (
-            isinstance(self.out_dtype, torch.dtype) and self.out_dtype.is_floating_point
-        ):
-            raise TypeError(f"out_dtype={self.out_dtype!r}; use a floating torch.dtype or None")
+        check_out_dtype(self.out_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -154,10 +159,7 @@ class FP8Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, with the format version and the method's name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["skip"] = list(self.skip)
-        values["out_dtype"] = None if self.out_dtype is None else str(self.out_dtype).removeprefix("torch.")
-        return {"quant_method": self.quant_method, "version": VERSION, **values}
+        return to_json(self, VERSION)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FP8Config:
@@ -166,31 +168,4 @@ class FP8Config:
         Raises:
             ValueError: another method's settings, a version that this code does not know, or an unknown entry.
         """
-        check_version(values, cls, VERSION)
-        values = {name: value for name, value in values.items() if name not in ("quant_method", "version")}
-        check_known(values, cls)
-        if isinstance(name := values.get("out_dtype"), str):
-            values["out_dtype"] = getattr(torch, name, name)
-        return cls(**values)
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError if a setting is not one of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, choices))}")
-
-
-def check_patterns(config: object, *names: str) -> None:
-    """Make tuples of lists of patterns; raise TypeError for a single string."""
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, str):
-            raise TypeError(f"{name}={value!r} is one string; use a tuple of patterns, such as ({value!r},)")
-        object.__setattr__(config, name, tuple(value))
-
-
-def check_known(values: Mapping[str, Any], config: type[Any]) -> None:
-    """Raise ValueError for entries that are no settings."""
-    known = {f.name for f in fields(config)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown settings {unknown}; {config.__name__} has {sorted(known)}")
+        return cls(**from_json(cls, values, VERSION)[0])

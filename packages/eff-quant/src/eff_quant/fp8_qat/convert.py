@@ -7,9 +7,10 @@ from typing import Literal, get_args
 from eff_kernels.edit import Report, replace_module
 from torch import nn
 
-from eff_quant.fp8_qat.config import FP8Config, FP8QATConfig, FP8Spec, check_choice
+from eff_quant.fp8_qat.config import FP8Config, FP8QATConfig, FP8Spec
 from eff_quant.fp8_qat.layer import FP8Linear
 from eff_quant.fp8_qat.qat import qat_layers, unprepare
+from eff_quant.settings import check_choice
 
 Target = Literal["fp8_weight_only", "fp8_dynamic", "plain"]
 

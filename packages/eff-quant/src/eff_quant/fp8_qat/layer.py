@@ -9,10 +9,10 @@ import torch
 from eff_kernels import fp8_linear, fp8_quantize
 from torch import Tensor, nn
 
+from eff_quant.buffers import as_integers
 from eff_quant.fp8_qat.config import FP8Config
 from eff_quant.linears import is_conv1d, linear_weight
 
-_AS_INTEGERS = {torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8, torch.float32: torch.int32}
 _BLOCK = 2**22  # weights that are quantised at a time
 
 
@@ -148,16 +148,8 @@ class FP8Linear(nn.Linear):
         dtype = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).dtype
         if dtype != torch.uint8:
             raise TypeError(f"FP8 weights cannot be cast to {dtype}; use dequantize_(model) for float weights")
-        # Codes and scales pass as integers, which casts such as .half() and .to(torch.bfloat16) leave alone.
-        before = {name: t for name, t in self._buffers.items() if t is not None}
-        for name, tensor in before.items():
-            self._buffers[name] = tensor.view(_AS_INTEGERS[tensor.dtype])
-        try:
+        with as_integers(self):
             super()._apply(fn, recurse)
-        finally:
-            for name, tensor in before.items():
-                moved = self._buffers[name]
-                self._buffers[name] = tensor if moved is None else moved.view(tensor.dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

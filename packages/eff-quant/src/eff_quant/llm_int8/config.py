@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+
+from eff_quant.settings import BACKENDS, check_choice, check_out_dtype, check_patterns, from_json, to_json
 
 Activation = Literal["dynamic", "none"]
 OutlierWeights = Literal["int8", "original"]
@@ -63,17 +65,12 @@ class Int8Config:
 
     def __post_init__(self) -> None:
         _check_number("threshold", self.threshold)
-        if isinstance(self.skip, str):
-            raise TypeError(f"skip={self.skip!r} is one string; use a tuple of patterns, such as ({self.skip!r},)")
-        object.__setattr__(self, "skip", tuple(self.skip))
-        _check_choice("activation", self.activation, get_args(Activation))
+        check_patterns(self, "skip")
+        check_choice("activation", self.activation, get_args(Activation))
         _check_group(self.activation_group)
-        _check_choice("outlier_weights", self.outlier_weights, get_args(OutlierWeights))
-        _check_choice("backend", self.backend, ("auto", "cpu", "triton", "reference"))
-        if self.out_dtype is not None and not (
-            isinstance(self.out_dtype, torch.dtype) and self.out_dtype.is_floating_point
-        ):
-            raise TypeError(f"out_dtype={self.out_dtype!r}; use a floating torch.dtype or None")
+        check_choice("outlier_weights", self.outlier_weights, get_args(OutlierWeights))
+        check_choice("backend", self.backend, BACKENDS)
+        check_out_dtype(self.out_dtype)
         columns = {name: _check_columns(name, c) for name, c in self.outlier_columns.items()}
         object.__setattr__(self, "outlier_columns", columns)
         self._check_combinations()
@@ -95,11 +92,7 @@ class Int8Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, with the format version and the method's name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["skip"] = list(self.skip)
-        values["outlier_columns"] = {name: list(c) for name, c in self.outlier_columns.items()}
-        values["out_dtype"] = None if self.out_dtype is None else str(self.out_dtype).removeprefix("torch.")
-        return {"quant_method": self.quant_method, "version": VERSION, **values}
+        return to_json(self, VERSION)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Int8Config:
@@ -108,23 +101,10 @@ class Int8Config:
         Raises:
             ValueError: another method's settings, a version that this code does not know, or an unknown entry.
         """
-        values = dict(values)
-        method = values.pop("quant_method", cls.quant_method)
-        if method != cls.quant_method:
-            raise ValueError(f"quant_method={method!r}; Int8Config reads {cls.quant_method!r}")
-        version = values.pop("version", VERSION)
-        if version not in (1, VERSION):
-            raise ValueError(
-                f"settings of version {version!r}; this eff_quant reads versions 1 and {VERSION}, a newer one may help"
-            )
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; Int8Config has {sorted(known)}")
+        arguments, version = from_json(cls, values, VERSION)
         if version == 1:
-            values["activation_group"] = None
-        if isinstance(name := values.get("out_dtype"), str):
-            values["out_dtype"] = getattr(torch, name, name)
-        return cls(**values)
+            arguments["activation_group"] = None
+        return cls(**arguments)
 
 
 def _check_number(name: str, value: object) -> None:
@@ -141,11 +121,6 @@ def _check_group(group: object) -> None:
         raise TypeError(f"activation_group={group!r}; use a number of columns or None")
     if group < 1 or group % 32:
         raise ValueError(f"activation_group={group}; use a positive multiple of 32, or None for the whole row")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, choices))}")
 
 
 def _check_columns(name: str, columns: Any) -> tuple[int, ...]:

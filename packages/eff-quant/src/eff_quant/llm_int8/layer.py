@@ -9,6 +9,7 @@ import torch
 from eff_kernels import int8_linear
 from torch import Tensor, nn
 
+from eff_quant.buffers import as_integers
 from eff_quant.linears import is_conv1d, linear_weight
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.weight import dequantize_weight, quantize_weight
@@ -191,12 +192,8 @@ class Int8Linear(nn.Linear):
         dtype = fn(torch.empty(0, dtype=torch.int8, device=self.weight.device)).dtype
         if dtype != torch.int8:
             raise TypeError(f"int8 weights cannot be cast to {dtype}; use dequantize_(model) for float weights")
-        # The scales pass as integers, which casts such as .half() and .to(torch.bfloat16) leave alone.
-        self.SCB = self.SCB.view(torch.int32)
-        try:
+        with as_integers(self, ["SCB"]):  # not the original weights of outlier columns, which follow a cast
             super()._apply(fn, recurse)
-        finally:
-            self.SCB = self.SCB.view(torch.float32)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from eff_quant.quantvla.rotation import Kind
 from eff_quant.quantvla.rounding import CANDIDATES
+from eff_quant.settings import BACKENDS, check_choice, check_out_dtype, check_patterns, from_json, to_json
 
 Activation = Literal["dynamic_token", "static_folded"]
 Reduce = Literal["max", "mean"]
@@ -64,11 +65,11 @@ class W4A8Config:
     quant_method: ClassVar[str] = "eff_w4a8"
 
     def __post_init__(self) -> None:
-        _check_choice("weight_bits", self.weight_bits, (4, 8))
-        _check_choice("activation", self.activation, get_args(Activation))
-        _check_choice("reduce", self.reduce, get_args(Reduce))
-        _check_choice("rotation", self.rotation, (*get_args(Kind), None))
-        _check_choice("backend", self.backend, ("auto", "cpu", "triton", "reference"))
+        check_choice("weight_bits", self.weight_bits, (4, 8))
+        check_choice("activation", self.activation, get_args(Activation))
+        check_choice("reduce", self.reduce, get_args(Reduce))
+        check_choice("rotation", self.rotation, (*get_args(Kind), None))
+        check_choice("backend", self.backend, BACKENDS)
         _check_range("act_percentile", self.act_percentile, 0, 100)
         _check_range("permute_blend", self.permute_blend, 0, 1)
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 2:
@@ -78,20 +79,12 @@ class W4A8Config:
         if self.rotation is None and (self.row_rotation or self.permute):
             raise ValueError("row_rotation and permute do nothing without rotation; use rotation='svd' or 'hadamard'")
         object.__setattr__(self, "candidates", _candidates(self.candidates))
-        if isinstance(self.skip, str):
-            raise TypeError(f"skip={self.skip!r} is one string; use a tuple of patterns, such as ({self.skip!r},)")
-        object.__setattr__(self, "skip", tuple(self.skip))
-        if self.out_dtype is not None and not (
-            isinstance(self.out_dtype, torch.dtype) and self.out_dtype.is_floating_point
-        ):
-            raise TypeError(f"out_dtype={self.out_dtype!r}; use a floating torch.dtype or None")
+        check_patterns(self, "skip")
+        check_out_dtype(self.out_dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types, with the format version and the method's name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["skip"], values["candidates"] = list(self.skip), list(self.candidates)
-        values["out_dtype"] = None if self.out_dtype is None else str(self.out_dtype).removeprefix("torch.")
-        return {"quant_method": self.quant_method, "version": VERSION, **values}
+        return to_json(self, VERSION)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> W4A8Config:
@@ -100,26 +93,7 @@ class W4A8Config:
         Raises:
             ValueError: another method's settings, a version that this code does not know, or an unknown entry.
         """
-        values = dict(values)
-        method = values.pop("quant_method", cls.quant_method)
-        if method != cls.quant_method:
-            raise ValueError(f"quant_method={method!r}; W4A8Config reads {cls.quant_method!r}")
-        version = values.pop("version", VERSION)
-        if version != VERSION:
-            raise ValueError(
-                f"settings of version {version!r}; this eff_quant reads version {VERSION}, a newer one may help"
-            )
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; W4A8Config has {sorted(known)}")
-        if isinstance(name := values.get("out_dtype"), str):
-            values["out_dtype"] = getattr(torch, name, name)
-        return cls(**values)
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, choices))}")
+        return cls(**from_json(cls, values, VERSION)[0])
 
 
 def _check_range(name: str, value: object, low: float, high: float) -> None:

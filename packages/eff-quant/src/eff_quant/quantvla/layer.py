@@ -9,6 +9,7 @@ import torch
 from eff_kernels import int4_linear, int4_pack, int4_unpack, int8_linear, int8_static_linear
 from torch import Tensor, nn
 
+from eff_quant.buffers import as_integers
 from eff_quant.linears import linear_weight
 from eff_quant.quantvla.config import W4A8Config
 from eff_quant.quantvla.rotation import (
@@ -220,15 +221,8 @@ class W4A8Linear(nn.Linear):
             raise TypeError(
                 f"{self.config.weight_bits}-bit codes cannot be cast to {dtype}; use dequantize() for floats"
             )
-        # Scales and rotations pass as integers, which casts such as .half() and .to(torch.bfloat16) leave alone.
-        floats = [name for name, b in self._buffers.items() if b is not None and b.dtype == torch.float32]
-        for name in floats:
-            setattr(self, name, getattr(self, name).view(torch.int32))
-        try:
+        with as_integers(self):
             super()._apply(fn, recurse)
-        finally:
-            for name in floats:
-                setattr(self, name, getattr(self, name).view(torch.float32))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
