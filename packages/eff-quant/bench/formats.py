@@ -4,7 +4,7 @@
 
 "quality" scores windows of text as ``quality.py`` does and continues where it was interrupted. "speed" runs every model
 through transformers' forward pass in bfloat16, all in one process and in turn, so that the ratios hold on a noisy
-machine: a prompt of 512 tokens, and one token after 64 with a cache. Without a word both are done.
+machine: a prompt of 128 tokens, and one token after 64 with a cache. Without a word both are done.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def speed(folder: Path, rounds: int, path: Path | None, only: str) -> None:
         print(f"{name}: {count / 2**20:.1f} MiB of projections, {count / sizes['bfloat16']:.3f} of bfloat16")
     sources = [*quality.SOURCES]
     recorder = Recorder("formats", path, sources=sources)
-    ids = torch.randint(5, 49000, (1, 512), generator=torch.Generator().manual_seed(0))
-    for spec, mode, make in (("512 tokens", "prefill", prefill), ("1 token after 64", "decode", decode)):
+    ids = torch.randint(5, 49000, (1, 128), generator=torch.Generator().manual_seed(0))
+    for spec, mode, make in (("128 tokens", "prefill", prefill), ("1 token after 64", "decode", decode)):
         runs = {name: make(model, ids) for name, model in models.items()}
         truth = runs["bfloat16"](0)
         providers = [
