@@ -6,9 +6,9 @@ A page holds a pair of comments, and this script fills in what stands between th
     <!-- end bench -->
 
 The path is that of a results file, from the root of the repository. ``baseline`` names the provider that speeds are
-relative to (default: the first). Any other word ``field=text`` keeps the records whose field contains the text. Of
-several runs of one measurement the latest counts. A record that was wrong (``ok`` false) or was made from uncommitted
-code (``dirty``) does not enter a table.
+relative to (default: the first). ``rows=provider`` gives each provider a row instead of a column. Any other word
+``field=text`` keeps the records whose field contains the text. Of several runs of one measurement the latest counts. A
+record that was wrong (``ok`` false) or was made from uncommitted code (``dirty``) does not enter a table.
 
 ``uv run tools/bench_tables.py`` rewrites the pages; with ``--check`` it only lists the pages whose tables are stale and
 exits with 1 if there are any.
@@ -55,7 +55,9 @@ def table(wish: str, root: Path = ROOT) -> str:
     if not (root / name).is_file():
         raise TableError(f"{name} does not exist; run the benchmark that writes it")
     choice = dict(word.partition("=")[::2] for word in words)
-    baseline = choice.pop("baseline", None)
+    baseline, rows = choice.pop("baseline", None), choice.pop("rows", "spec")
+    if rows not in ("spec", "provider"):
+        raise TableError(f"rows={rows}; wanted rows=spec or rows=provider")
     unknown = set(choice) - set(Record.__dataclass_fields__)
     if unknown:
         raise TableError(f"records have no field {', '.join(sorted(unknown))}; they have {', '.join(Record.__slots__)}")
@@ -69,15 +71,16 @@ def table(wish: str, root: Path = ROOT) -> str:
     devices = sorted({r.device for r in kept})
     if len(devices) > 1:
         raise TableError(f"{name} has records of several machines, choose one with device=...: {devices}")
-    return f"{ratio_table(kept, baseline)}\n\n{conditions(kept)}"
+    turned = rows == "provider"
+    return f"{ratio_table(kept, baseline, provider_rows=turned)}\n\n{conditions(kept, 'row' if turned else 'column')}"
 
 
-def conditions(records: Sequence[Record]) -> str:
-    """One line under a table: unit, machine, versions and day."""
+def conditions(records: Sequence[Record], first: str = "column") -> str:
+    """One line under a table: unit, machine, versions and day; speeds are relative to the ``first`` row or column."""
     newest = max(records, key=lambda r: r.date)
     units = ", ".join(sorted({f"{r.metric} in {r.unit}" for r in records}))
     return (
-        f"Median {units}; in brackets the speed relative to the first column of numbers. {newest.device}, "
+        f"Median {units}; in brackets the speed relative to the first {first} of numbers. {newest.device}, "
         f"torch {newest.torch}, {newest.date[:10]}, eff at {newest.commit}."
     )
 

@@ -60,9 +60,18 @@ def test_latest_clean_and_right_record_counts(tool, results):
     assert tool.render(new, results) == new
 
 
+def test_providers_may_be_rows(tool, results):
+    lines = tool.table("r.jsonl spec=8x4 device=A rows=provider", results).splitlines()
+    names = [line.split("|")[1].strip() for line in lines[:6]]
+    assert [names[0], *names[2:]] == ["spec", "mode", "threads", "eager", "eff"]
+    assert "2.0 (2.00x)" in lines[5]
+    assert "relative to the first row" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
+        ("r.jsonl rows=odd", "wanted rows=spec or rows=provider"),
         ("gone.jsonl", "does not exist"),
         ("r.jsonl colour=red", "no field colour"),
         ("r.jsonl spec=huge", "no record that is right, clean"),

@@ -241,10 +241,11 @@ class Recorder:
         return max(memory, (flops or 0) / matmul_rate(threads))
 
 
-def ratio_table(records: Sequence[Record], baseline: str | None = None) -> str:
+def ratio_table(records: Sequence[Record], baseline: str | None = None, *, provider_rows: bool = False) -> str:
     """A Markdown table with one row for each spec and mode: median microseconds and speed relative to the baseline.
 
-    A provider that was wrong shows as such and has no ratio.
+    A provider that was wrong shows as such and has no ratio. With ``provider_rows`` rows and columns change places, for
+    many providers and few shapes.
     """
     names = list(dict.fromkeys(r.provider for r in records))
     first = baseline or names[0]
@@ -258,6 +259,8 @@ def ratio_table(records: Sequence[Record], baseline: str | None = None) -> str:
         last = found.get(names[-1])
         part = "" if last is None or last.roofline is None else f"{last.roofline:.2f}"
         lines.append([spec, mode, str(threads), *cells, part])
+    if provider_rows:
+        lines = [list(column) for column in zip(*lines, strict=True) if any(column[1:])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
