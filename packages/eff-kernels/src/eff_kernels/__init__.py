@@ -5,6 +5,7 @@ Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models
 
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
 from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
+from eff_kernels.ops.block_sparse_attention import BlockSparseAttention, block_sparse_attention
 from eff_kernels.ops.decode_attention import decode_attention
 from eff_kernels.ops.fp4_linear import fp4_linear
 from eff_kernels.ops.fp4_quantize import FP4Codes, fp4_dequantize, fp4_quantize
@@ -23,6 +24,7 @@ __all__ = [
     "AddRMSNorm",
     "Backend",
     "BackendError",
+    "BlockSparseAttention",
     "Explanation",
     "FP4Codes",
     "FP8Rows",
@@ -34,6 +36,7 @@ __all__ = [
     "Report",
     "SkippedModulesError",
     "add_rms_norm",
+    "block_sparse_attention",
     "decode_attention",
     "fits",
     "fp4_dequantize",

@@ -72,7 +72,7 @@ void na_plan_free(na_plan *p) {
 
 int na_tile_new(na_tile *t, const na_plan *p) {
   const int64_t wide = MAX(p->dp, p->dvp), both = p->dp + p->dvp;
-  const int64_t floats = NA_CHUNK * (both + 2 * NA_LANES) + NA_LANES * (2 * both + wide);
+  const int64_t floats = NA_CHUNK * (both + 2 * AT_LANES) + AT_LANES * (2 * both + wide);
   int64_t bits = 0;
   for (int axis = 0; axis < 3; axis++) bits += p->a->length[axis];
   float *f = eff_scratch((size_t)floats * 4 + (size_t)bits * 2);
@@ -80,13 +80,13 @@ int na_tile_new(na_tile *t, const na_plan *p) {
   t->p = p, t->memory = f;
   t->k = f, f += NA_CHUNK * p->dp;
   t->v = f, f += NA_CHUNK * p->dvp;
-  t->s = f, f += NA_CHUNK * NA_LANES;
-  t->s2 = f, f += NA_CHUNK * NA_LANES;
-  t->qr = f, f += NA_LANES * p->dp;
-  t->qt = f, f += NA_LANES * p->dp;
-  t->gr = f, f += NA_LANES * p->dvp;
-  t->gt = f, f += NA_LANES * p->dvp;
-  t->acc = f, f += NA_LANES * wide;
+  t->s = f, f += NA_CHUNK * AT_LANES;
+  t->s2 = f, f += NA_CHUNK * AT_LANES;
+  t->qr = f, f += AT_LANES * p->dp;
+  t->qt = f, f += AT_LANES * p->dp;
+  t->gr = f, f += AT_LANES * p->dvp;
+  t->gt = f, f += AT_LANES * p->dvp;
+  t->acc = f, f += AT_LANES * wide;
   uint16_t *h = (uint16_t *)f;
   for (int axis = 0; axis < 3; axis++) t->seen[axis] = h, h += p->a->length[axis];
   return 0;
@@ -100,12 +100,12 @@ void na_tile_set(na_tile *t, int64_t b, int64_t kv, int64_t index) {
   index /= p->count[3];
   for (int axis = 2; axis >= 0; axis--) t->span[axis] = &p->spans[axis][index % p->count[axis]], index /= p->count[axis];
 
-  int64_t real[3][NA_LANES];
+  int64_t real[3][AT_LANES];
   for (int axis = 0; axis < 3; axis++)
     for (int64_t i = 0; i < t->span[axis]->count; i++)
       real[axis][i] = (t->span[axis]->first + i) * a->dilation[axis] + t->span[axis]->group;
   const int64_t heads = MIN(p->size[3], (kv + 1) * p->group - t->first_head);
-  uint16_t at[3][NA_LANES] = {{0}}; /* lanes at each place of an axis */
+  uint16_t at[3][AT_LANES] = {{0}}; /* lanes at each place of an axis */
   t->every = 0;
   int lane = 0;
   for (int64_t i = 0; i < p->size[0]; i++)
@@ -136,19 +136,6 @@ void na_tile_set(na_tile *t, int64_t b, int64_t kv, int64_t index) {
   t->done_extra = 0;
 }
 
-/* A row of n features as floats, followed by zeros up to np. */
-INLINE void load_row(const eff_dtype dtype, const void *src, int64_t i, float *restrict out, int64_t n, int64_t np) {
-  if (dtype == EFF_F32) {
-    const float *f = (const float *)src + i;
-    int64_t c = 0;
-    for (; c + NA_W <= n; c += NA_W) na_store(out + c, na_load(f + c));
-    for (; c < n; c++) out[c] = f[c];
-  } else {
-    eff_load_row(dtype, eff_at(src, dtype, i), out, n);
-  }
-  for (int64_t c = n; c < np; c++) out[c] = 0.0f;
-}
-
 INLINE int next_keys(const eff_dtype dtype, na_tile *t) {
   const na_plan *p = t->p;
   const na_args *a = p->a;
@@ -171,8 +158,8 @@ INLINE int next_keys(const eff_dtype dtype, na_tile *t) {
         if (!mask) continue;
         const int64_t z = z0 + k * zd;
         t->mask[n] = mask, t->row[n] = row + z;
-        load_row(dtype, a->k, k_row + z * a->k_stride[3], t->k + n * p->dp, a->d, p->dp);
-        load_row(dtype, a->v, v_row + z * a->v_stride[3], t->v + n * p->dvp, a->dv, p->dvp);
+        at_load_row(dtype, a->k, k_row + z * a->k_stride[3], t->k + n * p->dp, a->d, p->dp);
+        at_load_row(dtype, a->v, v_row + z * a->v_stride[3], t->v + n * p->dvp, a->dv, p->dvp);
         n++;
       }
       if (k < n2) break; /* the chunk is full inside this line */
@@ -184,9 +171,9 @@ INLINE int next_keys(const eff_dtype dtype, na_tile *t) {
   for (; i >= n0 && t->done_extra < a->extra && n < NA_CHUNK; n++, t->done_extra++) {
     const int64_t m = t->done_extra;
     t->mask[n] = t->every, t->row[n] = tokens + m;
-    load_row(dtype, a->extra_k, t->b * a->extra_k_stride[0] + m * a->extra_k_stride[1] + t->kv * a->extra_k_stride[2],
+    at_load_row(dtype, a->extra_k, t->b * a->extra_k_stride[0] + m * a->extra_k_stride[1] + t->kv * a->extra_k_stride[2],
              t->k + n * p->dp, a->d, p->dp);
-    load_row(dtype, a->extra_v, t->b * a->extra_v_stride[0] + m * a->extra_v_stride[1] + t->kv * a->extra_v_stride[2],
+    at_load_row(dtype, a->extra_v, t->b * a->extra_v_stride[0] + m * a->extra_v_stride[1] + t->kv * a->extra_v_stride[2],
              t->v + n * p->dvp, a->dv, p->dvp);
   }
   for (; n % 4; n++) {
@@ -207,32 +194,13 @@ int na_next_keys(na_tile *t) {
 void na_lanes_load(const na_tile *t, const void *src, int strided, int64_t n, int64_t np, float scale, float *rows) {
   const na_args *a = t->p->a;
   const int64_t tokens = a->length[0] * a->length[1] * a->length[2];
-  for (int lane = 0; lane < NA_LANES; lane++, rows += np) {
+  for (int lane = 0; lane < AT_LANES; lane++, rows += np) {
     if (t->token[lane] < 0) {
       memset(rows, 0, (size_t)np * 4);
       continue;
     }
     const int64_t at = strided ? t->q_at[lane] : ((t->b * tokens + t->token[lane]) * a->heads + t->head[lane]) * n;
-    load_row((eff_dtype)a->dtype, src, at, rows, n, np);
+    at_load_row((eff_dtype)a->dtype, src, at, rows, n, np);
     for (int64_t c = 0; c < np; c++) rows[c] *= scale;
   }
-}
-
-/* dst[j, i] = src[i, j]; rows and columns are multiples of 4. */
-void na_transpose(const float *src, int64_t src_stride, float *dst, int64_t dst_stride, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i += 4)
-    for (int64_t j = 0; j < columns; j += 4) {
-      const float *s = src + i * src_stride + j;
-      float *o = dst + j * dst_stride + i;
-#if defined(__x86_64__)
-      __m128 a = _mm_loadu_ps(s), b = _mm_loadu_ps(s + src_stride), c = _mm_loadu_ps(s + 2 * src_stride);
-      __m128 d = _mm_loadu_ps(s + 3 * src_stride);
-      _MM_TRANSPOSE4_PS(a, b, c, d);
-      _mm_storeu_ps(o, a), _mm_storeu_ps(o + dst_stride, b), _mm_storeu_ps(o + 2 * dst_stride, c);
-      _mm_storeu_ps(o + 3 * dst_stride, d);
-#else
-      for (int x = 0; x < 4; x++)
-        for (int y = 0; y < 4; y++) o[y * dst_stride + x] = s[x * src_stride + y];
-#endif
-    }
 }

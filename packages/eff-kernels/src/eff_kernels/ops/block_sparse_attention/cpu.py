@@ -1,0 +1,92 @@
+"""Block-sparse attention in compiled code."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from eff_kernels import native
+from eff_kernels.native import DTYPE_CODES
+
+_ARGS = struct.Struct("9q4P9qd2q7P").pack  # the fields of args in block_sparse.c
+
+
+def reject(q: Tensor, *args: object) -> str | None:
+    """Why the compiled code cannot run this call."""
+    if not q.is_cpu:
+        return f"needs CPU tensors, got q on {q.device}"
+    if q.dtype not in DTYPE_CODES:
+        return f"takes float32, bfloat16 and float16, got {q.dtype}"
+    return native.unavailable()
+
+
+def reject_backward(grad: Tensor, grad_lse: Tensor, q: Tensor, *args: object) -> str | None:
+    """Why the compiled code cannot run this call."""
+    return reject(q)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    out = q.new_empty(*q.shape[:-1], v.size(-1))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    _call("eff_block_sparse", (q, k, v), block_map, block_q, block_k, scale, [out, lse], [])
+    return out, lse
+
+
+def block_sparse_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference; the sums have a fixed order, whatever the number of threads."""
+    gradients = [t.new_empty(t.shape) for t in (q, k, v)]
+    given = [out.contiguous(), lse.contiguous(), grad.to(q.dtype).contiguous(), grad_lse.float().contiguous()]
+    _call("eff_block_sparse_backward", (q, k, v), block_map, block_q, block_k, scale, given, gradients)
+    return gradients[0], gradients[1], gradients[2]
+
+
+def _call(
+    name: str,
+    tensors: Sequence[Tensor],
+    block_map: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    given: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    block_map = block_map.contiguous()
+    pointers = [t.data_ptr() for t in (*given, *gradients)]
+    failed = _kernel(name)(_ARGS(
+        q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), block_q, block_k,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), block_map.data_ptr(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        scale, DTYPE_CODES[q.dtype], native.threads_for(q.numel() * k.size(2)),
+        *pointers, *[0] * (7 - len(pointers)),
+    ))  # fmt: skip
+    if failed:
+        raise MemoryError(f"block_sparse_attention could not allocate scratch memory for q {list(q.shape)}")
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[[bytes], int]:
+    kernel = getattr(native.library(), name)
+    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    run: Callable[[bytes], int] = kernel
+    return run
