@@ -1,7 +1,7 @@
 """Triton kernels of block-sparse attention, backward. Not yet run on a GPU: compiled and interpreted only.
 
-Two passes without atomics: one over the blocks of queries for dQ, one over the blocks of keys for dK and dV, which walks
-over the columns of the map.
+Two passes without atomics: one over the blocks of queries for dQ, one over the blocks of keys for dK and dV, along the
+columns of the map.
 """
 
 from __future__ import annotations

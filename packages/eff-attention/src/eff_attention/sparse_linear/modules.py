@@ -1,0 +1,76 @@
+"""The attention of one layer: its settings and the learnt projection of the linear branch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eff_attention.sparse_linear.block_map import block_map
+from eff_attention.sparse_linear.config import SLAConfig
+from eff_attention.sparse_linear.functional import SparseLinearOutput, sparse_linear_attention
+
+
+class SparseLinearAttention(nn.Module):
+    """``sparse + linear W^T + b`` for q, k, v of a layer; W and b are zero at first, which is the sparse branch alone.
+
+    W and b are float32 whatever the model's dtype, and shared by all heads.
+
+    Attributes:
+        config: The settings, which may be replaced at any time.
+        proj: The projection, [head_dim, head_dim] with bias.
+        ran: How the last call ran: "sparse", "dense" (fewer keys than ``min_tokens``), "masked" (dense, with a mask),
+            or "" before the first.
+    """
+
+    def __init__(self, head_dim: int, config: SLAConfig | None = None, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config or SLAConfig()
+        self.ran = ""
+        self.proj = nn.Linear(head_dim, head_dim, device=device, dtype=torch.float32)
+        with torch.no_grad():
+            self.proj.weight.zero_()
+            self.proj.bias.zero_()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the blocks that the exact branch skips, 1 - k_high; may be set at run time."""
+        return 1 - self.config.k_high
+
+    @sparsity.setter
+    def sparsity(self, value: float) -> None:
+        high = 1 - value
+        self.config = dataclasses.replace(self.config, k_high=high, k_low=min(self.config.k_low, value))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """Attend, [B, H, L, D] to the same shape and dtype; k and v may have fewer heads.
+
+        Raises:
+            ValueError: q and k differ in length, or the head dimension is not that of the projection.
+        """
+        if q.size(2) != k.size(2):
+            raise ValueError(f"sparse-linear attention is self-attention, got {q.size(2)} queries, {k.size(2)} keys")
+        if v.size(-1) != self.proj.in_features:
+            raise ValueError(f"values have {v.size(-1)} features, the projection {self.proj.in_features}")
+        if k.size(2) < max(1, self.config.min_tokens):
+            self.ran = "dense"
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        self.ran = "sparse"
+        return self.branches(q, k, v, scale).combine(self.proj.weight, self.proj.bias)
+
+    def branches(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> SparseLinearOutput:
+        """The two branches before the projection."""
+        c = self.config
+        chosen = block_map(
+            q, k, k_high=c.k_high, k_low=c.k_low, block_q=c.block_q, block_k=c.block_k, smooth_k=c.smooth_k,
+            protect=c.protect,
+        )  # fmt: skip
+        return sparse_linear_attention(
+            q, k, v, chosen, feature_map=c.feature_map, linear_scope=c.linear_scope, scale=scale
+        )
+
+    def extra_repr(self) -> str:
+        """Settings that a printed model shows."""
+        return f"sparsity={self.sparsity:.3g}, k_low={self.config.k_low}, scope={self.config.linear_scope!r}"
