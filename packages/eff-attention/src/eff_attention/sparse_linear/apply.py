@@ -7,6 +7,7 @@ and rotary embeddings of the host stay what they are, and so do its state_dict k
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,7 +105,7 @@ def freeze_backbone(model: nn.Module) -> Handle:
     handle = Handle()
     kept = {id(p) for p in sla_parameters(model)}
     for p in model.parameters():
-        handle.on_remove(lambda p=p, before=p.requires_grad: p.requires_grad_(before))
+        handle.on_remove(functools.partial(p.requires_grad_, p.requires_grad))
         p.requires_grad_(id(p) in kept)
     return handle
 
@@ -208,7 +209,7 @@ def _attach(handle: Handle, host: nn.Module, name: str, attention: SparseLinearA
         del host._modules[NAME]
 
     host.add_module(NAME, attention)
-    host.forward = routed  # type: ignore[method-assign]
+    host.forward = routed
     handle.on_remove(restore)
 
 

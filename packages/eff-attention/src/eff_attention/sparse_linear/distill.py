@@ -68,7 +68,8 @@ class AttentionDistiller:
         if missing:
             raise RuntimeError(f"student and teacher have to run before each loss; nothing was seen of {missing}")
         errors = [(student[n] - teacher[n].detach()).float().square().mean() for n in self.layers]
-        student.clear(), teacher.clear()
+        student.clear()
+        teacher.clear()
         return self.weight(progress) * torch.stack(errors).mean()
 
     def remove(self) -> None:
