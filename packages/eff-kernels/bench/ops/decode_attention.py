@@ -64,7 +64,7 @@ def main() -> None:
             functions["eff, paged"] = lambda q=q, p=pages, n=lengths: decode_attention(q, *p[:2], n, block_table=p[2])
             functions["eff"] = lambda q=q, k=k, v=v, n=lengths: decode_attention(q, k, v, n)
             with torch.inference_mode():
-                truth = reference.decode_attention(q.double(), k.double(), v.double(), lengths, None, d**-0.5)
+                truth = reference.decode_attention(q.double(), k.double(), v.double(), lengths, None, 0, d**-0.5)
                 found = [
                     Provider(
                         name,

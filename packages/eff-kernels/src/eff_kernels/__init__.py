@@ -6,7 +6,7 @@ Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
 from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
 from eff_kernels.ops.block_sparse_attention import BlockSparseAttention, block_sparse_attention
-from eff_kernels.ops.decode_attention import decode_attention
+from eff_kernels.ops.decode_attention import ScoredAttention, decode_attention, scored_decode_attention
 from eff_kernels.ops.fp4_linear import fp4_linear
 from eff_kernels.ops.fp4_quantize import FP4Codes, fp4_dequantize, fp4_quantize
 from eff_kernels.ops.fp8_linear import fp8_linear
@@ -34,6 +34,7 @@ __all__ = [
     "NeighborhoodAttention",
     "Op",
     "Report",
+    "ScoredAttention",
     "SkippedModulesError",
     "add_rms_norm",
     "block_sparse_attention",
@@ -58,6 +59,7 @@ __all__ = [
     "replace_module",
     "rms_norm",
     "rope",
+    "scored_decode_attention",
     "select",
     "swiglu",
     "triton_backend",

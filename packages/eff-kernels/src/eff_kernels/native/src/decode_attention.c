@@ -13,13 +13,17 @@ typedef struct {
   const void *k, *v;
   eff_dtype dtype;
   int64_t batch, heads, kv_heads, d;
-  int64_t page;               /* keys per page; the whole cache is one page when it is contiguous */
-  int64_t page_stride, head_stride, key_stride;
-  const int32_t *table;       /* [batch, max_pages]; NULL: page b belongs to sequence b */
-  int64_t max_pages;
+  int64_t page;               /* keys per page, or per run of a contiguous cache; all of it when there is no table */
+  int64_t seq_stride, entry_stride, head_stride, key_stride; /* entry e of sequence b lies at b * seq_stride + e * entry_stride */
+  const int32_t *table;       /* [batch, max_pages] or [batch, kv_heads, max_pages]; NULL: entry 0 */
+  int64_t table_seq, table_head;
   const int32_t *lengths;
   int64_t splits;
   float *partial; /* [batch, kv_heads, splits, group, d + 2]: sum, maximum, weight */
+  float *records; /* [batch, kv_heads, pieces, group, 2]: weight and its maximum for each piece of the keys; NULL: not wanted */
+  int64_t piece, pieces;
+  float *mass; /* [batch, kv_heads, mass_blocks] */
+  int64_t mass_block, mass_blocks;
   void *out;
   eff_dtype out_dtype;
 } job;
@@ -97,9 +101,9 @@ INLINE void add_values(eff_dtype dtype, const int NH, const float *weights, cons
   }
 }
 
-/* One block of keys for NH query heads: scores, running maximum and weight, values. */
+/* One block of keys for NH query heads: scores, running maximum and weight, values; its own weight is added to `record`. */
 INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q, const char *key, const char *value, int keys, float *sum,
-                     float *top, float *weight) {
+                     float *top, float *weight, float *record) {
   float scores[4 * KEYS];
   const int64_t bytes = j->key_stride * (int64_t)eff_size(dtype);
   score_keys(dtype, NH, q, key, bytes, j->d, keys, scores);
@@ -117,7 +121,12 @@ INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q
       total += e;
     }
     top[h] = best;
-    weight[h] = weight[h] * shrink + eff_vsum(total);
+    const float own = eff_vsum(total);
+    weight[h] = weight[h] * shrink + own;
+    if (record) {
+      float *r = record + 2 * h;
+      r[0] = (r[0] == 0.0f ? 0.0f : r[0] * expf(r[1] - best)) + own, r[1] = best;
+    }
     if (shrink != 1.0f)
       for (int64_t c = 0; c < j->d; c++) sum[h * j->d + c] *= shrink;
   }
@@ -126,12 +135,12 @@ INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q
 
 #define BLOCK(DTYPE, NH)                                                                                                         \
   static __attribute__((noinline)) void block_##DTYPE##_##NH(const job *j, const float *q, const char *key, const char *value,   \
-                                                             int keys, float *sum, float *top, float *weight) {                  \
-    block_of(DTYPE, NH, j, q, key, value, keys, sum, top, weight);                                                               \
+                                                             int keys, float *sum, float *top, float *weight, float *record) {   \
+    block_of(DTYPE, NH, j, q, key, value, keys, sum, top, weight, record);                                                       \
   }
 #define BLOCKS(DTYPE) BLOCK(DTYPE, 1) BLOCK(DTYPE, 2) BLOCK(DTYPE, 3) BLOCK(DTYPE, 4)
 BLOCKS(EFF_F32) BLOCKS(EFF_BF16) BLOCKS(EFF_F16)
-typedef void (*block_fn)(const job *, const float *, const char *, const char *, int, float *, float *, float *);
+typedef void (*block_fn)(const job *, const float *, const char *, const char *, int, float *, float *, float *, float *);
 static const block_fn blocks[3][4] = {{block_EFF_F32_1, block_EFF_F32_2, block_EFF_F32_3, block_EFF_F32_4},
                                       {block_EFF_BF16_1, block_EFF_BF16_2, block_EFF_BF16_3, block_EFF_BF16_4},
                                       {block_EFF_F16_1, block_EFF_F16_2, block_EFF_F16_3, block_EFF_F16_4}};
@@ -147,13 +156,14 @@ static void attend(void *ctx, int64_t item) {
   const int64_t end = MIN(j->lengths[b], (split + 1) * SPLIT);
   for (int64_t key = split * SPLIT; key < end;) {
     const int64_t in_page = key % j->page;
-    const int keys = (int)MIN(MIN(KEYS, end - key), j->page - in_page);
-    const int64_t page = j->table ? j->table[b * j->max_pages + key / j->page] : b;
-    const int64_t at = page * j->page_stride + kv * j->head_stride + in_page * j->key_stride;
+    const int keys = (int)MIN(MIN(j->piece - key % j->piece, end - key), j->page - in_page);
+    const int64_t entry = j->table ? j->table[b * j->table_seq + kv * j->table_head + key / j->page] : 0;
+    const int64_t at = b * j->seq_stride + entry * j->entry_stride + kv * j->head_stride + in_page * j->key_stride;
+    float *record = j->records ? j->records + ((b * j->kv_heads + kv) * j->pieces + key / j->piece) * group * 2 : NULL;
     for (int64_t h = 0; h < group; h += 4) {
       const int nh = (int)MIN(4, group - h);
       blocks[j->dtype][nh - 1](j, j->q + (b * j->heads + kv * group + h) * j->d, eff_at(j->k, j->dtype, at), eff_at(j->v, j->dtype, at),
-                               keys, sum + h * j->d, top + h, weight + h);
+                               keys, sum + h * j->d, top + h, weight + h, record ? record + 2 * h : NULL);
     }
     key += keys;
   }
@@ -180,6 +190,11 @@ static void merge(const job *j) {
     }
     const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
     for (int64_t c = 0; c < j->d; c++) out[c] *= inverse;
+    if (j->records)
+      for (int64_t p = 0, kv = head / group; p < j->pieces; p++) {
+        const float *r = j->records + ((kv * j->pieces + p) * group + h) * 2;
+        if (r[0] != 0.0f) j->mass[kv * j->mass_blocks + p * j->piece / j->mass_block] += r[0] * inverse * expf(r[1] - top);
+      }
     eff_store_row(j->out_dtype, out, eff_at_mut(j->out, j->out_dtype, head * j->d), j->d);
   }
   free(out);
@@ -190,51 +205,63 @@ typedef struct {
   int64_t q_dtype;
   const void *k, *v;
   int64_t dtype, batch, heads, kv_heads, d;
-  int64_t pages, page, page_stride, head_stride, key_stride;
+  int64_t pages, page, page_stride, head_stride, key_stride; /* of the cache [pages, kv_heads, page, d] */
   const int32_t *table;
-  int64_t max_pages;
+  int64_t max_pages, per_head; /* whether each key-value head has a table of its own */
+  int64_t run;                 /* 0, or keys of a run: entries are first rows of runs inside of the sequence's own page */
   const int32_t *lengths;
   double scale;
   void *out;
+  float *mass; /* NULL, or [batch, kv_heads, mass_blocks], zero */
+  int64_t mass_block, mass_blocks;
   int64_t threads;
 } args;
 
 /* Whether every key that would be read lies in the cache. */
 static int inside(const args *a) {
-  const int64_t room = a->table ? a->page * a->max_pages : a->page;
+  const int64_t keys = a->run ? a->run : a->page, room = a->table ? keys * a->max_pages : a->page;
   for (int64_t b = 0; b < a->batch; b++) {
     if (a->lengths[b] < 0 || a->lengths[b] > room) return 0;
-    for (int64_t i = 0; a->table && i * a->page < a->lengths[b]; i++) {
-      const int32_t page = a->table[b * a->max_pages + i];
-      if (page < 0 || page >= a->pages) return 0;
+    for (int64_t h = 0; a->table && h < (a->per_head ? a->kv_heads : 1); h++) {
+      const int32_t *entries = a->table + (a->per_head ? b * a->kv_heads + h : b) * a->max_pages;
+      for (int64_t i = 0; i * keys < a->lengths[b]; i++) {
+        const int64_t limit = a->run ? a->page - MIN(keys, a->lengths[b] - i * keys) : a->pages - 1;
+        if (entries[i] < 0 || entries[i] > limit) return 0;
+      }
     }
   }
   return 1;
 }
 
 /* out[batch, heads, d] (contiguous) for q of the same shape; d a multiple of 8. Keys and values share dtype and strides; the
- * last dimension is contiguous. Returns 0, 1 when memory ran out, 2 when a length or a page number lies outside the cache. */
+ * last dimension is contiguous. Returns 0, 1 when memory ran out, 2 when a length or an entry lies outside the cache. */
 EXPORT int eff_decode_attention(const args *a) {
   const int64_t batch = a->batch, heads = a->heads, kv_heads = a->kv_heads, d = a->d;
   const int32_t *lengths = a->lengths;
   int threads = (int)a->threads;
   if (batch == 0) return 0;
   if (!inside(a)) return 2;
-  int64_t longest = 0, total = 0;
+  int64_t longest = 0, total = 0, piece = KEYS;
   for (int64_t b = 0; b < batch; b++) longest = MAX(longest, lengths[b]), total += lengths[b];
   if (total * kv_heads * d < 16384) threads = 1;
+  while (a->mass && a->mass_block % piece) piece /= 2;
   /* Cut at the same keys whatever the batch and the threads are: the sums of a sequence are its own. */
-  const int64_t splits = MAX(1, (longest + SPLIT - 1) / SPLIT);
+  const int64_t splits = MAX(1, (longest + SPLIT - 1) / SPLIT), pieces = a->mass ? (longest + piece - 1) / piece : 0;
+  const int inner = a->run || !a->table; /* entries lie inside of the sequence's own page */
   job j = {.k = a->k, .v = a->v, .dtype = (eff_dtype)a->dtype, .batch = batch, .heads = heads, .kv_heads = kv_heads, .d = d,
-           .page = a->page, .page_stride = a->page_stride, .head_stride = a->head_stride, .key_stride = a->key_stride,
-           .table = a->table, .max_pages = a->max_pages, .lengths = lengths, .splits = splits, .out = a->out,
-           .out_dtype = (eff_dtype)a->q_dtype};
-  float *scratch = eff_scratch((size_t)(batch * heads * (d + splits * (d + 2))) * 4);
+           .page = a->run ? a->run : a->page, .seq_stride = inner ? a->page_stride : 0,
+           .entry_stride = inner ? a->key_stride : a->page_stride, .head_stride = a->head_stride, .key_stride = a->key_stride,
+           .table = a->table, .table_seq = a->max_pages * (a->per_head ? kv_heads : 1), .table_head = a->per_head ? a->max_pages : 0,
+           .lengths = lengths, .splits = splits, .piece = piece, .pieces = pieces, .mass = a->mass, .mass_block = a->mass_block,
+           .mass_blocks = a->mass_blocks, .out = a->out, .out_dtype = (eff_dtype)a->q_dtype};
+  const int64_t partials = batch * heads * splits * (d + 2), records = batch * heads * pieces * 2;
+  float *scratch = eff_scratch((size_t)(batch * heads * d + partials + records) * 4);
   if (!scratch) return 1;
   float *scaled = scratch;
   eff_load_row((eff_dtype)a->q_dtype, a->q, scaled, batch * heads * d);
   for (int64_t i = 0; i < batch * heads * d; i++) scaled[i] *= (float)a->scale;
   j.q = scaled, j.partial = scratch + batch * heads * d;
+  if (records) j.records = memset(j.partial + partials, 0, (size_t)records * 4);
   eff_parallel_for(batch * kv_heads * splits, threads, attend, &j);
   merge(&j);
   free(scratch);

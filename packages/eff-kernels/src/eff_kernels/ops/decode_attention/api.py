@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from eff_kernels.op import Backend, Op, triton_backend
 from eff_kernels.ops.decode_attention import cpu, reference
 
+
+class ScoredAttention(NamedTuple):
+    """What `scored_decode_attention` returns.
+
+    Attributes:
+        output: [B, H, D] of the dtype of the queries, as `decode_attention` gives it.
+        mass: float32 [B, KV, blocks]: the weights of each block of keys, summed over the query heads that share them.
+    """
+
+    output: Tensor
+    mass: Tensor
+
+
 OP = Op(
     "decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? block_table, float scale) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? block_table, int run, float scale) -> Tensor",
     [
         Backend("cpu", cpu.decode_attention, cpu.reject),
         triton_backend("eff_kernels.ops.decode_attention.triton"),
         Backend("reference", reference.decode_attention),
     ],
-    fake=lambda q, k, v, lengths, block_table, scale: q.new_empty(q.shape),
+    fake=lambda q, *_: q.new_empty(q.shape),
+)
+
+
+def _allocate_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    run: int,
+    score_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    blocks = reference.num_blocks(k, block_table, run, score_block)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.size(0), k.size(1), blocks, dtype=wide)
+
+
+SCORED = Op(
+    "scored_decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? block_table, int run, int score_block, float scale)"
+    " -> (Tensor, Tensor)",
+    [
+        Backend("cpu", cpu.scored_decode_attention, cpu.reject),
+        triton_backend("eff_kernels.ops.decode_attention.triton", run="run_scored", reject="reject_scored"),
+        Backend("reference", reference.scored_decode_attention),
+    ],
+    fake=_allocate_scored,
 )
 
 
@@ -27,6 +70,7 @@ def decode_attention(
     lengths: Tensor,
     *,
     block_table: Tensor | None = None,
+    run: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -41,7 +85,10 @@ def decode_attention(
         v: Values, like ``k``.
         lengths: Number of keys of each sequence, int32 [B]; with 0 the output is zero.
         block_table: For a paged cache, int32 [B, max_pages]: key j of sequence b is row j % page of page
-            block_table[b, j // page]. Entries beyond the length are not read.
+            block_table[b, j // page]. Entries beyond the length are not read. With [B, KV, max_pages] each key-value
+            head has a table of its own, and so attends to keys of its own choice.
+        run: Makes ``block_table`` choose rows of a cache [B, KV, S, D] that has no pages: key j of sequence b is its
+            row block_table[b, j // run] + j % run. A run may begin at any row.
         scale: Factor of the scores; D ** -0.5 by default.
         backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
 
@@ -49,15 +96,63 @@ def decode_attention(
         [B, H, D] of the dtype of ``q``.
 
     Raises:
-        ValueError: shapes do not fit, or, on the CPU, a length or a page number lies outside the cache.
+        ValueError: shapes do not fit, or, on the CPU, a length or an entry lies outside the cache.
         TypeError: a dtype is not as stated.
         BackendError: the named backend cannot run this call; the message says why.
     """
+    _check(q, k, v, lengths, block_table, run)
+    return OP(q, k, v, lengths, block_table, run or 0, _scale(q, scale), backend=backend)
+
+
+def scored_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *,
+    score_block: int,
+    block_table: Tensor | None = None,
+    run: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> ScoredAttention:
+    """Attend as `decode_attention` does, and say how much weight each block of keys got.
+
+    mass[b, g, n] = sum of the softmax weights of keys n * score_block to (n + 1) * score_block - 1 over the query heads
+    of key-value head g; a row of it sums to H / KV. The weights are those of the output, so it costs one pass.
+
+    Args:
+        q: Queries, [B, H, D].
+        k: Keys, as for `decode_attention`.
+        v: Values, like ``k``.
+        lengths: Number of keys of each sequence, int32 [B].
+        score_block: Keys of a block. A GPU takes multiples of 64 (32 for heads wider than 128, 16 in float32).
+        block_table: As for `decode_attention`.
+        run: As for `decode_attention`.
+        scale: Factor of the scores; D ** -0.5 by default.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `decode_attention`, or ``score_block`` is less than 1.
+    """
+    _check(q, k, v, lengths, block_table, run)
+    if score_block < 1:
+        raise ValueError(f"score_block must be 1 or more, got {score_block}")
+    return ScoredAttention(
+        *SCORED(q, k, v, lengths, block_table, run or 0, score_block, _scale(q, scale), backend=backend)
+    )
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.size(-1) ** -0.5 if scale is None else float(scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int | None) -> None:
     if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or k.size(3) != q.size(2):
         raise ValueError(
             f"q [B, H, D], k and v [B, KV, S, D] do not fit: got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    batch, heads, d = q.shape
+    batch, heads, _ = q.shape
     if k.size(1) == 0 or heads % k.size(1):
         raise ValueError(f"the number of query heads, {heads}, must be a multiple of the key-value heads, {k.size(1)}")
     if not (q.is_floating_point() and k.is_floating_point()) or k.dtype != v.dtype:
@@ -67,9 +162,10 @@ def decode_attention(
         raise TypeError(f"lengths and block_table must be int32, got {seen}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must have shape [{batch}], got {list(lengths.shape)}")
-    if block_table is None:
-        if k.size(0) != batch:
-            raise ValueError(f"k and v must hold {batch} sequences, as q does, got {k.size(0)}")
-    elif block_table.dim() != 2 or block_table.size(0) != batch:
-        raise ValueError(f"block_table must have shape [{batch}, max_pages], got {list(block_table.shape)}")
-    return OP(q, k, v, lengths, block_table, d**-0.5 if scale is None else float(scale), backend=backend)
+    if run is not None and (run < 1 or block_table is None):
+        raise ValueError(f"run must be 1 or more and goes with a block_table, got run={run}")
+    if (block_table is None or run) and k.size(0) != batch:
+        raise ValueError(f"k and v must hold {batch} sequences, as q does, got {k.size(0)}")
+    if block_table is not None and block_table.shape[:-1] not in ((batch,), (batch, k.size(1))):
+        wanted = f"[{batch}, max_pages] or [{batch}, {k.size(1)}, max_pages]"
+        raise ValueError(f"block_table must have shape {wanted}, got {list(block_table.shape)}")

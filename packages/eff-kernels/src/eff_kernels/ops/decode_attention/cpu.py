@@ -12,12 +12,12 @@ from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.ops.decode_attention.reference import check_cache
+from eff_kernels.ops.decode_attention.reference import check_cache, num_blocks
 
-_ARGS = struct.Struct("PqPPqqqqqqqqqqPqPdPq").pack  # the fields of args in decode_attention.c
+_ARGS = struct.Struct("PqPPqqqqqqqqqqPqqqPdPPqqq").pack  # the fields of args in decode_attention.c
 
 
-def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> str | None:
+def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, *options: float) -> str | None:
     """Why the compiled code cannot run this call."""
     if not q.is_cpu:
         return f"needs CPU tensors, got q on {q.device}"
@@ -32,25 +32,49 @@ def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float
 ) -> Tensor:
     """As the reference."""
+    return _attend(q, k, v, lengths, block_table, run, scale, None, 1)
+
+
+def scored_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    run: int,
+    score_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    mass = torch.zeros(q.size(0), k.size(1), num_blocks(k, block_table, run, score_block))
+    return _attend(q, k, v, lengths, block_table, run, scale, mass, score_block), mass
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float,
+    mass: Tensor | None, score_block: int,
+) -> Tensor:  # fmt: skip
     q = q.contiguous()
     lengths = lengths.contiguous()
     out = torch.empty_like(q)
     (batch, heads, d), (pages, kv_heads, page, _) = q.shape, k.shape
     page_stride, head_stride, key_stride, _ = k.stride()
-    table = max_pages = 0
+    table = max_pages = per_head = 0
     if block_table is not None:
         block_table = block_table.contiguous()
-        table, max_pages = block_table.data_ptr(), block_table.size(1)
+        table, max_pages, per_head = block_table.data_ptr(), block_table.size(-1), block_table.dim() == 3
     failed = _kernel()(_ARGS(
         q.data_ptr(), DTYPE_CODES[q.dtype], k.data_ptr(), v.data_ptr(), DTYPE_CODES[k.dtype],
         batch, heads, kv_heads, d, pages, page, page_stride, head_stride, key_stride,
-        table, max_pages, lengths.data_ptr(), scale, out.data_ptr(), torch.get_num_threads(),
+        table, max_pages, per_head, run, lengths.data_ptr(), scale, out.data_ptr(),
+        0 if mass is None else mass.data_ptr(), score_block, 0 if mass is None else mass.size(2),
+        torch.get_num_threads(),
     ))  # fmt: skip
     if failed == 2:
-        check_cache(k, lengths, block_table)
+        check_cache(k, lengths, block_table, run)
     if failed:
         raise MemoryError(f"decode_attention could not allocate scratch memory for q {list(q.shape)}")
     return out

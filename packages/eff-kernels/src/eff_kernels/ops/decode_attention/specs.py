@@ -34,6 +34,31 @@ def paged(k: Tensor, v: Tensor, page: int, generator: torch.Generator) -> tuple[
     return pages[0], pages[1], place.view(batch, count).to(device=k.device, dtype=torch.int32)
 
 
+def _runs(name: str, b: int, h: int, kv: int, s: int, d: int, run: int, count: int, *, per_head: bool) -> Spec:
+    """Rows chosen from a cache without pages, the last run cut short."""
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        q = draw.normal(b, h, d)
+        k, v = (draw.normal(b, kv, s, d) for _ in range(2))
+        lengths = draw.integers(b, low=0, high=run * count, dtype=torch.int32)
+        shape = (b, kv, count) if per_head else (b, count)
+        return q, k, v, lengths, draw.integers(*shape, low=0, high=s - run + 1, dtype=torch.int32)
+
+    return Spec(name, make, kwargs={"run": run})
+
+
+def _page_choice(name: str, b: int, h: int, kv: int, pages: int, page: int, d: int, count: int) -> Spec:
+    """Each key-value head has pages of its own choice."""
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        q = draw.normal(b, h, d)
+        k, v = (draw.normal(pages, kv, page, d) for _ in range(2))
+        lengths = draw.integers(b, low=0, high=page * count + 1, dtype=torch.int32)
+        return q, k, v, lengths, draw.integers(b, kv, count, low=0, high=pages, dtype=torch.int32)
+
+    return Spec(name, make)
+
+
 SPECS = (
     _case("smollm2", 2, 9, 3, 70, 64),
     _case("multi-query", 3, 8, 1, 130, 40),
@@ -41,5 +66,16 @@ SPECS = (
     _case("long", 1, 4, 2, 1100, 16),
     _case("wide-head", 2, 10, 2, 65, 128, scale=0.3),
     _case("float-cache", 2, 6, 2, 33, 32, cache=torch.float32),
+    _runs("runs", 2, 6, 2, 150, 32, 16, 7, per_head=False),
+    _runs("runs-of-each-head", 3, 9, 3, 200, 64, 48, 6, per_head=True),
+    _page_choice("pages-of-each-head", 2, 4, 2, 9, 32, 16, 20),
     _case("no-batch", 0, 4, 2, 8, 16, tags=["empty"]),
 )
+
+
+def scored(spec: Spec, score_block: int) -> Spec:
+    """The same call of `scored_decode_attention`."""
+    return Spec(spec.name, spec.make, {**spec.kwargs, "score_block": score_block}, spec.tags)
+
+
+SCORED_SPECS = tuple(scored(s, n) for s, n in zip(SPECS, (64, 128, 64, 64, 64, 192, 64, 64, 128, 64), strict=True))

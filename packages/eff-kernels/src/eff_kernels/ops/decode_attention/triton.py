@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eff_kernels.autotune import INTERPRET, AotCase
-from eff_kernels.ops.decode_attention.reference import check_cache
+from eff_kernels.ops.decode_attention.reference import check_cache, num_blocks, room
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LONGEST_HEAD = 256
@@ -28,9 +28,11 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit
 def _decode_chunk_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, table_stride, parts_ptr, tops_ptr, sums_ptr, scale, group, d, chunk,
-    page, page_stride, head_stride, key_stride,
-    PAGED: tl.constexpr, NARROW: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, table_stride, table_head, parts_ptr, tops_ptr, sums_ptr,
+    weights_ptr, blocks, scale, group, d, chunk,
+    page, sequence_stride, entry_stride, head_stride, key_stride,
+    PAGED: tl.constexpr, SCORED: tl.constexpr, NARROW: tl.constexpr,
+    BG: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     heads = tl.num_programs(1)
     sequence, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -49,10 +51,11 @@ def _decode_chunk_kernel(
         key_S = start + tl.arange(0, BS)
         inside_S = key_S < last
         if PAGED:
-            number_S = tl.load(table_ptr + sequence * table_stride + key_S // page, inside_S, other=0)
-            row_S = number_S.to(tl.int64) * page_stride + (key_S % page) * key_stride
+            entries_ptr = table_ptr + sequence * table_stride + head * table_head
+            number_S = tl.load(entries_ptr + key_S // page, inside_S, other=0)
+            row_S = sequence * sequence_stride + number_S.to(tl.int64) * entry_stride + (key_S % page) * key_stride
         else:
-            row_S = sequence * page_stride + key_S.to(tl.int64) * key_stride
+            row_S = sequence * sequence_stride + key_S.to(tl.int64) * key_stride
         offset_SD = (row_S + head.to(tl.int64) * head_stride)[:, None] + feature_D[None, :]
         mask_SD = inside_S[:, None] & (feature_D < d)[None, :]
         k_SD = tl.load(k_ptr + offset_SD, mask_SD, other=0.0).to(q_GD.dtype)
@@ -61,7 +64,10 @@ def _decode_chunk_kernel(
         new_G = tl.maximum(top_G, tl.max(score_GS, 1))
         weight_GS = tl.exp2(score_GS - new_G[:, None])
         shrink_G = tl.exp2(top_G - new_G)
-        sum_G = sum_G * shrink_G + tl.sum(weight_GS, 1)
+        own_G = tl.sum(weight_GS, 1)
+        sum_G = sum_G * shrink_G + own_G
+        if SCORED:
+            tl.store(weights_ptr + query_G * blocks + start // BS, new_G + tl.log2(own_G), row_G < group)
         v_SD = tl.load(v_ptr + offset_SD, mask_SD, other=0.0).to(q_GD.dtype)
         out_GD = tl.dot(weight_GS.to(q_GD.dtype), v_SD, out_GD * shrink_G[:, None], input_precision="ieee")
         top_G = new_G
@@ -92,7 +98,7 @@ def _join_chunks_kernel(
     tl.store(out_ptr + query * d + feature_D, out_D.to(out_ptr.dtype.element_ty), feature_D < d)
 
 
-def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> str | None:
+def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, *options: float) -> str | None:
     others = [k, v, lengths] if block_table is None else [k, v, lengths, block_table]
     if any(t.device != q.device for t in others):
         return f"needs all tensors on one device, got q on {q.device} and others on {[str(t.device) for t in others]}"
@@ -106,28 +112,77 @@ def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float) -> Tensor:
+def reject_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    run: int,
+    score_block: int,
+    scale: float,
+) -> str | None:
+    step = _block(q.size(1) // k.size(1), q.size(2), q.dtype)["BS"]
+    if score_block % step:
+        return f"takes blocks of multiples of {step} keys here, got score_block={score_block}"
+    if q.dtype == torch.float32 and q.size(2) > 128:  # spills registers
+        return f"takes float32 heads up to 128, got {q.size(2)}"
+    return reject(q, k, v, lengths, block_table)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float) -> Tensor:
     """As the reference."""
+    return _attend(q, k, v, lengths, block_table, run, scale, None)
+
+
+def run_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    run: int,
+    score_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the reference. The kernel leaves the logarithm of the weight of each of its blocks."""
+    batch, heads, kv_heads = q.size(0), q.size(1), k.size(1)
+    step = _block(heads // kv_heads, q.size(2), q.dtype)["BS"]
+    blocks = num_blocks(k, block_table, run, score_block)
+    shape = batch, heads, blocks * (score_block // step)
+    weights = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    out = _attend(q, k, v, lengths, block_table, run, scale, weights)
+    shares = torch.softmax(weights / _LOG2E, -1).masked_fill(lengths[:, None, None] == 0, 0.0)
+    return out, shares.view(batch, kv_heads, heads // kv_heads, blocks, score_block // step).sum((2, 4))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float,
+    weights: Tensor | None,
+) -> Tensor:  # fmt: skip
     if lengths.is_cpu:  # under the interpreter; on a GPU, looking at the values would stall the stream
-        check_cache(k, lengths, block_table)
+        check_cache(k, lengths, block_table, run)
     batch, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    room = k.size(2) if block_table is None else k.size(2) * block_table.size(1)
-    if out.numel() == 0 or room == 0:
+    most = room(k, block_table, run)
+    if out.numel() == 0 or most == 0:
         return out.zero_()
     q, lengths = q.contiguous(), lengths.contiguous()
     table = lengths if block_table is None else block_table.contiguous()
     group = heads // k.size(1)
     block = _block(group, d, q.dtype)
-    chunk = max(_CHUNK, triton.cdiv(triton.cdiv(room, _CHUNKS), block["BS"]) * block["BS"])
-    chunks = triton.cdiv(room, chunk)
+    chunk = max(_CHUNK, triton.cdiv(triton.cdiv(most, _CHUNKS), block["BS"]) * block["BS"])
+    chunks = triton.cdiv(most, chunk)
     parts = torch.empty(batch, heads, chunks, d, dtype=torch.float32, device=q.device)
     tops, sums = torch.empty(2, batch, heads, chunks, dtype=torch.float32, device=q.device)
     page_stride, head_stride, key_stride, _ = k.stride()
+    inner = run or block_table is None  # entries lie inside of the sequence's own part of the cache
     _decode_chunk_kernel[(batch, k.size(1), chunks)](
-        q, k, v, lengths, table, table.stride(0), parts, tops, sums, scale * _LOG2E, group, d, chunk,
-        k.size(2), page_stride, head_stride, key_stride,
-        PAGED=block_table is not None, NARROW=q.dtype == k.dtype and not INTERPRET, **block,
+        q, k, v, lengths, table, table.stride(0), table.stride(1) if table.dim() == 3 else 0, parts, tops, sums,
+        tops if weights is None else weights, 0 if weights is None else weights.size(2),
+        scale * _LOG2E, group, d, chunk,
+        run or k.size(2), page_stride if inner else 0, key_stride if inner else page_stride, head_stride, key_stride,
+        PAGED=block_table is not None, SCORED=weights is not None, NARROW=q.dtype == k.dtype and not INTERPRET, **block,
     )  # fmt: skip
     _join_chunks_kernel[(batch * heads,)](
         parts, tops, sums, lengths, out, heads, d, chunk, chunks,
@@ -148,23 +203,28 @@ def _aot_cases() -> list[AotCase]:
     cases = []
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for group, d in ((3, 64), (4, 128), (8, 256)):
-            for is_paged in (False, True):
+            for is_paged, is_scored in ((False, False), (True, False), (True, True)):
+                if is_scored and name == "fp32" and d > 128:
+                    continue
                 block: dict[str, Any] = _block(group, d, dtype)
                 options = {key: block.pop(key) for key in ("num_warps", "num_stages")}
                 pointers = {
                     "q_ptr": f"*{name}", "k_ptr": f"*{name}", "v_ptr": f"*{name}", "lengths_ptr": "*i32",
                     "table_ptr": "*i32", "parts_ptr": "*fp32", "tops_ptr": "*fp32", "sums_ptr": "*fp32",
+                    "weights_ptr": "*fp32",
                 }  # fmt: skip
-                sizes = ("table_stride", "group", "d", "chunk", "page", "page_stride", "head_stride", "key_stride")
+                odd = ("table_stride", "table_head", "blocks", "group")
+                strides = ("sequence_stride", "entry_stride", "head_stride", "key_stride")
+                sizes = (*odd, "d", "chunk", "page", *strides)
                 cases.append(
                     AotCase(
-                        name=f"{name}-{d}-{'paged' if is_paged else 'contiguous'}",
+                        name=f"{name}-{d}-{'paged' if is_paged else 'contiguous'}{'-scored' if is_scored else ''}",
                         kernel=_decode_chunk_kernel,
                         signature={**pointers, **dict.fromkeys(sizes, "i32"), "scale": "fp32"},
-                        constexprs={"PAGED": is_paged, "NARROW": name != "fp32", **block},
+                        constexprs={"PAGED": is_paged, "SCORED": is_scored, "NARROW": name != "fp32", **block},
                         options=options,
                         mma=None if name == "fp32" else "any",
-                        unaligned=("table_stride", "group"),
+                        unaligned=odd,
                     )
                 )
     floats = ("parts_ptr", "tops_ptr", "sums_ptr")
