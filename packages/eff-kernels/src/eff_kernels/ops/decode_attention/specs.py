@@ -73,9 +73,9 @@ SPECS = (
 )
 
 
-def scored(spec: Spec, score_block: int) -> Spec:
-    """The same call of `scored_decode_attention`."""
-    return Spec(spec.name, spec.make, {**spec.kwargs, "score_block": score_block}, spec.tags)
-
-
-SCORED_SPECS = tuple(scored(s, n) for s, n in zip(SPECS, (64, 128, 64, 64, 64, 192, 64, 64, 128, 64), strict=True))
+_SCORE_BLOCKS = {"smollm2": 64, "multi-query": 128, "runs-of-each-head": 192, "pages-of-each-head": 128, "no-batch": 64}
+SCORED_SPECS = tuple(
+    Spec(s.name, s.make, {**s.kwargs, "score_block": _SCORE_BLOCKS[s.name]}, s.tags)
+    for s in SPECS
+    if s.name in _SCORE_BLOCKS
+)
