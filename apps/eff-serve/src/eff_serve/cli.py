@@ -27,6 +27,9 @@ class Model:
         max_batch: Most answers generated at once.
         kv_gib: Most memory for keys and values, in GiB; taken as it fills.
         threads: CPU threads; by default PyTorch's choice.
+        layer_reuse: Policy file of layer reuse: long sequences decode with fewer keys in some layers.
+        reuse_top_k: Keys that these layers attend to; by default what the file says, or 2048.
+        reuse_min_len: Tokens from which on they do; by default what the file says, or 2048.
     """
 
     model: str | None = None
@@ -36,6 +39,9 @@ class Model:
     max_batch: int = 16
     kv_gib: float = 1.0
     threads: int | None = None
+    layer_reuse: Path | None = None
+    reuse_top_k: int | None = None
+    reuse_min_len: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +153,9 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             max_model_len=model.max_model_len,
             max_batch=model.max_batch,
             kv_gib=model.kv_gib,
+            layer_reuse=model.layer_reuse,
+            reuse_top_k=model.reuse_top_k,
+            reuse_min_len=model.reuse_min_len,
             max_waiting=max_waiting,
         )
     except (FileNotFoundError, ValueError) as error:

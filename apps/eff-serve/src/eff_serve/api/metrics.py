@@ -29,6 +29,7 @@ class _EngineGauges(Collector):
         for name, text, value in (
             ("eff_num_requests_running", "Sequences that are being generated.", stats.running),
             ("eff_num_requests_waiting", "Sequences in the waiting line.", stats.waiting),
+            ("eff_num_requests_layer_reuse", "Sequences that decode with layer reuse.", stats.reusing),
             ("eff_kv_cache_usage_perc", "Part of the key-value cache in use, from 0 to 1.", stats.kv_usage),
         ):
             family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -20,6 +20,7 @@ from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.linear import FloatLinear, Linear
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import load_linear
+from eff_serve.engine.reuse import LayerReuse
 from eff_serve.engine.weights import Checkpoint
 
 PAGE = 32
@@ -105,6 +106,7 @@ class Decoder:
         self.head = FloatLinear(head)
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
+        self.reuse: LayerReuse | None = None
         shape = (num_pages, c.num_kv_heads, PAGE, d)
         self.keys = [_untouched(shape) for _ in range(c.num_layers)]
         self.values = [_untouched(shape) for _ in range(c.num_layers)]
@@ -128,10 +130,14 @@ class Decoder:
         rows = torch.arange(tokens.size(0))
         at = self._cache_rows(block_table[rows, positions // PAGE].long(), positions)
         lengths = (positions + 1).to(torch.int32)
+        step = None if self.reuse is None else self.reuse.step(lengths.tolist(), block_table)
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
             self._write(layer, at, k_TGD, v_TGD)
-            return decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=block_table)
+            keys, values = self.keys[layer], self.values[layer]
+            if step is not None:
+                return step.attend(layer, q_THD, keys, values)
+            return decode_attention(q_THD, keys, values, lengths, block_table=block_table)
 
         # Tokens of different sequences: a batch of sequences of length one for the rotation.
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)

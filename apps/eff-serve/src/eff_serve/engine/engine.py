@@ -115,7 +115,9 @@ class BatchEngine:
     def stats(self) -> EngineStats:
         """Counts at this moment."""
         used = self._pool.num_pages - self._pool.free
-        return EngineStats(len(self._running), len(self._waiting), used / self._pool.num_pages)
+        reuse = getattr(self.decoder, "reuse", None)
+        reusing = 0 if reuse is None else reuse.count([len(s.tokens) for s in list(self._running) if s.pending == 1])
+        return EngineStats(len(self._running), len(self._waiting), used / self._pool.num_pages, reusing)
 
     def start(self) -> None:
         """Start the engine's thread."""

@@ -12,6 +12,7 @@ from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
+from eff_serve.engine.reuse import read_reuse
 from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
 
@@ -37,6 +38,9 @@ def load_engine(
     max_batch: int = 16,
     max_waiting: int = 64,
     kv_gib: float = 1.0,
+    layer_reuse: Path | None = None,
+    reuse_top_k: int | None = None,
+    reuse_min_len: int | None = None,
     progress: bool = True,
 ) -> LoadedModel:
     """Load a model for serving.
@@ -53,6 +57,9 @@ def load_engine(
         max_batch: Most sequences that run at once.
         max_waiting: Most requests in line behind them.
         kv_gib: Memory for keys and values, in GiB.
+        layer_reuse: Policy file of `eff_attention.layer_reuse`: long sequences decode with fewer keys in some layers.
+        reuse_top_k: Keys that these layers attend to, instead of what the file says.
+        reuse_min_len: Length from which on they do, instead of what the file says.
         progress: Show progress bars on standard error.
 
     Raises:
@@ -71,6 +78,8 @@ def load_engine(
         page_bytes = config.bytes_per_key * PAGE
     else:
         page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
+    if layer_reuse is None and (reuse_top_k is not None or reuse_min_len is not None):
+        raise ValueError("reuse_top_k and reuse_min_len need a policy in layer_reuse")
     num_pages = int(kv_gib * 2**30 / page_bytes)
     if num_pages < 1:
         raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
@@ -80,6 +89,12 @@ def load_engine(
         if isinstance(config, HFConfig)
         else _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
     )
+    if layer_reuse is not None:
+        if not isinstance(decoder, Decoder):
+            raise ValueError("layer_reuse is for models that run on eff's own decoder, and this one does not")
+        decoder.reuse = read_reuse(
+            layer_reuse, top_k=reuse_top_k, min_seq_len=reuse_min_len, num_layers=len(decoder.layers), page=PAGE
+        )
     engine = BatchEngine(
         decoder,
         tokenizer_file=folder / "tokenizer.json",
@@ -91,6 +106,8 @@ def load_engine(
     stored = config.quantization if isinstance(config, DecoderConfig) else None
     kind = quantize or (describe(stored) if stored else "float weights")
     weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
+    if isinstance(decoder, Decoder) and decoder.reuse is not None:
+        weights += f", {decoder.reuse}"
     return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
 
 

@@ -80,11 +80,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Snapshot for /metrics: counts of requests, and the use of the key-value cache from 0 to 1."""
+    """Snapshot for /metrics: counts of requests, and the use of the key-value cache from 0 to 1.
+
+    Attributes:
+        reusing: Running requests that are long enough for layer reuse.
+    """
 
     running: int
     waiting: int
     kv_usage: float
+    reusing: int = 0
 
 
 class QueueFullError(RuntimeError):

@@ -1,0 +1,62 @@
+"""Settings of layer reuse at run time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReuseConfig:
+    """How many keys a reusing layer reads, and from which length on.
+
+    Attributes:
+        top_k: Keys that a reusing layer attends to, a multiple of ``block_size``.
+        block_size: Keys of a block; whole blocks are chosen, separately by each key-value head.
+        must_select: Blocks that are chosen always, counted from the first (0, 1, ...) or the last (-1, -2, ...) of a
+            sequence. -1, which holds the current token, must be among them.
+        min_seq_len: Sequences up to this length run dense attention, as if nothing had been applied.
+    """
+
+    top_k: int = 2048
+    block_size: int = 128
+    must_select: tuple[int, ...] = (0, -2, -1)
+    min_seq_len: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size}; a block holds at least one key")
+        if self.top_k % self.block_size:
+            raise ValueError(f"top_k={self.top_k} is not a multiple of block_size={self.block_size}")
+        if -1 not in self.must_select:
+            raise ValueError(f"must_select={self.must_select} lacks -1, the block of the current token")
+        if self.top_k < self.block_size * len(set(self.must_select)):
+            raise ValueError(
+                f"top_k={self.top_k} has no room for the {len(set(self.must_select))} blocks of must_select"
+            )
+        if self.min_seq_len < self.top_k:
+            raise ValueError(f"min_seq_len={self.min_seq_len} is less than top_k={self.top_k}; nothing would be saved")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a reusing layer attends to."""
+        return self.top_k // self.block_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReuseConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown.
+        """
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"LayerReuseConfig has no {sorted(unknown)}")
+        must_select = values.get("must_select")
+        return cls(**values) if must_select is None else cls(**{**values, "must_select": tuple(must_select)})

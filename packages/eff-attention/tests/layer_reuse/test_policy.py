@@ -1,0 +1,29 @@
+import pytest
+from eff_attention.layer_reuse import LayerReusePolicy
+
+
+def test_comes_back_from_its_file(tmp_path):
+    policy = LayerReusePolicy(("full", "anchor", "reuse"), (-1, -1, 1), 0.5, {"text": "a novel"})
+    policy.save(tmp_path / "policy.json")
+    assert LayerReusePolicy.load(tmp_path / "policy.json") == policy
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        (("full",), (-1, -1), "as long as each other"),
+        (("sparse",), (-1,), "layer 0 has kind 'sparse'"),
+        (("full", "anchor"), (-1, 0), "layer 1 is of kind 'anchor' and must have source -1, got 0"),
+        (("full", "reuse"), (-1, 1), "layer 1 must reuse one of the layers 0 to 0, got source 1"),
+        (("full", "reuse"), (-1, -1), "got source -1"),
+        (("full", "reuse", "reuse"), (-1, 0, 1), "layer 2 reuses layer 1, which chooses nothing itself"),
+    ],
+)
+def test_refuses_plans_that_cannot_run(kind, source, message):
+    with pytest.raises(ValueError, match=message):
+        LayerReusePolicy(kind, source)
+
+
+def test_refuses_another_format():
+    with pytest.raises(ValueError, match="has format 1, got None"):
+        LayerReusePolicy.from_dict({})
