@@ -18,12 +18,14 @@ from eff_kernels.ops.linear import linear
 from eff_kernels.ops.neighborhood_attention import NeighborhoodAttention, neighborhood_attention
 from eff_kernels.ops.rms_norm import AddRMSNorm, add_rms_norm, rms_norm
 from eff_kernels.ops.rope import rope
+from eff_kernels.ops.sparse_linear_attention import BlockMap, SparseLinearOutput, block_map, sparse_linear_attention
 from eff_kernels.ops.swiglu import swiglu
 
 __all__ = [
     "AddRMSNorm",
     "Backend",
     "BackendError",
+    "BlockMap",
     "BlockSparseAttention",
     "Explanation",
     "FP4Codes",
@@ -36,7 +38,9 @@ __all__ = [
     "Report",
     "ScoredAttention",
     "SkippedModulesError",
+    "SparseLinearOutput",
     "add_rms_norm",
+    "block_map",
     "block_sparse_attention",
     "decode_attention",
     "fits",
@@ -61,6 +65,7 @@ __all__ = [
     "rope",
     "scored_decode_attention",
     "select",
+    "sparse_linear_attention",
     "swiglu",
     "triton_backend",
 ]

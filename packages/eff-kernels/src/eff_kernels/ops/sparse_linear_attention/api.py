@@ -1,0 +1,109 @@
+"""sparse_linear_attention: checks of the arguments, then dispatch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eff_kernels.op import Backend, Op
+from eff_kernels.ops.sparse_linear_attention import reference
+from eff_kernels.ops.sparse_linear_attention.autograd import backward, setup_context
+from eff_kernels.ops.sparse_linear_attention.blocks import BlockMap, check_heads, num_blocks
+
+
+class SparseLinearOutput(NamedTuple):
+    """What `sparse_linear_attention` returns.
+
+    Attributes:
+        sparse: Softmax attention over the critical blocks, [B, H, L, Dv] of the dtype of q; zero for a query block
+            without one.
+        linear: Linear attention over the blocks in scope, like ``sparse``; zero for a query block without one.
+        lse: Natural logarithm of the sum of the exponentials of the critical scores, float32 [B, H, L]; with it results
+            over different keys can be joined. Minus infinity for a query block without a critical key.
+    """
+
+    sparse: Tensor
+    linear: Tensor
+    lse: Tensor
+
+
+def _allocate(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(*q.shape[:-1], v.size(-1))
+    return out, torch.empty_like(out), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+OP = Op(
+    "sparse_linear_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor mask, int block_q, int block_k, str feature_map, str linear_scope, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    [Backend("reference", reference.sparse_linear_attention)],
+    fake=_allocate,
+    setup_context=setup_context,
+    backward=backward,
+)
+
+
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    *,
+    feature_map: str = "softmax",
+    linear_scope: str = "marginal",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> SparseLinearOutput:
+    """Attend exactly to the critical key blocks of each query block, and linearly to others.
+
+    sparse[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j] over the keys j of critical blocks;
+    linear[i] = phi(q[i]) . (sum_j phi(k[j]) v[j]^T) / phi(q[i]) . (sum_j phi(k[j])) over the keys j of blocks in scope.
+    Sums are in float32. No mask, not causal. Differentiable in q, k and v through all three outputs.
+
+    Args:
+        q: [B, H, L, D].
+        k: [B, Hkv, Lk, D] of the same dtype; H must be a multiple of Hkv, and query head h reads key-value head
+            h // (H / Hkv).
+        v: [B, Hkv, Lk, Dv].
+        block_map: Classes of the pairs of blocks, from `block_map` or made by hand.
+        feature_map: phi, "softmax" over the features, "elu" for elu + 1, or "relu"; it takes q and k unscaled.
+        linear_scope: Blocks of the linear branch: "marginal", "noncritical" (marginal and negligible), or "all".
+        scale: Factor of the scores; D ** -0.5 by default.
+        backend: "auto", "cpu", "triton" or "reference". A named backend runs or raises; it never falls back.
+
+    Raises:
+        ValueError: shapes do not fit, or a name is unknown; the message has the value and what is wanted.
+        TypeError: a dtype or a kind of tensor is not as stated.
+        BackendError: the named backend cannot run this call; the message says why.
+    """
+    _check(q, k, v, block_map, feature_map, linear_scope)
+    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    return SparseLinearOutput(*OP(q, k, v, *block_map, feature_map, linear_scope, scale, backend=backend))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, feature_map: str, linear_scope: str) -> None:
+    check_heads(q, k)
+    if v.is_nested or v.layout != torch.strided:
+        raise TypeError("sparse-linear attention takes dense tensors, got a sparse or nested one")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv] do not fit: got {list(k.shape)}, {list(v.shape)}")
+    if v.dtype != q.dtype or v.device != q.device:
+        raise TypeError(f"v must be like q, {q.dtype} on {q.device}, got {v.dtype} on {v.device}")
+    mask, block_q, block_k = blocks
+    if block_q < 1 or block_k < 1:
+        raise ValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
+    wanted = [*q.shape[:2], num_blocks(q.size(2), block_q), num_blocks(k.size(2), block_k)]
+    if list(mask.shape) != wanted:
+        raise ValueError(
+            f"the mask must be {wanted} for {q.size(2)} queries in blocks of {block_q} and {k.size(2)} keys in blocks "
+            f"of {block_k}, got {list(mask.shape)}"
+        )
+    if mask.dtype != torch.int8 or mask.device != q.device:
+        raise TypeError(f"the mask must be torch.int8 on {q.device}, got {mask.dtype} on {mask.device}")
+    if feature_map not in reference.FEATURE_MAPS:
+        raise ValueError(f"unknown feature_map {feature_map!r}; use one of {reference.FEATURE_MAPS}")
+    if linear_scope not in reference.LINEAR_SCOPES:
+        raise ValueError(f"unknown linear_scope {linear_scope!r}; use one of {reference.LINEAR_SCOPES}")
