@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
-from eff_kernels.ops.sparse_linear_attention import reference
+from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.ops.sparse_linear_attention import cpu, reference
 from eff_kernels.ops.sparse_linear_attention.autograd import backward, setup_context
 from eff_kernels.ops.sparse_linear_attention.blocks import BlockMap, check_heads, num_blocks
 
@@ -39,7 +39,11 @@ OP = Op(
     "sparse_linear_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor mask, int block_q, int block_k, str feature_map, str linear_scope, "
     "float scale) -> (Tensor, Tensor, Tensor)",
-    [Backend("reference", reference.sparse_linear_attention)],
+    [
+        Backend("cpu", cpu.sparse_linear_attention, cpu.reject),
+        triton_backend("eff_kernels.ops.sparse_linear_attention.triton"),
+        Backend("reference", reference.sparse_linear_attention),
+    ],
     fake=_allocate,
     setup_context=setup_context,
     backward=backward,

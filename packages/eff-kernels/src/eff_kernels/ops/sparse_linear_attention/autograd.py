@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op
-from eff_kernels.ops.sparse_linear_attention import reference
+from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.ops.sparse_linear_attention import cpu, reference
 
 
 def _allocate(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -19,7 +19,11 @@ BACKWARD_OP = Op(
     "(Tensor grad_sparse, Tensor grad_linear, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor mask, "
     "Tensor sparse, Tensor linear, Tensor lse, int block_q, int block_k, str feature_map, str linear_scope, "
     "float scale) -> (Tensor, Tensor, Tensor)",
-    [Backend("reference", reference.sparse_linear_attention_backward)],
+    [
+        Backend("cpu", cpu.sparse_linear_attention_backward, cpu.reject_backward),
+        triton_backend("eff_kernels.ops.sparse_linear_attention.triton", run="run_backward", reject="reject_backward"),
+        Backend("reference", reference.sparse_linear_attention_backward),
+    ],
     fake=_allocate,
 )
 
