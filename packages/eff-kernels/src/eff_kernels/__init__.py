@@ -18,8 +18,10 @@ from eff_kernels.ops.linear import linear
 from eff_kernels.ops.neighborhood_attention import NeighborhoodAttention, neighborhood_attention
 from eff_kernels.ops.rms_norm import AddRMSNorm, add_rms_norm, rms_norm
 from eff_kernels.ops.rope import rope
+from eff_kernels.ops.self_gated_scan import SelfGatedScanOutput, self_gated_scan
 from eff_kernels.ops.sparse_linear_attention import BlockMap, SparseLinearOutput, block_map, sparse_linear_attention
 from eff_kernels.ops.swiglu import swiglu
+from eff_kernels.ops.taylor_linear_attention import TaylorAttentionOutput, taylor_linear_attention, taylor_state_shape
 
 __all__ = [
     "AddRMSNorm",
@@ -37,8 +39,10 @@ __all__ = [
     "Op",
     "Report",
     "ScoredAttention",
+    "SelfGatedScanOutput",
     "SkippedModulesError",
     "SparseLinearOutput",
+    "TaylorAttentionOutput",
     "add_rms_norm",
     "block_map",
     "block_sparse_attention",
@@ -65,7 +69,10 @@ __all__ = [
     "rope",
     "scored_decode_attention",
     "select",
+    "self_gated_scan",
     "sparse_linear_attention",
     "swiglu",
+    "taylor_linear_attention",
+    "taylor_state_shape",
     "triton_backend",
 ]

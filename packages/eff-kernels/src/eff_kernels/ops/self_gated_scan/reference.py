@@ -1,0 +1,57 @@
+"""self_gated_scan in plain PyTorch, by the matrix of all weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def self_gated_scan(
+    score: Tensor, v: Tensor, state: Tensor | None, return_state: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output; highest score so far and sum of the exponentials below it, both [B, H, T]; state or empty tensor."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    s, values = score.to(wide), v.to(wide).repeat_interleave(score.size(1) // v.size(1), 1)
+    seen = torch.ones(s.size(-1), s.size(-1), dtype=torch.bool, device=s.device).tril()
+    tops = s.detach().cummax(-1).values
+    if state is not None:
+        mean, total, top = state.to(wide).split([v.size(-1), 1, 1], -1)
+        tops = torch.maximum(tops, top)
+    base = torch.where(tops == -torch.inf, 0, tops)  # where no key was seen yet
+    weight = (torch.where(seen, s.unsqueeze(-2), -torch.inf) - base.unsqueeze(-1)).exp()
+    totals, sums = weight.sum(-1), weight @ values
+    if state is not None:
+        past = total * (top - base).exp()
+        totals, sums = totals + past, sums + past.unsqueeze(-1) * mean.unsqueeze(-2)
+    out = sums / torch.where(totals == 0, 1, totals).unsqueeze(-1)
+    final = state_after(out, totals, tops, state, return_state)
+    return out.to(v.dtype), tops, totals.detach(), final
+
+
+def self_gated_scan_backward(
+    grad: Tensor, score: Tensor, v: Tensor, out: Tensor, tops: Tensor, totals: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients to score and v."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (score, v)]
+        again = self_gated_scan(*leaves, state, False)[0]
+    dscore, dv = torch.autograd.grad(again, leaves, grad.to(again.dtype))
+    return dscore, dv
+
+
+def empty_state(score: Tensor, v: Tensor) -> Tensor:
+    """The state [B, H, Dv + 2] before any token: mean of the values, sum of the exponentials, highest score."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    state = score.new_zeros(score.size(0), score.size(1), v.size(-1) + 2, dtype=wide)
+    state[..., -1] = -torch.inf
+    return state
+
+
+def state_after(out: Tensor, totals: Tensor, tops: Tensor, state: Tensor | None, wanted: bool) -> Tensor:
+    """The state after the last token, or an empty tensor; it carries no gradient."""
+    if not wanted:
+        return out.new_empty(0)
+    if out.size(2):
+        last = [out[:, :, -1], totals[..., -1:], tops[..., -1:]]
+        return torch.cat(last, -1).detach()
+    return empty_state(tops, out) if state is None else state.to(out.dtype, copy=True)
