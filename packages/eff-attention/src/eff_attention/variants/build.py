@@ -86,7 +86,7 @@ def swap_layers_(
         first = variants[1]
         if not (first.qk_norm or getattr(layers[0].self_attn, "q_norm", None) is not None):
             warnings.warn(
-                "non_approximate in every layer diverges in training without norms on queries and keys; set qk_norm=True",
+                "non_approximate in every layer diverges in training without norms on queries and keys: qk_norm=True",
                 stacklevel=2,
             )
     mixers = {i: _mixer(layers[i - 1].self_attn, settings, match_params) for i, settings in variants.items()}

@@ -1,4 +1,4 @@
-"""What a mixer keeps of the past, as a layer of a transformers `Cache`. Imports transformers: import it in functions."""
+"""What a mixer keeps of the past, in a transformers `Cache`. Import it in functions: it loads transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
-class VariantCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class VariantCacheLayer(CacheLayerMixin):
     """A state of fixed size, or values that grow, or nothing but the number of tokens.
 
     Attributes:

@@ -87,12 +87,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     decoder = getattr(model, "model", model)
     if not (hasattr(decoder, "layers") and hasattr(decoder, "embed_tokens") and hasattr(decoder, "rotary_emb")):
         raise TypeError(
-            f"wanted a decoder with embed_tokens, layers and rotary_emb, as Llama and Qwen have, got {type(model).__name__}"
+            f"wanted a decoder with embed_tokens, layers and rotary_emb, as in Llama, got {type(model).__name__}"
         )
-    return decoder  # type: ignore[no-any-return]
+    return decoder
 
 
-def share_context(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def share_context(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The hook: adds ``variant_context`` to the arguments of a decoder's forward."""
     names = list(inspect.signature(type(decoder).forward).parameters)[1:]
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -141,6 +143,5 @@ def _place(context: VariantContext, mask: Any, positions: Tensor | None, past: i
         context.key_mask = mask.bool()
         context.key_positions = (context.key_mask.cumsum(-1) - 1).clamp(min=0)
         context.query_positions = context.key_positions[:, -length:]
-    elif positions is not None and not past and not torch.compiler.is_compiling():
-        if (positions.diff(dim=-1) != 1).any():
-            raise ValueError("position_ids do not count up by one: attention variants take no packed sequences")
+    elif positions is not None and not torch.compiler.is_compiling() and (positions.diff(dim=-1) != 1).any():
+        raise ValueError("position_ids do not count up by one: attention variants take no packed sequences")

@@ -6,6 +6,7 @@ B: batch. T: present tokens, S: past and present tokens. H, Hkv: heads of querie
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -82,7 +83,8 @@ class _Projected(VariantMixer):
         norms = (getattr(host, "q_norm", None), getattr(host, "k_norm", None))
         if settings.qk_norm and None in norms:
             weight = self.q_proj.weight
-            norms = tuple(nn.RMSNorm(self.head_dim, 1e-6, device=weight.device, dtype=weight.dtype) for _ in "qk")
+            make = functools.partial(nn.RMSNorm, self.head_dim, 1e-6, device=weight.device, dtype=weight.dtype)
+            norms = make(), make()
         self.q_norm, self.k_norm = norms
 
     def query_key(self, source: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ class _Projected(VariantMixer):
 
 
 class TaylorAttention(_Projected):
-    """"approximate": weights 1 + s + s^2 / 2 in the place of exp(s), normalised together."""
+    """Kind "approximate": weights 1 + s + s^2 / 2 in the place of exp(s), normalised together."""
 
     def mix(self, hidden: Tensor, rotation: Rotation | None, context: VariantContext, layer: Any) -> Tensor:
         """By the features in time linear in the tokens; the cache holds their sums."""
@@ -123,7 +125,7 @@ class TaylorAttention(_Projected):
 
 
 class SelfGatedSoftmax(_Projected):
-    """"non_approximate": the score of a key is the product with the query of its own position, silu(W_q h)."""
+    """Kind "non_approximate": the score of a key is the product with the query of its own position, silu(W_q h)."""
 
     def mix(self, hidden: Tensor, rotation: Rotation | None, context: VariantContext, layer: Any) -> Tensor:
         """By a running mean; the cache holds it."""
@@ -146,7 +148,7 @@ class SelfGatedSoftmax(_Projected):
 
 
 class StaticMapAttention(_Projected):
-    """"rnd_emb_qk", "fixed_seq_qk": queries and keys of a constant sequence that runs through the same layers."""
+    """Kind "rnd_emb_qk", "fixed_seq_qk": queries and keys of a constant sequence that runs through the same layers."""
 
     def mix(self, hidden: Tensor, rotation: Rotation | None, context: VariantContext, layer: Any) -> Tensor:
         """One map for the whole batch, unless there is padding; the cache holds values alone."""
@@ -175,12 +177,14 @@ class StaticMapAttention(_Projected):
 
 
 class StaticEmbAttention(_Projected):
-    """"static_emb_qk": queries and keys of the input's embeddings, whatever the layer."""
+    """Kind "static_emb_qk": queries and keys of the input's embeddings, whatever the layer."""
 
     def mix(self, hidden: Tensor, rotation: Rotation | None, context: VariantContext, layer: Any) -> Tensor:
         """Attention whose map follows from the token ids; the cache holds keys and values."""
         if self.layer_idx not in context.embeddings:
-            raise ValueError(f"layer {self.layer_idx} makes its map from embeddings, which only the decoder can hand it")
+            raise ValueError(
+                f"layer {self.layer_idx} makes its map from embeddings, which only the decoder can hand it"
+            )
         q, k = self.query_key(context.embeddings[self.layer_idx], rotation)
         v = self.heads(self.v_proj(hidden))
         if layer is not None:

@@ -63,7 +63,8 @@ INLINE void scan_head_backward(const eff_dtype dtype, const scan_args *a, int64_
   const char *v = values_of(a, item);
   const float *tops = a->tops + first, *totals = a->totals + first;
   float *restrict pull = a->running + item * d;
-  float gs[CHUNK], os[CHUNK], vs[CHUNK], mass = 0.0f; /* sum of the weights times grad . out */
+  float gs[CHUNK], os[CHUNK], vs[CHUNK];
+  double mass = 0.0; /* sum of the weights times grad . out */
   memset(pull, 0, (size_t)d * 4);
   for (int64_t t = a->tokens - 1; t >= 0; t--) {
     const float gate = totals[t] > 0.0f ? expf(score_at(a, first + t) - tops[t]) / totals[t] : totals[t];
@@ -96,7 +97,7 @@ INLINE void scan_head_backward(const eff_dtype dtype, const scan_args *a, int64_
       on[0] += on[l];
     }
     mass = mass * keep + along[0];
-    a->dscore[first + t] = gate * (on[0] - mass);
+    a->dscore[first + t] = gate * (float)(on[0] - mass);
   }
 }
 

@@ -74,8 +74,8 @@ def self_gated_scan(
 ) -> SelfGatedScanOutput:
     """Mean of all values up to each token, weighted by the exponential of a score that belongs to the value.
 
-    output[i] = sum_{j <= i} exp(score[j]) v[j] / sum_{j <= i} exp(score[j]), in float32, by a running mean: time is linear
-    in the tokens, and no exponential is taken of a positive number, so that scores may be of any size.
+    output[i] = sum_{j <= i} exp(score[j]) v[j] / sum_{j <= i} exp(score[j]), in float32, by a running mean: time is
+    linear in the tokens, and no exponential is taken of a positive number, so that scores may be of any size.
 
     Args:
         score: [B, H, T] of any float dtype; -inf hides a key. A token with no key to see gives zeros.

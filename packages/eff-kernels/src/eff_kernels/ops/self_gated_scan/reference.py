@@ -12,18 +12,16 @@ def self_gated_scan(
     """Output; highest score so far and sum of the exponentials below it, both [B, H, T]; state or empty tensor."""
     wide = torch.promote_types(v.dtype, torch.float32)
     s, values = score.to(wide), v.to(wide).repeat_interleave(score.size(1) // v.size(1), 1)
-    seen = torch.ones(s.size(-1), s.size(-1), dtype=torch.bool, device=s.device).tril()
     tops = s.detach().cummax(-1).values
     if state is not None:
         mean, total, top = state.to(wide).split([v.size(-1), 1, 1], -1)
         tops = torch.maximum(tops, top)
-    base = torch.where(tops == -torch.inf, 0, tops)  # where no key was seen yet
-    weight = (torch.where(seen, s.unsqueeze(-2), -torch.inf) - base.unsqueeze(-1)).exp()
+    weight = _weights(s, tops)
     totals, sums = weight.sum(-1), weight @ values
     if state is not None:
-        past = total * (top - base).exp()
+        past = total * (top - _finite(tops)).exp()
         totals, sums = totals + past, sums + past.unsqueeze(-1) * mean.unsqueeze(-2)
-    out = sums / torch.where(totals == 0, 1, totals).unsqueeze(-1)
+    out = sums / _not_zero(totals).unsqueeze(-1)
     final = state_after(out, totals, tops, state, return_state)
     return out.to(v.dtype), tops, totals.detach(), final
 
@@ -31,12 +29,28 @@ def self_gated_scan(
 def self_gated_scan_backward(
     grad: Tensor, score: Tensor, v: Tensor, out: Tensor, tops: Tensor, totals: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to score and v."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (score, v)]
-        again = self_gated_scan(*leaves, state, False)[0]
-    dscore, dv = torch.autograd.grad(again, leaves, grad.to(again.dtype))
-    return dscore, dv
+    """Gradients to score and v: with the weights p, p^T grad to v, and sum_i p_ij grad_i . (v_j - out_i) to score."""
+    g, values = grad.to(totals.dtype), v.to(totals.dtype).repeat_interleave(score.size(1) // v.size(1), 1)
+    weight = _weights(score.to(totals.dtype), tops) / _not_zero(totals).unsqueeze(-1)
+    along = (g * out).sum(-1, keepdim=True)
+    dscore = (weight * (g @ values.mT - along)).sum(-2)
+    dv = (weight.mT @ g).unflatten(1, (v.size(1), -1)).sum(2) if v.size(1) != score.size(1) else weight.mT @ g
+    return dscore.to(score.dtype), dv.to(v.dtype)
+
+
+def _weights(s: Tensor, tops: Tensor) -> Tensor:
+    """exp(s_j - tops_i) for j <= i, and zeros."""
+    seen = torch.ones(s.size(-1), s.size(-1), dtype=torch.bool, device=s.device).tril()
+    return (torch.where(seen, s.unsqueeze(-2), -torch.inf) - _finite(tops).unsqueeze(-1)).exp()
+
+
+def _finite(tops: Tensor) -> Tensor:
+    """0 where no key was seen yet."""
+    return torch.where(tops == -torch.inf, 0, tops)
+
+
+def _not_zero(totals: Tensor) -> Tensor:
+    return torch.where(totals == 0, 1, totals)
 
 
 def empty_state(score: Tensor, v: Tensor) -> Tensor:

@@ -60,9 +60,9 @@ def taylor_linear_attention(
 ) -> TaylorAttentionOutput:
     """Causal attention whose weights are the Taylor polynomial of exp instead of exp.
 
-    output[i] = sum_{j <= i} w_ij v[j] / sum_{j <= i} w_ij with w_ij = 1 + s_ij + s_ij^2 / 2 and s_ij = scale q[i] . k[j],
-    in float32. A weight is never below 1/2. Since w_ij = f(scale q[i]) . f(k[j]) for F = 1 + D + D (D + 1) / 2 features,
-    the past is one matrix a head, and time is linear in the tokens.
+    output[i] = sum_{j <= i} w_ij v[j] / sum_{j <= i} w_ij, with w_ij = 1 + s_ij + s_ij^2 / 2 and s_ij = scale q[i] .
+    k[j], in float32. A weight is never below 1/2. As w_ij = f(scale q[i]) . f(k[j]) for F = 1 + D + D (D + 1) / 2
+    features, the past is one matrix a head, and time is linear in the tokens.
 
     Args:
         q: [B, H, T, D].

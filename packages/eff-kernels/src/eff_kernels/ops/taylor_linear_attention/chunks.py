@@ -15,6 +15,7 @@ from eff_kernels.ops.taylor_linear_attention.reference import (
     features,
     features_backward,
     num_features,
+    numerator_gradient,
     safe,
     taylor_state_shape,
     with_ones,
@@ -50,25 +51,25 @@ def forward(
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    q_, k_, v_, carried = _by_head(q, k, v, key_mask, scale, state)
+    q_, k_, v_, carried = by_head(q, k, v, key_mask, scale, state)
     total = v_.new_empty(*q_.shape[:-1], v_.size(-1))
     final = v_.new_zeros(taylor_state_shape(k, v) if return_state else 0)
     for heads in _slabs(q_, chunk_size):
         qs, ks, vs, before = q_[heads], k_[heads], v_[heads], None if carried is None else carried[heads]
-        for start, stop in _spans(0, q.size(2), chunk_size):
-            for a, b in _spans(start, stop, _ROWS):
+        for start, stop in spans(0, q.size(2), chunk_size):
+            for a, b in spans(start, stop, _ROWS):
                 rows = qs[:, :, a:b].flatten(1, 2)
                 part = _causal(_polynomial(rows @ ks[:, start:b].mT), a, b) @ vs[:, start:b]
                 if before is not None:
                     part.baddbmm_(features(rows).mT, before)
                 total[heads, :, a:b] = part.unflatten(1, (-1, b - a))
             if stop < q.size(2) or return_state:
-                before = _add(before, features(ks[:, start:stop]) @ vs[:, start:stop])
+                before = add(before, features(ks[:, start:stop]) @ vs[:, start:stop])
         if return_state and before is not None:
             final.flatten(0, 1)[heads] = before
     norm = total[..., -1]
     out = (total[..., :-1] / safe(norm).unsqueeze(-1)).to(q.dtype)
-    return out.view(*q.shape[:-1], v.size(-1)), norm.reshape(q.shape[:-1]).contiguous(), final
+    return out.view(*q.shape[:-1], v.size(-1)), norm.clone().view(q.shape[:-1]), final
 
 
 def backward(
@@ -84,14 +85,14 @@ def backward(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference: forwards over the chunks for the queries, backwards for keys and values."""
-    q_, k_, v_, carried = _by_head(q, k, v, key_mask, scale, state)
-    g_ = numerator_gradient(grad, out, norm).view(*q_.shape[:-1], -1)
+    q_, k_, v_, carried = by_head(q, k, v, key_mask, scale, state)
+    g_ = numerator_gradient(grad, out, norm).view(*q_.shape[:-1], v.size(-1) + 1)
     dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
     for heads in _slabs(q_, chunk_size):
         qs, ks, vs, gs = q_[heads], k_[heads], v_[heads], g_[heads]
-        before, spans = None if carried is None else carried[heads], list(_spans(0, q.size(2), chunk_size))
-        for start, stop in spans:
-            for a, b in _spans(start, stop, _ROWS):
+        before, chunks = None if carried is None else carried[heads], list(spans(0, q.size(2), chunk_size))
+        for start, stop in chunks:
+            for a, b in spans(start, stop, _ROWS):
                 rows, cols = qs[:, :, a:b].flatten(1, 2), slice(start, b)
                 g = gs[:, :, a:b].flatten(1, 2)
                 score = rows @ ks[:, cols].mT
@@ -103,29 +104,23 @@ def backward(
                 dk[heads, cols].baddbmm_(dscore.mT, rows)
                 dv[heads, cols].baddbmm_(_causal(_polynomial(score), a, b).mT, g)
             if stop < q.size(2):
-                before = _add(before, features(ks[:, start:stop]) @ vs[:, start:stop])
+                before = add(before, features(ks[:, start:stop]) @ vs[:, start:stop])
         after = None
-        for start, stop in reversed(spans):
+        for start, stop in reversed(chunks):
             if after is not None:
                 span = ks[:, start:stop]
                 dk[heads, start:stop] += features_backward(span, after @ vs[:, start:stop].mT)
                 dv[heads, start:stop] += features(span).mT @ after
             if start:
-                after = _add(after, features(qs[:, :, start:stop].flatten(1, 2)) @ gs[:, :, start:stop].flatten(1, 2))
-    dv = dv[..., :-1] if key_mask is None else dv[..., :-1] * _mask_by_head(key_mask, k)
+                after = add(after, features(qs[:, :, start:stop].flatten(1, 2)) @ gs[:, :, start:stop].flatten(1, 2))
+    dv = dv[..., :-1] if key_mask is None else dv[..., :-1] * mask_by_head(key_mask, k)
     return (dq * scale).view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.reshape(v.shape).to(v.dtype)
 
 
-def numerator_gradient(grad: Tensor, out: Tensor, norm: Tensor) -> Tensor:
-    """Gradient [..., Dv + 1] to numerator and normaliser from that to their quotient."""
-    wide, inverse = grad.to(norm.dtype), torch.where(norm == 0, 0, 1 / safe(norm)).unsqueeze(-1)
-    return torch.cat([wide * inverse, -(wide * out).sum(-1, keepdim=True) * inverse], -1)
-
-
-def _by_head(
+def by_head(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Scaled queries [N, G, T, D], keys [N, T, D] and values [N, T, Dv + 1] of N key heads, wide; the state [N, F, ..]."""
+    """Scaled queries [N, G, T, D], keys [N, T, D], values and ones [N, T, Dv + 1] of N key heads; state [N, F, ..]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     n, groups = k.size(0) * k.size(1), q.size(1) // k.size(1)
     queries = (q.to(wide) * scale).reshape(n, groups, *q.shape[2:])
@@ -134,7 +129,8 @@ def _by_head(
     return queries, keys, values, None if state is None else state.to(wide).reshape(n, *state.shape[2:])
 
 
-def _mask_by_head(key_mask: Tensor, k: Tensor) -> Tensor:
+def mask_by_head(key_mask: Tensor, k: Tensor) -> Tensor:
+    """The mask as [N, T, 1]."""
     return key_mask.repeat_interleave(k.size(1), 0).unsqueeze(-1)
 
 
@@ -149,7 +145,8 @@ def _causal(weight: Tensor, a: int, b: int) -> Tensor:
     return weight
 
 
-def _add(total: Tensor | None, more: Tensor) -> Tensor:
+def add(total: Tensor | None, more: Tensor) -> Tensor:
+    """Their sum, in the memory of ``more``."""
     return more if total is None else more.add_(total)
 
 
@@ -161,6 +158,7 @@ def _slabs(q: Tensor, chunk_size: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Pieces of a range."""
     for a in range(start, stop, step):
         yield a, min(a + step, stop)

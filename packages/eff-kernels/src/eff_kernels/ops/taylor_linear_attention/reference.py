@@ -33,17 +33,15 @@ def taylor_linear_attention(
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normaliser and state; ``chunk_size`` has no say here."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q_wide, k_wide, ones_v = q.to(wide), k.to(wide), with_ones(v.to(wide), key_mask)
-    groups = q.size(1) // k.size(1)
-    score = (q_wide * scale) @ k_wide.repeat_interleave(groups, 1).mT
-    weight = (1 + score + score.square() / 2).tril()
-    total = weight @ ones_v.repeat_interleave(groups, 1)
-    if state is not None:
-        total = total + features(q_wide * scale).mT @ state.to(wide).repeat_interleave(groups, 1)
+    q_wide, k_wide, ones_v, more = _widen(q, k, v, key_mask, scale, state)
+    weight, _ = _weights(q_wide, k_wide)
+    total = weight @ ones_v
+    if more is not None:
+        total = total + features(q_wide).mT @ more
     norm = total[..., -1]
     out = (total[..., :-1] / safe(norm).unsqueeze(-1)).to(q.dtype)
-    return out, norm.detach(), final_state(k_wide, ones_v, state, return_state)
+    groups = q.size(1) // k.size(1)
+    return out, norm.detach().clone(), final_state(k_wide[:, ::groups], ones_v[:, ::groups], state, return_state)
 
 
 def taylor_linear_attention_backward(
@@ -59,11 +57,39 @@ def taylor_linear_attention_backward(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q, k and v."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        again = taylor_linear_attention(*leaves, key_mask, chunk_size, scale, state, False)[0]
-    dq, dk, dv = torch.autograd.grad(again, leaves, grad.to(again.dtype))
-    return dq, dk, dv
+    q_wide, k_wide, ones_v, more = _widen(q, k, v, key_mask, scale, state)
+    weight, score = _weights(q_wide, k_wide)
+    g = numerator_gradient(grad, out, norm)
+    dscore = (g @ ones_v.mT * (1 + score)).tril()
+    dq, dk, dv = dscore @ k_wide, dscore.mT @ q_wide, (weight.mT @ g)[..., :-1]
+    if more is not None:
+        dq = dq + features_backward(q_wide, more @ g.mT)
+    if key_mask is not None:
+        dv = dv * key_mask[:, None, :, None]
+    shape = (k.size(1), q.size(1) // k.size(1))
+    dk, dv = (t.unflatten(1, shape).sum(2) for t in (dk, dv))
+    return (dq * scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def numerator_gradient(grad: Tensor, out: Tensor, norm: Tensor) -> Tensor:
+    """Gradient [..., Dv + 1] to numerator and normaliser from that to their quotient."""
+    wide, inverse = grad.to(norm.dtype), torch.where(norm == 0, 0, 1 / safe(norm)).unsqueeze(-1)
+    return torch.cat([wide * inverse, -(wide * out).sum(-1, keepdim=True) * inverse], -1)
+
+
+def _widen(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Scaled queries, and keys, values and state for each query head."""
+    wide, groups = torch.promote_types(q.dtype, torch.float32), q.size(1) // k.size(1)
+    keys, values = k.to(wide).repeat_interleave(groups, 1), with_ones(v.to(wide), key_mask).repeat_interleave(groups, 1)
+    return q.to(wide) * scale, keys, values, None if state is None else state.to(wide).repeat_interleave(groups, 1)
+
+
+def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The polynomial of the scores up to each query, and the scores."""
+    score = q @ k.mT
+    return (1 + score + score.square() / 2).tril(), score
 
 
 def features(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ SPECS = (
     _case("grouped-masked", 50, 5, 7, batch=2, heads=4, groups=2, mask=True, chunk_size=20),
     _case("whole", 150, 16, heads=1),
     _case("state-out", 20, 4, heads=2, groups=1, mask=True, chunk_size=8, return_state=True),
-    _case("one-token", 1, 16, return_state=True),
+    _case("two-tokens", 2, 16, return_state=True),
     _case("scale", 33, 24, 3, scale=0.7, chunk_size=32),
     _case("no-token", 0, 8, return_state=True, tags=["empty"]),
     _case("no-batch", 4, 8, batch=0, tags=["empty"]),
@@ -44,4 +44,3 @@ SPECS = (
 BENCH_SPECS = tuple(
     _case(f"8 heads of {d}, {t} tokens", t, d, heads=8, tags=["bench"]) for d in (16, 64) for t in (512, 2048, 8192)
 )
-
