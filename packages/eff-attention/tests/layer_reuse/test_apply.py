@@ -281,3 +281,20 @@ def test_a_model_with_sliding_layers_keeps_them(model):
         actual = decode(hybrid, tokens)
     assert actual.isfinite().all()
     assert not torch.equal(actual, wanted)
+
+
+def test_error_falls_with_anchors_and_with_keys(model):
+    """The more layers choose for themselves, and the more keys they take, the nearer to dense."""
+    tokens = prompt(4, 240)
+    wanted = decode(model, tokens, steps=20).log_softmax(-1)
+
+    def error(text, **settings):
+        with apply_layer_reuse(model, policy(text), LayerReuseConfig(block_size=16, min_seq_len=224, **settings)):
+            found = decode(model, tokens, steps=20).log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    by_anchors = [error(text, top_k=96) for text in ("FA1111", "FA1A33", "FAA2A4", "FAAA3A")]
+    assert by_anchors == sorted(by_anchors, reverse=True)
+    by_keys = [error("FA1A33", top_k=k) for k in (48, 96, 144, 192)]
+    assert by_keys == sorted(by_keys, reverse=True)
+    assert by_keys[-1] < by_keys[0] / 2

@@ -17,6 +17,13 @@ def test_worked_example():
     assert lengths.tolist() == [7]  # three whole blocks, and the one key of the last
 
 
+def test_heads_may_share_their_choice():
+    """Together block 1 weighs 0.6, block 2 0.5 and block 3 0.5."""
+    mass = torch.tensor([[[0.0, 0.1, 0.4, 0.3, 0.0, 0.1], [0.0, 0.5, 0.1, 0.2, 0.1, 0.1]]])
+    settings = LayerReuseConfig(top_k=8, block_size=2, min_seq_len=8, shared_heads=True)
+    assert choose_blocks(mass, [11], settings).blocks.tolist() == [[[0, 1, 4, 5], [0, 1, 4, 5]]]
+
+
 def test_rows_of_a_batch_are_alone():
     mass = torch.rand(3, 2, 20)
     lengths = [40, 8, 19]

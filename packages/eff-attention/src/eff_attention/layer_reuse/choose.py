@@ -38,11 +38,11 @@ def choose_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig
     blocks = [-(-n // size) for n in lengths]
     counts = [n if length <= config.min_seq_len else min(n, config.num_blocks)
               for n, length in zip(blocks, lengths, strict=True)]  # fmt: skip
-    width = max(counts)
+    width, kv_heads = max(counts), mass.size(1)
     if min(counts) == max(blocks):
         index = torch.arange(width, device=mass.device).expand(*mass.shape[:2], -1)
     else:
-        score = mass.clone()
+        score = mass.sum(1, keepdim=True) if config.shared_heads else mass.clone()
         for row, number in enumerate(blocks):
             score[row, :, number:] = -1.0
             forced = (m if m >= 0 else number + m for m in config.must_select)
@@ -51,6 +51,6 @@ def choose_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig
         for row, number in enumerate(counts):
             if number < width:
                 index[row, :, number:] = mass.size(2)
-        index = index.sort(-1).values
+        index = index.sort(-1).values.expand(-1, kv_heads, -1)
     kept = [(c - 1) * size + n - (b - 1) * size for c, b, n in zip(counts, blocks, lengths, strict=True)]
     return ChosenBlocks(index, torch.tensor(kept, dtype=torch.int32, device=mass.device))

@@ -14,7 +14,9 @@ class LayerReuseConfig:
 
     Attributes:
         top_k: Keys that a reusing layer attends to, a multiple of ``block_size``.
-        block_size: Keys of a block; whole blocks are chosen, separately by each key-value head.
+        block_size: Keys of a block; whole blocks are chosen.
+        shared_heads: Whether all key-value heads of a layer attend to the same blocks, those that are heaviest for them
+            together. Else each chooses its own, and head h of a reusing layer takes what head h of its source chose.
         must_select: Blocks that are chosen always, counted from the first (0, 1, ...) or the last (-1, -2, ...) of a
             sequence. -1, which holds the current token, must be among them.
         min_seq_len: Sequences up to this length run dense attention, as if nothing had been applied.
@@ -24,6 +26,7 @@ class LayerReuseConfig:
     block_size: int = 128
     must_select: tuple[int, ...] = (0, -2, -1)
     min_seq_len: int = 2048
+    shared_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
