@@ -99,12 +99,12 @@ def saved(tmp_path, **changes):
 
 
 def test_settings_come_from_the_file_or_the_flags(tmp_path):
-    path = saved(tmp_path, meta={"block_size": 64, "top_k": 512})
+    path = saved(tmp_path, meta={"block_size": 64, "top_k": 512, "shared_heads": True})
     options = {"num_layers": 3, "page": PAGE}
     found = read_reuse(path, top_k=None, min_seq_len=None, **options)
-    assert found.config == LayerReuseConfig(top_k=512, block_size=64, min_seq_len=2048)
+    assert found.config == LayerReuseConfig(top_k=512, block_size=64, min_seq_len=2048, shared_heads=True)
     found = read_reuse(path, top_k=4096, min_seq_len=None, **options)
-    assert found.config == LayerReuseConfig(top_k=4096, block_size=64, min_seq_len=4096)
+    assert found.config == LayerReuseConfig(top_k=4096, block_size=64, min_seq_len=4096, shared_heads=True)
     found = read_reuse(path, top_k=None, min_seq_len=700, **options)
     assert found.config.min_seq_len == 700
     assert str(found) == "layer reuse in 1 of 3 layers: 512 keys beyond 700"

@@ -75,7 +75,7 @@ class ReuseStep:
 
 
 def read_reuse(path: Path, *, top_k: int | None, min_seq_len: int | None, num_layers: int, page: int) -> LayerReuse:
-    """A policy file, with what its ``meta`` says about ``block_size``, ``top_k`` and ``min_seq_len``.
+    """A policy file, with what its ``meta`` says of the fields of `LayerReuseConfig`.
 
     Args:
         path: JSON, as `LayerReusePolicy.save` writes it.
@@ -98,6 +98,9 @@ def read_reuse(path: Path, *, top_k: int | None, min_seq_len: int | None, num_la
         for name in ("block_size", "top_k", "min_seq_len")
     )
     config = LayerReuseConfig(
-        block_size=block, top_k=keys, min_seq_len=max(least, keys) if min_seq_len is None else least
+        block_size=block,
+        top_k=keys,
+        min_seq_len=max(least, keys) if min_seq_len is None else least,
+        shared_heads=bool(policy.meta.get("shared_heads", default.shared_heads)),
     )
     return LayerReuse(policy, config, num_layers=num_layers, page=page)

@@ -1,0 +1,106 @@
+"""A long prompt with planted facts, its dense prefill kept on disk, and teacher-forced decoding from it."""
+
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from eff_serve.models.tokenizer import Tokenizer
+
+THINGS = (
+    "apple", "river", "castle", "garden", "window", "bridge", "forest", "candle",
+    "mirror", "ladder", "basket", "hammer", "pillow", "rocket", "saddle", "violin",
+)  # fmt: skip
+
+
+def facts():
+    """A name and a number of four digits each, from a seed."""
+    generator = torch.Generator().manual_seed(5)
+    numbers = torch.randint(1000, 10000, (len(THINGS),), generator=generator).tolist()
+    return dict(zip(THINGS, numbers, strict=True))
+
+
+def long_prompt(folder, length):
+    """Tokens of Python's manual with the facts spread over it, evenly by depth: ``length`` in all."""
+    tokenizer = Tokenizer(folder)
+    manual = tokenizer.encode("\n".join(topics.values())[:200_000])
+    planted = [tokenizer.encode(f"\nThe secret number of the {t} is {n}.\n") for t, n in facts().items()]
+    between = (length - sum(map(len, planted))) // (len(planted) + 1)
+    tokens = []
+    for i, fact in enumerate(planted):
+        tokens += manual[i * between : (i + 1) * between] + fact
+    used = len(planted) * between
+    rest = length - len(tokens)
+    return tokens + manual[used : used + rest], manual[used + rest :], tokenizer
+
+
+def question(tokenizer, thing, number):
+    """What is asked, and the digits that are to follow."""
+    asked = tokenizer.encode(f"\nThe secret number of the {thing} is")
+    whole = tokenizer.encode(f"\nThe secret number of the {thing} is {number}")
+    return asked, whole[len(asked) :]
+
+
+@torch.no_grad()
+def prefilled(model, tokens, path: Path):
+    """Keys and values of the prompt, computed once; a list of pairs [1, KV, n, d]."""
+    from transformers import DynamicCache
+
+    if not path.is_file():
+        cache = DynamicCache(config=model.config)
+        for piece in torch.tensor(tokens).split(512):
+            model(piece[None], past_key_values=cache, logits_to_keep=1)
+        torch.save([(layer.keys, layer.values) for layer in cache.layers], path)
+    return torch.load(path)
+
+
+def fresh(model, kept):
+    """A cache that holds the prompt and can grow."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(kept):
+        cache.update(keys, values, layer)
+    return cache
+
+
+@torch.no_grad()
+def forced(model, kept, tokens):
+    """Log-probabilities [len(tokens) - 1, vocab] after each token but the last, decoded one by one."""
+    cache = fresh(model, kept)
+    rows = [model(torch.tensor([[t]]), past_key_values=cache).logits[0, -1] for t in tokens[:-1]]
+    return torch.stack(rows).float().log_softmax(-1)
+
+
+def bits_per_byte(model, kept, tokenizer, tokens):
+    """Of the text that goes on after the prompt."""
+    scores = forced(model, kept, tokens)
+    nats = -scores.gather(1, torch.tensor(tokens[1:])[:, None]).sum()
+    return float(nats) / math.log(2) / len(tokenizer.decode(tokens[1:]).encode())
+
+
+def digits_found(model, kept, tokenizer):
+    """Share of facts whose four digits are all the likeliest, and the mean bits of a digit."""
+    right, nats, count = 0, 0.0, 0
+    for thing, number in facts().items():
+        asked, digits = question(tokenizer, thing, number)
+        scores = forced(model, kept, asked + digits)[len(asked) - 1 :]
+        wanted = torch.tensor(digits)
+        right += bool((scores.argmax(1) == wanted).all())
+        nats -= float(scores.gather(1, wanted[:, None]).sum())
+        count += len(digits)
+    return right / len(THINGS), nats / math.log(2) / count
+
+
+def copied(model, kept, tokens, passages=8, known=16, length=48):
+    """Passages of the prompt once more: share of tokens that are the likeliest, and bits per token, after ``known``."""
+    right, nats, count = 0, 0.0, 0
+    for i in range(passages):
+        first = 200 + i * ((len(tokens) - 400) // passages)
+        again = tokens[first : first + length]
+        scores = forced(model, kept, again)[known - 1 :]
+        wanted = torch.tensor(again[known:])
+        right += int((scores.argmax(1) == wanted).sum())
+        nats -= float(scores.gather(1, wanted[:, None]).sum())
+        count += len(wanted)
+    return right / count, nats / math.log(2) / count

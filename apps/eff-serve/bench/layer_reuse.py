@@ -1,0 +1,222 @@
+"""Layer reuse on SmolLM2-135M at 8k tokens: ``quality`` beside other ways to read few keys, ``speed`` beside dense.
+
+    python apps/eff-serve/bench/layer_reuse.py quality POLICY.json --top-k 1024
+    python apps/eff-serve/bench/layer_reuse.py speed POLICY.json --top-k 1024 --threads 1
+
+The prompt is Python's manual with sixteen planted facts. It is prefilled once, dense, and kept in ``--cache``; every
+method then decodes the same tokens from it, teacher-forced: 192 tokens of the text that goes on, the planted numbers,
+and passages of the prompt again (copying by induction).
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import eff_attention
+import eff_kernels
+import torch
+from _long_context import bits_per_byte, copied, digits_found, fresh, long_prompt, prefilled
+from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply, apply_layer_reuse, choose_blocks
+from eff_kernels import decode_attention, scored_decode_attention
+from eff_kernels.testing import Provider, Recorder, same
+from eff_serve.engine.decoder import PAGE, Decoder
+from eff_serve.engine.reuse import LayerReuse
+from eff_serve.models import embedded
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent, Path(eff_attention.__file__).parent)
+
+
+def dense(layers):
+    """Every layer an anchor that nobody reuses: dense attention by our kernel once `every_layer` takes them in."""
+    return LayerReusePolicy(kind=("anchor",) * layers, source=(-1,) * layers, score=1.0, meta={})
+
+
+def previous(policy):
+    """The same layers dense at both ends as the policy has, and one anchor for all between."""
+    first = next(i for i, s in enumerate(policy.source) if s >= 0) - 1
+    last = max(i for i, s in enumerate(policy.source) if s >= 0)
+    source = [first if first < i <= last else -1 for i in range(len(policy.source))]
+    kind = ["reuse" if s >= 0 else "anchor" if i == first else "full" for i, s in enumerate(source)]
+    return LayerReusePolicy(kind=tuple(kind), source=tuple(source), score=0.0, meta={})
+
+
+def alone(model, config, ends, choose):
+    """All layers but ``ends`` attend to what ``choose(mass)`` makes of their own weights: a bench of upper bounds."""
+    layers = model.config.num_hidden_layers
+    handle = apply_layer_reuse(model, dense(layers), config)
+    runtime = runtime_of(model)
+    runtime.anchors = set(range(layers))
+    state = {"layer": 0}
+
+    def scored(q, k, v, lengths, **options):
+        out, mass = scored_decode_attention(q, k, v, lengths, **options)
+        layer, state["layer"] = state["layer"], (state["layer"] + 1) % layers
+        if layer in ends:
+            return out, mass
+        index, kept = choose_blocks(choose(mass), lengths.tolist(), config)
+        rows = (index * config.block_size).to(torch.int32)
+        return decode_attention(q, k, v, kept, block_table=rows, run=config.block_size, scale=options["scale"]), mass
+
+    apply.scored_decode_attention = scored
+    handle.on_remove(lambda: setattr(apply, "scored_decode_attention", scored_decode_attention))
+    return handle
+
+
+def runtime_of(model):
+    from transformers import AttentionInterface
+
+    return AttentionInterface._global_mapping[model.config._attn_implementation].__self__
+
+
+def recent(mass):
+    """The later the heavier: with the first block forced, the window of StreamingLLM."""
+    return torch.arange(mass.size(2), dtype=mass.dtype).expand(mass.shape).clone()
+
+
+def kv_bytes(config, model, lengths_of_layers):
+    """Bytes of keys and values that one decoding step reads."""
+    c = model.config
+    return sum(lengths_of_layers) * 2 * c.num_key_value_heads * c.head_dim * 2
+
+
+def quality(options, model, kept, tokenizer, following, policy, config):
+    layers, n, k = len(policy.source), options.length, config.top_k
+    ends = {0, 1, layers - 1}
+    of = {
+        "dense": lambda: alone(model, config, set(range(layers)), recent),
+        "sink and recent keys": lambda: alone(model, config, ends, recent),
+        "every layer by itself": lambda: alone(model, config, ends, lambda mass: mass),
+        "one anchor for all": lambda: apply_layer_reuse(model, previous(policy), config),
+        "searched policy": lambda: apply_layer_reuse(model, policy, config),
+    }
+    sparse = {"dense": 0, "sink and recent keys": layers - 3, "every layer by itself": layers - 3}
+    sparse["one anchor for all"] = sum(s >= 0 for s in previous(policy).source)
+    sparse["searched policy"] = sum(s >= 0 for s in policy.source)
+    rows = []
+    for name, attach in of.items():
+        if options.only and name not in options.only:
+            continue
+        # A layer that chooses for itself reads all keys, and the values of k.
+        each = (n + k) / 2 if name == "every layer by itself" else k
+        read = kv_bytes(config, model, [n] * (layers - sparse[name]) + [each] * sparse[name])
+        with attach():
+            bits = bits_per_byte(model, kept, tokenizer, following[:193])
+            found, digit_bits = digits_found(model, kept, tokenizer)
+            same_token, copy_bits = copied(model, kept, options.tokens)
+        row = {
+            "method": name,
+            "top_k": k,
+            "block_size": config.block_size,
+            "shared_heads": config.shared_heads,
+            "length": n,
+            "dense_layers": layers - sparse[name],
+            "kv_bytes_per_token": int(read),
+            "bits_per_byte": bits,
+            "numbers_exact": found,
+            "bits_per_digit": digit_bits,
+            "copied_tokens": same_token,
+            "bits_per_copied_token": copy_bits,
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def speed(options, model, kept, following, policy, config):
+    recorder = Recorder("layer_reuse", None if options.dry else RESULTS / "layer_reuse.jsonl", sources=PACKAGES)
+    layers, n = len(policy.source), options.length
+    token = following[0]
+
+    def transformers_step(attach):
+        cache = fresh(model, kept)
+
+        @torch.no_grad()
+        def run():
+            with attach():
+                logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0].float()
+            cache.crop(-1)
+            return logits
+
+        return run
+
+    def ours(plan):
+        handle = apply_layer_reuse(model, plan, config)
+        runtime_of(model).anchors |= {i for i, kind in enumerate(plan.kind) if kind == "anchor"}
+        return handle
+
+    decoder = Decoder(options.folder, quantize="int8", num_pages=-(-(n + 1) // PAGE))
+    for layer, pair in enumerate(kept):
+        for pages, rows in zip((decoder.keys[layer], decoder.values[layer]), pair, strict=True):
+            full = torch.nn.functional.pad(rows[0].float(), (0, 0, 0, decoder.num_pages * PAGE - n))
+            pages.copy_(full.unflatten(1, (-1, PAGE)).transpose(0, 1))
+    table = torch.arange(decoder.num_pages, dtype=torch.int32)[None]
+    reuse = LayerReuse(policy, config, num_layers=layers, page=PAGE)
+
+    def eff_step(used):
+        def run():
+            decoder.reuse = used
+            return decoder.decode(torch.tensor([token]), torch.tensor([n]), table)
+
+        return run
+
+    from eff_kernels import Handle
+
+    runs = {
+        "transformers": transformers_step(Handle),
+        "transformers, our attention": transformers_step(lambda: ours(dense(layers))),
+        "transformers, layer reuse": transformers_step(lambda: ours(policy)),
+        "eff-serve": eff_step(None),
+        "eff-serve, layer reuse": eff_step(reuse),
+    }
+    with torch.inference_mode():
+        truth = runs["transformers"]().clone()
+        providers = [
+            Provider(name, lambda _, f=f: f(), check=lambda f=f: same(f(), truth, tolerance=0.5))
+            for name, f in runs.items()
+        ]
+        recorder.run(f"{n} tokens, k {config.top_k}", providers, mode="decode", rounds=options.rounds)
+    print(recorder.table("transformers"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("policy", type=Path)
+    parser.add_argument("--length", type=int, default=7900)
+    parser.add_argument("--top-k", type=int, default=1024)
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--shared-heads", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--dry", action="store_true", help="do not write the record")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from transformers import AutoModelForCausalLM
+
+    options.folder = embedded.folder(progress=False)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16).eval()
+    options.tokens, following, tokenizer = long_prompt(options.folder, options.length)
+    kept = prefilled(model, options.tokens, options.cache / f"layer_reuse_{options.length}.pt")
+    policy = LayerReusePolicy.from_dict(json.loads(options.policy.read_text()))
+    config = LayerReuseConfig(
+        top_k=options.top_k,
+        block_size=options.block_size,
+        min_seq_len=options.top_k,
+        shared_heads=options.shared_heads,
+    )
+    if options.what == "speed":
+        speed(options, model, kept, following, policy, config)
+        return
+    rows = quality(options, model, kept, tokenizer, following, policy, config)
+    if not options.dry:
+        path = RESULTS / "layer_reuse_quality.jsonl"
+        with path.open("a") as file:
+            file.writelines(json.dumps({**row, "model": embedded.NAME, "dtype": "bfloat16"}) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
