@@ -9,6 +9,7 @@ and passages of the prompt again (copying by induction).
 """
 
 import argparse
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -129,22 +130,19 @@ def speed(options, model, kept, following, policy, config):
     layers, n = len(policy.source), options.length
     token = following[0]
 
-    def transformers_step(attach):
-        cache = fresh(model, kept)
+    def transformers_step(plan):
+        own, cache = copy.deepcopy(model), fresh(model, kept)
+        if plan is not None:
+            apply_layer_reuse(own, plan, config)
+            runtime_of(own).anchors |= {i for i, kind in enumerate(plan.kind) if kind == "anchor"}
 
         @torch.no_grad()
         def run():
-            with attach():
-                logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0].float()
+            logits = own(torch.tensor([[token]]), past_key_values=cache).logits[0].float()
             cache.crop(-1)
             return logits
 
         return run
-
-    def ours(plan):
-        handle = apply_layer_reuse(model, plan, config)
-        runtime_of(model).anchors |= {i for i, kind in enumerate(plan.kind) if kind == "anchor"}
-        return handle
 
     decoder = Decoder(options.folder, quantize="int8", num_pages=-(-(n + 1) // PAGE))
     for layer, pair in enumerate(kept):
@@ -161,12 +159,10 @@ def speed(options, model, kept, following, policy, config):
 
         return run
 
-    from eff_kernels import Handle
-
     runs = {
-        "transformers": transformers_step(Handle),
-        "transformers, our attention": transformers_step(lambda: ours(dense(layers))),
-        "transformers, layer reuse": transformers_step(lambda: ours(policy)),
+        "transformers": transformers_step(None),
+        "transformers, our attention": transformers_step(dense(layers)),
+        "transformers, layer reuse": transformers_step(policy),
         "eff-serve": eff_step(None),
         "eff-serve, layer reuse": eff_step(reuse),
     }
