@@ -18,7 +18,8 @@ PANELS = (
 )
 
 
-def main():
+def main() -> None:
+    """Write the picture."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     pyplot.rcParams.update({"svg.hashsalt": "eff", "font.size": 9})
     figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
