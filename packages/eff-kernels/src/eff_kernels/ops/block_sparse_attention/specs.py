@@ -50,6 +50,7 @@ SPECS = (
     _case("square", 64, 64, 16, 16, batch=2),
     _case("ragged", 75, 90, 32, 16, d=24, scale=0.3),
     _case("one-block", 33, 40, 64, 64, heads=1),
+    _case("blocks-of-tiles", 150, 200, 128, 64, share=0.5, heads=1, d=24),
     _case("everything", 48, 48, 16, 16, share=1.0, d=64),
     _case("odd-features", 50, 70, 16, 32, d=5, dv=19, heads=3, groups=1),
     _case("no-batch", 16, 16, 16, 16, batch=0, tags=["empty"]),

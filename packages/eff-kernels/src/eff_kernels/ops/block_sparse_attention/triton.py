@@ -1,8 +1,9 @@
 """Triton kernels of block-sparse attention, forward. Not yet run on a GPU: compiled and interpreted only.
 
-A program takes one block of queries of a head and walks over the list of its blocks of keys with an online softmax.
+A program takes queries of one block and head and walks over the list of its blocks of keys with an online softmax.
 
-M: queries of a block. N: keys of a block. D, E: features of keys and of values, padded to powers of two.
+M: queries of a tile, N: keys of a tile; a block is one or several tiles.
+D, E: features of keys and of values, padded to powers of two.
 """
 
 from __future__ import annotations
@@ -38,19 +39,22 @@ def load_rows(ptr, first, stride, count, d, R: tl.constexpr, BD: tl.constexpr, W
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, list_ptr, count_ptr, out_ptr, lse_ptr, scale, heads, groups, queries, keys, d, e, tm, tn,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WIDEN: tl.constexpr,
+    QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     m, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv = head // heads * groups + head % heads // (heads // groups)
     q_MD = load_rows(q_ptr + head * queries * d, m * BM, d, queries, d, BM, BD, WIDEN)
     k_ptr += kv * keys * d
     v_ptr += kv * keys * e
-    list_ptr += (head * tm + m) * tn
+    row_of_map = head * tm + m * BM // QB
+    list_ptr += row_of_map * tn
     top_M = tl.full([BM], float("-inf"), tl.float32)
     sum_M = tl.zeros([BM], tl.float32)
     out_ME = tl.zeros([BM, BE], tl.float32)
-    for i in range(tl.load(count_ptr + head * tm + m)):
-        first = tl.load(list_ptr + i) * BN
+    PARTS: tl.constexpr = KB // BN
+    for i in range(tl.load(count_ptr + row_of_map) * PARTS):
+        first = tl.load(list_ptr + i // PARTS) * KB + i % PARTS * BN
         k_ND = load_rows(k_ptr, first, d, keys, d, BN, BD, WIDEN)
         v_NE = load_rows(v_ptr, first, e, keys, e, BN, BE, WIDEN)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale  # in units of log 2
@@ -93,14 +97,16 @@ def lists(block_map: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blocks(dtype: torch.dtype, block_q: int, block_k: int, d: int, e: int) -> dict[str, int]:
-    """Sizes of the blocks and how to run them."""
+    """Sizes of blocks and tiles, and how to run them."""
     wide = dtype == torch.float32
     return {
-        "BM": block_q,
-        "BN": block_k,
+        "QB": block_q,
+        "KB": block_k,
+        "BM": min(block_q, 64),
+        "BN": min(block_k, 32 if wide else 64),
         "BD": max(16, triton.next_power_of_2(d)),
         "BE": max(16, triton.next_power_of_2(e)),
-        "num_warps": 8 if wide or max(block_q, d, e) > 64 else 4,
+        "num_warps": 8 if wide or max(d, e) > 64 else 4,
         "num_stages": 1 if wide else 2,
     }
 
@@ -115,10 +121,11 @@ def run(
         return out, lse
     index, count = lists(block_map)
     tm, tn = block_map.shape[-2:]
-    _forward_kernel[(tm, q.size(0) * q.size(1))](
+    block = blocks(q.dtype, block_q, block_k, q.size(3), v.size(3))
+    _forward_kernel[(triton.cdiv(q.size(2), block["BM"]), q.size(0) * q.size(1))](
         q.contiguous(), k.contiguous(), v.contiguous(), index, count, out, lse, scale * _LOG2E, q.size(1), k.size(1),
         q.size(2), k.size(2), q.size(3), v.size(3), tm, tn,
-        WIDEN=INTERPRET, **blocks(q.dtype, block_q, block_k, q.size(3), v.size(3)),
+        WIDEN=INTERPRET, **block,
     )  # fmt: skip
     return out, lse
 
@@ -131,6 +138,7 @@ def aot_cases(kernel: Any, floats: tuple[str, ...], tensors: tuple[str, ...], si
         ("bf16", torch.bfloat16, 64, 64),
         ("bf16", torch.bfloat16, 64, 128),
         ("fp16", torch.float16, 32, 64),
+        ("bf16", torch.bfloat16, 128, 64),
         ("fp32", torch.float32, 32, 64),
     ):
         config = sizes_of(dtype, block, block, d, d)

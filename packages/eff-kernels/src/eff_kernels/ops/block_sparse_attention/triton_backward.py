@@ -40,17 +40,20 @@ def _rows_of_queries(lse_ptr, delta_ptr, first, queries, R: tl.constexpr):
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, list_ptr, count_ptr, dq_ptr, scale, heads, groups, queries,
     keys, d, e, tm, tn,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WIDEN: tl.constexpr,
+    QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     m, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv = head // heads * groups + head % heads // (heads // groups)
     q_MD = load_rows(q_ptr + head * queries * d, m * BM, d, queries, d, BM, BD, WIDEN)
     g_ME = load_rows(grad_ptr + head * queries * e, m * BM, e, queries, e, BM, BE, WIDEN)
     lse_M, delta_M = _rows_of_queries(lse_ptr + head * queries, delta_ptr + head * queries, m * BM, queries, BM)
-    list_ptr += (head * tm + m) * tn
+    row_of_map = head * tm + m * BM // QB
+    list_ptr += row_of_map * tn
     dq_MD = tl.zeros([BM, BD], tl.float32)
-    for i in range(tl.load(count_ptr + head * tm + m)):
-        first = tl.load(list_ptr + i) * BN
+    PARTS: tl.constexpr = KB // BN
+    for i in range(tl.load(count_ptr + row_of_map) * PARTS):
+        first = tl.load(list_ptr + i // PARTS) * KB + i % PARTS * BN
         k_ND = load_rows(k_ptr + kv * keys * d, first, d, keys, d, BN, BD, WIDEN)
         v_NE = load_rows(v_ptr + kv * keys * e, first, e, keys, e, BN, BE, WIDEN)
         exists_N = first + tl.arange(0, BN) < keys
@@ -66,7 +69,8 @@ def _queries_kernel(
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, list_ptr, count_ptr, dk_ptr, dv_ptr, scale, heads, groups,
     queries, keys, d, e, tm, tn,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WIDEN: tl.constexpr,
+    QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     n, kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = heads // groups
@@ -75,10 +79,12 @@ def _keys_kernel(
     exists_N = n * BN + tl.arange(0, BN) < keys
     dk_ND = tl.zeros([BN, BD], tl.float32)
     dv_NE = tl.zeros([BN, BE], tl.float32)
+    PARTS: tl.constexpr = QB // BM
     for h in range(group):
         head = kv // groups * heads + kv % groups * group + h
-        for i in range(tl.load(count_ptr + head * tn + n)):
-            first = tl.load(list_ptr + (head * tn + n) * tm + i) * BM
+        column = head * tn + n * BN // KB
+        for i in range(tl.load(count_ptr + column) * PARTS):
+            first = tl.load(list_ptr + column * tm + i // PARTS) * QB + i % PARTS * BM
             q_MD = load_rows(q_ptr + head * queries * d, first, d, queries, d, BM, BD, WIDEN)
             g_ME = load_rows(grad_ptr + head * queries * e, first, e, queries, e, BM, BE, WIDEN)
             lse_M, delta_M = _rows_of_queries(lse_ptr + head * queries, delta_ptr + head * queries, first, queries, BM)
@@ -95,8 +101,11 @@ def _keys_kernel(
 
 
 def blocks(dtype: torch.dtype, block_q: int, block_k: int, d: int, e: int) -> dict[str, int]:
-    """Sizes of the blocks and how to run them."""
-    return {**forward.blocks(dtype, block_q, block_k, d, e), "num_warps": 8, "num_stages": 1}
+    """Sizes of blocks and tiles, and how to run them."""
+    wide = dtype == torch.float32
+    side = 32 if wide or max(d, e) > 64 else 64
+    tiles = {"BM": min(block_q, side), "BN": min(block_k, side), "num_warps": 4 if wide else 8, "num_stages": 1}
+    return {**forward.blocks(dtype, block_q, block_k, d, e), **tiles}
 
 
 def reject(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, out: Tensor, lse: Tensor,
@@ -126,12 +135,12 @@ def run(
     block = blocks(q.dtype, block_q, block_k, q.size(3), v.size(3))
     common = (q, k, v, grad, lse, delta)
     if dq.numel():
-        _queries_kernel[(tm, q.size(0) * q.size(1))](
-            *common, *forward.lists(block_map), dq, *sizes, WIDEN=INTERPRET, **block
-        )
+        grid = (triton.cdiv(q.size(2), block["BM"]), q.size(0) * q.size(1))
+        _queries_kernel[grid](*common, *forward.lists(block_map), dq, *sizes, WIDEN=INTERPRET, **block)
     if dk.numel() or dv.numel():
         columns = forward.lists(block_map.mT)
-        _keys_kernel[(tn, k.size(0) * k.size(1))](*common, *columns, dk, dv, *sizes, WIDEN=INTERPRET, **block)
+        grid = (triton.cdiv(k.size(2), block["BN"]), k.size(0) * k.size(1))
+        _keys_kernel[grid](*common, *columns, dk, dv, *sizes, WIDEN=INTERPRET, **block)
     return dq, dk, dv
 
 
