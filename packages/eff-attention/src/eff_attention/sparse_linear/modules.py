@@ -6,11 +6,10 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from eff_kernels import SparseLinearOutput, block_map, sparse_linear_attention
 from torch import Tensor, nn
 
-from eff_attention.sparse_linear.block_map import block_map
 from eff_attention.sparse_linear.config import SLAConfig
-from eff_attention.sparse_linear.functional import SparseLinearOutput, sparse_linear_attention
 
 
 class SparseLinearAttention(nn.Module):
@@ -58,7 +57,8 @@ class SparseLinearAttention(nn.Module):
             self.ran = "dense"
             return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
         self.ran = "sparse"
-        return self.branches(q, k, v, scale).combine(self.proj.weight, self.proj.bias)
+        sparse, linear, _ = self.branches(q, k, v, scale)
+        return (sparse + self.proj(linear.to(self.proj.weight.dtype))).to(q.dtype)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> SparseLinearOutput:
         """The two branches before the projection."""
