@@ -1,8 +1,26 @@
 """Layers that reuse the choice of keys of an earlier layer (HyLRA, arXiv 2602.00777)."""
 
 from eff_attention.layer_reuse.apply import apply_layer_reuse
+from eff_attention.layer_reuse.blocks import ratio90
 from eff_attention.layer_reuse.choose import ChosenBlocks, choose_blocks
 from eff_attention.layer_reuse.config import LayerReuseConfig
+from eff_attention.layer_reuse.pictures import plot_policy, plot_sensitivity
 from eff_attention.layer_reuse.policy import LayerReusePolicy
+from eff_attention.layer_reuse.profile import ReuseProfile, profile_layer_reuse
+from eff_attention.layer_reuse.search import best_smallest, fewest_resets, search_policy
 
-__all__ = ["ChosenBlocks", "LayerReuseConfig", "LayerReusePolicy", "apply_layer_reuse", "choose_blocks"]
+__all__ = [
+    "ChosenBlocks",
+    "LayerReuseConfig",
+    "LayerReusePolicy",
+    "ReuseProfile",
+    "apply_layer_reuse",
+    "best_smallest",
+    "choose_blocks",
+    "fewest_resets",
+    "plot_policy",
+    "plot_sensitivity",
+    "profile_layer_reuse",
+    "ratio90",
+    "search_policy",
+]

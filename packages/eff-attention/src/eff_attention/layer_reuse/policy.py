@@ -63,6 +63,15 @@ class LayerReusePolicy:
             raise ValueError(f"a policy has format {_FORMAT}, got {values.get('format')!r}")
         return cls(tuple(values["kind"]), tuple(values["source"]), float(values["score"]), dict(values["meta"]))
 
+    def summary(self) -> str:
+        """One line: how many layers of each kind, then F, A or the source of each layer."""
+        plan = (
+            "F" if k == "full" else "A" if k == "anchor" else str(s)
+            for k, s in zip(self.kind, self.source, strict=True)
+        )
+        counts = ", ".join(f"{self.kind.count(k)} {k}" for k in get_args(Kind))
+        return f"{counts}: {' '.join(plan)}"
+
     def save(self, path: str | Path) -> None:
         """Write the policy as JSON."""
         Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
