@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from eff_kernels import BlockMap, block_map, sparse_linear_attention
-from eff_kernels.ops.sparse_linear_attention import api, autograd, cost, linear, reference
+from eff_kernels.ops.sparse_linear_attention import api, autograd, linear, reference
 from eff_kernels.ops.sparse_linear_attention.specs import SPECS
 from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
@@ -357,29 +357,6 @@ def test_low_precision_is_near_float64(dtype, backend):
     wanted = sparse_linear_attention(*(t.double() for t in (q, k, v)), blocks, backend="reference")
     for a, w in zip(actual, wanted, strict=True):
         assert (a.double() - w).norm() < 1e-2 * w.norm()
-
-
-def test_cost_is_the_share_of_the_critical_blocks():
-    q, k, v = torch.zeros(1, 8, 4096, 64), torch.zeros(1, 2, 4096, 64), torch.zeros(1, 2, 4096, 64)
-    mask = torch.full((1, 8, 64, 64), -1, dtype=torch.int8)
-    mask[..., :3] = 1
-    found = cost(q, k, v, BlockMap(mask, 64, 64))
-    assert found.dense == 4 * 8 * 4096 * 4096 * 64
-    assert found.sparse / found.dense == 3 / 64
-    assert found.linear == 2 * 64 * 65 * (8 + 2) * 4096
-    more = cost(q, k, v, BlockMap(mask, 64, 64), "noncritical")
-    assert more.linear - found.linear == 2 * 64 * 65 * 8 * 64 * 61
-    q, k = torch.randn(1, 1, 6400, 4), torch.randn(1, 1, 6400, 4)
-    found = cost(q, k, k, block_map(q, k, k_high=0.05))
-    assert found.sparse == 0.05 * found.dense
-    assert found.bytes == 5 * q.nbytes + 4 * 6400
-
-
-def test_cost_counts_the_last_blocks_as_they_are():
-    q, k = torch.zeros(1, 1, 10, 4), torch.zeros(1, 1, 7, 4)
-    mask = torch.ones(1, 1, 3, 2, dtype=torch.int8)
-    found = cost(q, k, k, BlockMap(mask, 4, 4))
-    assert found.sparse == found.dense == 4 * 10 * 7 * 4
 
 
 Q = torch.zeros(2, 4, 10, 8)
