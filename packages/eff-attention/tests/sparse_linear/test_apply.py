@@ -88,6 +88,28 @@ def test_sparsity_can_be_set_while_it_runs(net, x):
         assert errors[2] < 1e-4
 
 
+def test_copies_and_pickles_run_on_their_own_weights(net, x, tmp_path):
+    import copy
+
+    with apply_sla(net, SMALL, exclude="camera_head"):
+        wanted = net(x)
+        twin = copy.deepcopy(net)
+        torch.save(net, tmp_path / "net.pt")
+        with torch.no_grad():
+            for p in net.parameters():
+                p.zero_()
+        assert torch.equal(twin(x), wanted)
+        assert torch.equal(torch.load(tmp_path / "net.pt", weights_only=False)(x), wanted)
+        assert not torch.allclose(net(x), wanted)
+
+
+def test_a_changed_model_compiles_to_one_graph(net, x):
+    with apply_sla(net, SMALL, exclude="camera_head"):
+        torch._dynamo.reset()
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
+
+
 def test_short_sequences_run_dense(net, x):
     before = net(x)
     with apply_sla(net, SLAConfig(k_high=0.1, block_q=8, block_k=8, min_tokens=65)):
@@ -261,6 +283,32 @@ def test_encoders_of_transformers(kind):
             torch.testing.assert_close(model(**inputs).last_hidden_state, before, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(sparse, before, atol=1e-4)
         assert torch.equal(model(**inputs).last_hidden_state, before)
+
+
+def test_joint_attention_of_sd3():
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=16,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "pooled_projections": torch.randn(1, 16),
+        "timestep": torch.tensor([5]),
+    }
+    with torch.no_grad():
+        before = model(**inputs).sample
+        with apply_sla(model, SMALL):
+            model(**inputs)
+            assert [m.ran for _, m in sla_modules(model)] == ["sparse"] * 2
+            for _, m in sla_modules(model):
+                m.config = WHOLE
+            torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(**inputs).sample, before)
 
 
 def test_diffusion_transformers():

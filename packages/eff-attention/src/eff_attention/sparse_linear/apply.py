@@ -186,26 +186,35 @@ def _device(module: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
-def _attach(handle: Handle, host: nn.Module, name: str, attention: SparseLinearAttention) -> None:
-    own = host.__dict__.get("forward")
-    forward = host.forward
+class _Routed:
+    """The forward of a host module: an object, so that copies and pickles of the host keep to their own weights."""
 
-    def routed(*args: Any, **kwargs: Any) -> Any:
-        route = Route(attention, name)
+    def __init__(self, host: nn.Module, name: str) -> None:
+        self.host, self.name, self.own = host, name, host.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.own if self.own is not None else functools.partial(type(self.host).forward, self.host)
+        attention = self.host._modules[NAME]
+        assert isinstance(attention, SparseLinearAttention)
+        route = Route(attention, self.name)
         with route:
             out = forward(*args, **kwargs)
         if not route.used:
             raise RuntimeError(
-                f"{name} ({type(host).__name__}) never called scaled_dot_product_attention, so that nothing of it was "
-                "sparse; load the model with attn_implementation='sdpa', or exclude the module"
+                f"{self.name} ({type(self.host).__name__}) never called scaled_dot_product_attention, so that nothing "
+                "of it was sparse; load the model with attn_implementation='sdpa', or exclude the module"
             )
         return out
 
+
+def _attach(handle: Handle, host: nn.Module, name: str, attention: SparseLinearAttention) -> None:
+    routed = _Routed(host, name)
+
     def restore() -> None:
-        if own is None:
+        if routed.own is None:
             del host.forward
         else:
-            host.forward = own
+            host.forward = routed.own
         del host._modules[NAME]
 
     host.add_module(NAME, attention)

@@ -15,7 +15,8 @@ from eff_attention.sparse_linear.config import SLAConfig
 class SparseLinearAttention(nn.Module):
     """``sparse + linear W^T + b`` for q, k, v of a layer; W and b are zero at first, which is the sparse branch alone.
 
-    W and b are float32 whatever the model's dtype, and shared by all heads.
+    W and b are made in float32 whatever the model's dtype, and shared by all heads; ``model.to(dtype)`` converts them
+    too.
 
     Attributes:
         config: The settings, which may be replaced at any time.
