@@ -66,8 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    parser.add_argument("--theta", type=float, nargs="*", default=(0.5, 0.6, 0.65, 0.7, 0.75, 0.8))
-    parser.add_argument("--recommend", type=float, default=0.7, help="theta of the policy that is saved and drawn")
+    parser.add_argument("--theta", type=float, nargs="*", default=(0.6, 0.7, 0.75, 0.8))
+    parser.add_argument("--recommend", type=float, default=0.75, help="theta of the policy that is saved and drawn")
+    parser.add_argument("--sensitive", type=int, default=3, help="layers with the largest KL that stay full in it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = RESULTS / "layer_reuse_smollm2_profile.npz"
@@ -81,7 +82,11 @@ def main() -> None:
         policy = search_policy(profile, "max_min", compute_ratio=ratio)
         print(f"max_min {ratio}: overlap {policy.score:.2f}, {policy.summary()}")
     print(f"most diffuse layers: {diffuse}; largest KL alone: {profile.kl.argsort()[::-1][:8].tolist()}")
-    policy = search_policy(profile, theta=args.recommend)
+    sensitive = profile.kl.argsort()[::-1][: args.sensitive].tolist()
+    policy = search_policy(
+        profile, "any_source", theta=args.recommend, force_full=(0, 1, -1, *sensitive), head_merge="mean"
+    )
+    print(f"recommended: {policy.summary()}")
     policy.save(RESULTS / "layer_reuse_smollm2.json")
     draw(profile, policy, args.images)
 

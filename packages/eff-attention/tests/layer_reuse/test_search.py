@@ -6,6 +6,7 @@ import torch
 from eff_attention.layer_reuse import (
     ReuseProfile,
     best_smallest,
+    best_sources,
     fewest_resets,
     ratio90,
     search_policy,
@@ -38,6 +39,16 @@ def test_largest_smallest_overlap_of_the_worked_example(budget, source, smallest
 @pytest.mark.parametrize(("theta", "source"), [(0.7, "000333"), (0.8, "000335"), (0.9, "002335"), (0.96, "012345")])
 def test_fewest_resets_of_the_worked_example(theta, source):
     assert fewest_resets(WORKED, theta).source == digits(source)
+
+
+def test_any_layer_that_chose_may_be_a_source():
+    overlap = np.eye(4)
+    overlap[0, 1:], overlap[1, 2:], overlap[2, 3] = (0.9, 0.2, 0.8), (0.3, 0.4), 0.6
+    assert best_sources(overlap, 0.5).source == (0, 0, 2, 0)  # past layer 2, which chose last
+    assert best_sources(overlap, 0.85).source == (0, 0, 2, 3)
+    assert best_sources(overlap, 0.5, {3}).source == (0, 0, 2, 3)
+    policy = search_policy(profile(overlap), "any_source", theta=0.5, force_full=())
+    assert policy.summary() == "1 full, 1 anchor, 2 reuse: A 0 F 0"
 
 
 def test_full_layers_break_or_bridge_a_run():
@@ -107,7 +118,7 @@ def test_the_most_diffuse_layers_stay_full():
     policy = search_policy(profile(WORKED, ratio), "max_min", sparsity=0.85, compute_ratio=0.3, force_full=())
     assert policy.kind[4] == "full"
     assert 2 <= sum(s == -1 for s in policy.source) <= 4
-    with pytest.raises(ValueError, match="use 'min_full' or 'max_min'"):
+    with pytest.raises(ValueError, match="use 'min_full', 'max_min' or 'any_source'"):
         search_policy(profile(WORKED), "best")
     with pytest.raises(ValueError, match=r"theta=1.5"):
         search_policy(profile(WORKED), theta=1.5)

@@ -7,7 +7,7 @@ from eff_attention.layer_reuse.config import LayerReuseConfig
 from eff_attention.layer_reuse.pictures import plot_policy, plot_sensitivity
 from eff_attention.layer_reuse.policy import LayerReusePolicy
 from eff_attention.layer_reuse.profile import ReuseProfile, profile_layer_reuse
-from eff_attention.layer_reuse.search import best_smallest, fewest_resets, search_policy
+from eff_attention.layer_reuse.search import best_smallest, best_sources, fewest_resets, search_policy
 
 __all__ = [
     "ChosenBlocks",
@@ -16,6 +16,7 @@ __all__ = [
     "ReuseProfile",
     "apply_layer_reuse",
     "best_smallest",
+    "best_sources",
     "choose_blocks",
     "fewest_resets",
     "plot_policy",

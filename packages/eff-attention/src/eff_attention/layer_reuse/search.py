@@ -22,7 +22,7 @@ Matrix = NDArray[np.float64]
 
 def search_policy(
     profile: ReuseProfile,
-    objective: Literal["min_full", "max_min"] = "min_full",
+    objective: Literal["min_full", "max_min", "any_source"] = "min_full",
     *,
     theta: float = 0.85,
     sparsity: float = 0.9,
@@ -38,7 +38,9 @@ def search_policy(
         objective: "min_full": the fewest resets such that every reuse overlaps by ``theta`` (the paper); of those the
             largest sum of overlaps. "max_min": with at most ``ceil(L * sparsity * compute_ratio)`` resets, and one for
             each full layer, the largest smallest overlap (the public code); of those the largest sum.
-        theta: Least overlap of a reuse, for "min_full".
+            "any_source": going up, a layer chooses anew only where no layer that chose overlaps by ``theta``, and else
+            takes the blocks of the best of them, however far below (ours; the run time can).
+        theta: Least overlap of a reuse, for "min_full" and "any_source".
         sparsity: For "max_min": 1 - the share of layers that stay full, those with the most diffuse attention.
         compute_ratio: For "max_min": share of the others that may choose anew.
         force_full: Layers that stay full in any case, negative ones from the end.
@@ -54,10 +56,11 @@ def search_policy(
     overlap = merge_heads(profile.overlap, head_merge)
     layers = len(overlap)
     forced = {i % layers for i in force_full if -layers <= i < layers}
-    if objective == "min_full":
+    if objective in ("min_full", "any_source"):
         if not 0 <= theta <= 1:
             raise ValueError(f"theta={theta} must lie in [0, 1]")
-        plan = fewest_resets(overlap, theta, forced, bridge_full)
+        best = objective == "any_source"
+        plan = best_sources(overlap, theta, forced) if best else fewest_resets(overlap, theta, forced, bridge_full)
     elif objective == "max_min":
         if not (0 <= sparsity <= 1 and 0 <= compute_ratio <= 1):
             raise ValueError(f"sparsity={sparsity} and compute_ratio={compute_ratio} must lie in [0, 1]")
@@ -66,10 +69,10 @@ def search_policy(
         budget = math.ceil(layers * sparsity * compute_ratio - 1e-9) + len(forced - {0})
         plan = best_smallest(overlap, budget, forced, bridge_full)
     else:
-        raise ValueError(f"objective={objective!r}; use 'min_full' or 'max_min'")
+        raise ValueError(f"objective={objective!r}; use 'min_full', 'max_min' or 'any_source'")
     meta: dict[str, Any] = {
         "objective": objective,
-        **({"theta": theta} if objective == "min_full" else {"sparsity": sparsity, "compute_ratio": compute_ratio}),
+        **({"theta": theta} if objective != "max_min" else {"sparsity": sparsity, "compute_ratio": compute_ratio}),
         "bridge_full": bridge_full,
         "head_merge": head_merge,
         **profile.meta,
@@ -120,6 +123,17 @@ def fewest_resets(overlap: Matrix, theta: float, forced: Iterable[int] = (), bri
             _take(after, state, moves)
         best = after
     return Plan(max(best.values(), key=lambda s: s.value).source)
+
+
+def best_sources(overlap: Matrix, theta: float, forced: Iterable[int] = ()) -> Plan:
+    """Each layer takes the blocks of the best of all that chose before it; where none reaches theta, it chooses."""
+    forced = set(forced)
+    source = [0]
+    for j in range(1, len(overlap)):
+        choosers = [i for i, s in enumerate(source) if s == i]
+        best = max(choosers, key=lambda i: overlap[i, j])
+        source.append(j if j in forced or overlap[best, j] < theta else best)
+    return Plan(tuple(source))
 
 
 def best_smallest(overlap: Matrix, budget: int, forced: Iterable[int] = (), bridge: bool = True) -> Plan:
