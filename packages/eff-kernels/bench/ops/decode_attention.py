@@ -17,7 +17,9 @@ from eff_kernels.testing import Provider, Recorder, same
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGE = Path(eff_kernels.__file__).parent
-SOURCES = ("ops/decode_attention", "op.py", "native/call.py", "native/src/decode_attention.c")
+SOURCES = ("ops/decode_attention", "op.py", "native/call.py", *(
+    f"native/src/{name}" for name in ("decode_attention.c", "decode_block.h", "attention_tile.h")
+))  # fmt: skip
 SHAPES = {"9/3 heads of 64": (9, 3, 64), "32/8 heads of 128": (32, 8, 128)}
 PAGE = 32
 

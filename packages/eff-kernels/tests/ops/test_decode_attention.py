@@ -5,8 +5,9 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from eff_kernels import native
 from eff_kernels.op import triton_interprets
-from eff_kernels.ops.decode_attention import api, decode_attention, reference, scored_decode_attention
+from eff_kernels.ops.decode_attention import api, cpu, decode_attention, reference, scored_decode_attention
 from eff_kernels.ops.decode_attention.specs import SCORED_SPECS, SPECS, paged
 from eff_kernels.testing.aot import assert_compiles
 from eff_kernels.testing.op_tests import OpTests
@@ -224,3 +225,46 @@ def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(backend):
 
 def test_triton_kernels_compile_for_each_gpu():
     assert_compiles("eff_kernels.ops.decode_attention.triton")
+
+
+def odd_sizes(dtype):
+    """Head dimensions with and without a rest, groups of one to five heads, lengths around the sizes of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for d, group, keys in ((8, 1, 70), (32, 2, 15), (40, 3, 17), (64, 4, 257), (72, 5, 64), (104, 1, 3), (128, 3, 300)):
+        q = torch.randn(2, 2 * group, d, generator=generator)
+        k, v = (torch.randn(2, 2, keys, d, generator=generator).to(dtype) for _ in range(2))
+        yield q, k, v, torch.tensor([keys, keys // 2], dtype=torch.int32)
+
+
+def assert_exact(dtype):
+    for q, k, v, lengths in odd_sizes(dtype):
+        scale = q.size(2) ** -0.5
+        wanted = reference.decode_attention(q.double(), k.double(), v.double(), lengths, None, 0, scale)
+        k, v = k.clone(), v.clone()
+        k[1, :, lengths[1] :], v[1, :, lengths[1] :] = float("nan"), float("nan")  # never read
+        got = cpu.decode_attention(q, k, v, lengths, None, 0, scale)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-6)  # float32 sums of at most 300 terms
+        out, mass = cpu.scored_decode_attention(q, k, v, lengths, None, 0, 16, scale)
+        torch.testing.assert_close(out, got, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(mass.sum(-1), torch.full(mass.shape[:2], q.size(1) / 2.0), rtol=1e-5, atol=0)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason=str(native.unavailable()))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cache_of_half_precision_costs_no_precision(dtype):
+    assert_exact(dtype)
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason=str(native.unavailable()))
+@pytest.mark.parametrize("define", ["EFF_GENERIC", "EFF_NO_AVX512"])
+def test_code_for_other_processors(define, monkeypatch):
+    monkeypatch.setattr(cpu.native, "library", lambda build=native.library: build(define))
+    cpu._kernel.cache_clear()
+    try:
+        for dtype in DTYPES:
+            assert_exact(dtype)
+    finally:
+        cpu._kernel.cache_clear()
