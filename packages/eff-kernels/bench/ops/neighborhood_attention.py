@@ -26,10 +26,10 @@ SOURCES = ("ops/neighborhood_attention", "op.py", "native/call.py", *(
 ))  # fmt: skip
 
 
-def window_mask(q, window):
+def window_mask(q, window, causal):
     rank = q.dim() - 3
     window = [window] * rank if isinstance(window, int) else list(window)
-    return neighborhood_mask(q.shape[1:-2], window, [1] * rank, [1] * rank, [False] * rank)
+    return neighborhood_mask(q.shape[1:-2], window, [1] * rank, [1] * rank, [causal] * rank)
 
 
 def sdpa(q, k, v, mask):
@@ -51,11 +51,11 @@ def flex(mask, n):
     return attend
 
 
-def natten_flex(rank, window):
+def natten_flex(rank, window, causal):
     import natten
 
     function = (natten.na1d, natten.na2d, natten.na3d)[rank - 1]
-    return lambda q, k, v: function(q, k, v, window, backend="flex-fna")
+    return lambda q, k, v: function(q, k, v, window, is_causal=causal, backend="flex-fna")
 
 
 def gradients(run, leaves, grad):
@@ -106,12 +106,12 @@ def main() -> None:
 
 
 def measure(recorder, spec, label, dtype, options) -> None:
-    q, k, v, window, *_ = spec.args(dtype)
-    mask = window_mask(q, window)
-    ours = lambda q, k, v: neighborhood_attention(q, k, v, window).output  # noqa: E731
+    q, k, v, window, _, _, causal, *_ = spec.args(dtype)
+    mask = window_mask(q, window, causal)
+    ours = lambda q, k, v: neighborhood_attention(q, k, v, window, is_causal=causal).output  # noqa: E731
     functions = {"SDPA, dense mask": lambda q, k, v: sdpa(q, k, v, mask)}
     if not options.no_natten and importlib.util.find_spec("natten"):
-        functions["natten (flex)"] = natten_flex(q.dim() - 3, window)
+        functions["natten (flex)"] = natten_flex(q.dim() - 3, window, causal)
     if not options.no_compile:
         torch._dynamo.reset()
         functions["flex, compiled"] = flex(mask, mask.size(0))

@@ -61,5 +61,6 @@ BENCH_SPECS = (
     _case("64x64, K=7, 8x32", (64, 64), 7, heads=8, d=32, tags=["bench"]),
     _case("64x64, K=13, 8x32", (64, 64), 13, heads=8, d=32, tags=["bench"]),
     _case("4096, K=64, 8x32", (4096,), 64, heads=8, d=32, tags=["bench"]),
+    _case("4096 causal, K=256, 8x32", (4096,), 256, causal=True, heads=8, d=32, tags=["bench"]),
     _case("8x32x32, K=(3,7,7), 4x32", (8, 32, 32), (3, 7, 7), heads=4, d=32, tags=["bench"]),
 )
