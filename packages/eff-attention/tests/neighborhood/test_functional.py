@@ -60,7 +60,7 @@ def test_arguments_are_those_of_natten():
     theirs = list(inspect.signature(natten_function(2)).parameters)
     ours = list(inspect.signature(neighborhood_attention).parameters)
     assert ours[:10] == theirs[:10]
-    assert set(ours) <= set(theirs)
+    assert set(ours) <= {*theirs, "dropout_p"}  # natten has no dropout
 
 
 def test_lse_and_options():
@@ -69,6 +69,27 @@ def test_lse_and_options():
     torch.testing.assert_close(lse, torch.full_like(lse, 5.0).log())  # a scale of 0 is a scale, not the default
     assert torch.equal(na1d(q, k, v, 5, scale=0.0, backend="cpu"), out)
     assert torch.equal(na1d(q, k, v, 5, is_causal=None), na1d(q, k, v, 5))
+
+
+def test_dropout_keeps_the_mean_and_the_lse():
+    torch.manual_seed(0)
+    q, v = torch.randn(1, 6, 7, 4, 8), torch.ones(1, 6, 7, 2, 3)
+    k, more = torch.randn(1, 6, 7, 2, 8), torch.randn(1, 2, 2, 8)
+    settings = {"additional_keys": more, "additional_values": torch.ones(1, 2, 2, 3), "return_lse": True}
+    plain, lse = na2d(q, k, v, 3, is_causal=(True, False), **settings)
+    runs = [na2d(q, k, v, 3, is_causal=(True, False), dropout_p=0.25, **settings) for _ in range(200)]
+    torch.testing.assert_close(runs[0][1], lse)
+    outs = torch.stack([out for out, _ in runs])
+    assert outs.std(0).min() > 0.05  # each weight is dropped at times
+    assert (outs.mean(0) - plain).abs().max() < 0.15  # five standard errors of the least spread-out windows
+    q.requires_grad_()
+    na2d(q, k, v * torch.randn(3), 3, dropout_p=0.5).square().sum().backward()
+    assert q.grad.isfinite().all()
+    for bad in (1.0, -0.1):
+        with pytest.raises(ValueError, match=f"dropout_p={bad}"):
+            na2d(q, k, v, 3, dropout_p=bad)
+    with pytest.raises(ValueError, match="'cpu' has no dropout"):
+        na2d(q, k, v, 3, dropout_p=0.5, backend="cpu")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

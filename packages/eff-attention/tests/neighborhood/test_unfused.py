@@ -23,6 +23,21 @@ def test_halves_are_the_fused_operation(layout, causal):
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["heads_last", "heads_first"])
+def test_key_value_heads_serve_groups_of_queries(layout):
+    q = torch.randn(2, 7, 6, 16)
+    k, v = torch.randn(2, 2, 7, 2, 16)
+    more_k, more_v = torch.randn(2, 2, 3, 2, 16)
+    wanted = neighborhood_attention(q, k, v, 4, additional_keys=more_k, additional_values=more_v, scale=1.0)
+    if layout == "heads_first":
+        q, k, v, more_k, more_v = (t.movedim(-2, 1) for t in (q, k, v, more_k, more_v))
+    weights = na_qk(q, k, 4, additional_keys=more_k, layout=layout).softmax(-1)
+    out = na_av(weights, v, 4, additional_values=more_v, layout=layout)
+    torch.testing.assert_close(out.movedim(1, -2) if layout == "heads_first" else out, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="key has 4 heads, which do not divide 6"):
+        na_qk(torch.zeros(1, 7, 6, 8), torch.zeros(1, 7, 4, 8), 3)
+
+
 def test_bias_is_that_of_the_relative_position():
     rpb, q = torch.randn(2, 5, 7), torch.zeros(1, 9, 8, 2, 4)
     scores = na_qk(q, q, (3, 4), dilation=(3, 1), rpb=rpb)

@@ -1,7 +1,10 @@
 import pytest
 import torch
-from eff_kernels.ops.neighborhood_attention import reference
-from eff_kernels.ops.neighborhood_attention.unfused import AV_OP, INVERSE_OP, QK_OP, window_index
+from eff_kernels import native
+from eff_kernels.ops.neighborhood_attention import reference, unfused
+from eff_kernels.ops.neighborhood_attention import unfused_cpu as cpu
+from eff_kernels.ops.neighborhood_attention.reference import window_index
+from eff_kernels.ops.neighborhood_attention.unfused import AV_OP, INVERSE_OP, QK_OP
 
 WINDOWS = {
     "line": ((7,), (3,), (1,), (2,), (False,)),
@@ -76,3 +79,45 @@ def test_registration(op):
     settings = [list(w) for w in rest]
     first = draw(shape, 3 if op is QK_OP else 12)
     torch.library.opcheck(op.registered, (first.detach(), draw(shape, 3).detach(), *settings, "reference"))
+
+
+def compiled(op):
+    return next(b for b in op.backends if b.name == "cpu").run
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason=str(native.unavailable()))
+@pytest.mark.parametrize("d", [5, 16, 40, 136])
+@pytest.mark.parametrize("define", [None, "EFF_GENERIC", "EFF_NO_AVX512"])
+def test_compiled_code_is_the_reference(windows, d, define, monkeypatch):
+    shape, settings = windows
+    slots = len(window_index(shape, *(tuple(s) for s in settings))[0])
+    x, y = (torch.randn(2, *shape, 3, d).movedim(-2, 1) for _ in range(2))  # heads last in memory
+    w = torch.randn(2, 3, *shape, slots)
+    if define:
+        monkeypatch.setattr(cpu.native, "library", lambda build=native.library: build(define))
+    cpu._kernel.cache_clear()
+    try:
+        for op, first in ((QK_OP, x), (AV_OP, w), (INVERSE_OP, w)):
+            wanted = getattr(unfused, op.name.removeprefix("neighborhood_"))(first.double(), y.double(), *settings)
+            got = compiled(op)(first, y, *settings)
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-5)  # float32 sums of up to 136 terms
+            half = compiled(op)(first.bfloat16(), y.bfloat16(), *settings)
+            assert half.dtype == torch.bfloat16
+            again = compiled(op)(first.bfloat16().float(), y.bfloat16().float(), *settings)
+            assert torch.equal(half, again.bfloat16())  # rounded once
+    finally:
+        cpu._kernel.cache_clear()
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason=str(native.unavailable()))
+def test_threads_do_not_change_the_bits(windows):
+    shape, settings = windows
+    x, y = torch.randn(2, 4, 2, *shape, 64)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        w = QK_OP(x, y, *settings).masked_fill(QK_OP(x, y, *settings) == -torch.inf, 0)
+        found.append((w, AV_OP(w, y, *settings), INVERSE_OP(w, x, *settings)))
+    torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

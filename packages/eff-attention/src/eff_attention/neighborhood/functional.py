@@ -8,8 +8,11 @@ from typing import Any
 
 import eff_kernels
 import torch
+import torch.nn.functional as F
 from eff_kernels.ops.neighborhood_attention import window_bounds
 from torch import Tensor
+
+from eff_attention.neighborhood.unfused import na_av, na_qk
 
 
 def neighborhood_attention(
@@ -26,6 +29,7 @@ def neighborhood_attention(
     *,
     backend: str | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from each token of a 1-D, 2-D or 3-D map to the window of tokens around it.
 
@@ -42,6 +46,8 @@ def neighborhood_attention(
         additional_values: [B, M, Hkv, Dv].
         backend: None or "auto" to choose, or "cpu", "triton", "reference".
         return_lse: Return the logarithm of the sum of the exponentials as well, float32 [B, *S, H].
+        dropout_p: Share of the weights that are dropped, for training. It goes through `na_qk` and `na_av`, which hold
+            the weights of all windows.
 
     Returns:
         [B, *S, H, Dv], with ``return_lse`` a pair.
@@ -49,11 +55,30 @@ def neighborhood_attention(
     Raises:
         ValueError: shapes or windows do not fit; the message names the axis, the value and the limit.
     """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}; wanted a share of at least 0 and below 1")
+    windows = kernel_size, stride, dilation, is_causal or False
+    if dropout_p:
+        if backend not in (None, "auto"):
+            raise ValueError(f"backend={backend!r} has no dropout; leave backend or dropout_p out")
+        more = additional_keys, additional_values
+        out, lse = _with_dropout(query, key, value, windows, scale, *more, dropout_p)
+        return (out, lse) if return_lse else out
     result = eff_kernels.neighborhood_attention(
-        query, key, value, kernel_size, stride, dilation, is_causal or False, scale, additional_keys,
-        additional_values, backend=backend or "auto",
-    )  # fmt: skip
+        query, key, value, *windows, scale, additional_keys, additional_values, backend=backend or "auto"
+    )
     return (result.output, result.lse) if return_lse else result.output
+
+
+def _with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, windows: tuple[Any, Any, Any, Any], scale: float | None,
+    more_keys: Tensor | None, more_values: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights in memory, some of them dropped and the others scaled up; lse is of all."""
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    scores = na_qk(query * scale, key, *windows, additional_keys=more_keys).float()
+    weights = F.dropout(scores.softmax(-1), dropout_p).to(value.dtype)
+    return na_av(weights, value, *windows, additional_values=more_values), scores.logsumexp(-1)
 
 
 def _of_rank(rank: int, query: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 from eff_kernels.ops.neighborhood_attention.api import check_windows, each_axis
-from eff_kernels.ops.neighborhood_attention.unfused import AV_OP, QK_OP, window_index
+from eff_kernels.ops.neighborhood_attention.reference import window_index
+from eff_kernels.ops.neighborhood_attention.unfused import AV_OP, QK_OP
 from torch import Tensor
 
 Layout = Literal["heads_last", "heads_first"]
@@ -32,14 +33,14 @@ def na_qk(
 
     Args:
         query: [B, *S, H, D], or [B, H, *S, D] with ``layout="heads_first"``.
-        key: Like ``query``.
+        key: Like ``query``; of fewer heads, each of which serves H / Hkv heads of queries.
         kernel_size: Keys in the window; one number, or one an axis.
         stride: Neighbouring queries that share a window.
         dilation: Distance between the keys of a window.
         is_causal: Whether keys after the query are out of sight.
         rpb: Bias by relative position, [H, 2K - 1, ...]: on each axis, key j of query i has entry
             (j - i) / dilation + K - 1. Not with a causal axis.
-        additional_keys: [B, M, H, D] or [B, H, M, D]; their scores come after those of the window.
+        additional_keys: [B, M, Hkv, D] or [B, Hkv, M, D]; their scores come after those of the window.
         layout: Where the heads are.
 
     Returns:
@@ -47,6 +48,7 @@ def na_qk(
         a causal window lacks are minus infinity.
     """
     query, key = _first(query, layout), _first(key, layout)
+    key = _share(key, query.size(1), "key")
     if query.shape != key.shape:
         raise ValueError(f"query and key must have one shape, got {list(query.shape)} and {list(key.shape)}")
     windows = _windows(query, kernel_size, stride, dilation, is_causal)
@@ -55,6 +57,7 @@ def na_qk(
         scores = scores + _bias(rpb, query, windows)
     if additional_keys is not None:
         more = additional_keys.transpose(1, 2) if layout == "heads_last" else additional_keys
+        more = _share(more, query.size(1), "additional_keys")
         extra = (query.flatten(2, -2) @ more.mT).unflatten(2, query.shape[2:-1])
         scores = torch.cat([scores, extra], -1)
     return _back(scores, layout)
@@ -75,15 +78,16 @@ def na_av(
 
     Args:
         weights: [B, *S, H, prod(K) + M], or [B, H, *S, prod(K) + M].
-        value: [B, *S, H, D], or [B, H, *S, D].
+        value: [B, *S, Hkv, D], or [B, Hkv, *S, D]; H must be a multiple of Hkv.
         kernel_size: Keys in the window; one number, or one an axis.
         stride: Neighbouring queries that share a window.
         dilation: Distance between the keys of a window.
         is_causal: Whether keys after the query are out of sight.
-        additional_values: [B, M, H, D] or [B, H, M, D].
+        additional_values: [B, M, Hkv, D] or [B, Hkv, M, D].
         layout: Where the heads are.
     """
     weights, value = _first(weights, layout), _first(value, layout)
+    value = _share(value, weights.size(1), "value")
     windows = _windows(value, kernel_size, stride, dilation, is_causal)
     slots = len(_index(value, windows)[0])
     extra = 0 if additional_values is None else additional_values.size(1 if layout == "heads_last" else 2)
@@ -92,6 +96,7 @@ def na_av(
     out = AV_OP(weights[..., :slots], value, *windows)
     if additional_values is not None:
         more = additional_values.transpose(1, 2) if layout == "heads_last" else additional_values
+        more = _share(more, weights.size(1), "additional_values")
         out = out + (weights[..., slots:].flatten(2, -2) @ more).unflatten(2, value.shape[2:-1])
     return _back(out, layout)
 
@@ -101,6 +106,15 @@ def _first(x: Tensor, layout: Layout) -> Tensor:
     if layout not in ("heads_last", "heads_first"):
         raise ValueError(f"layout must be 'heads_last' or 'heads_first', got {layout!r}")
     return x.movedim(-2, 1) if layout == "heads_last" else x
+
+
+def _share(x: Tensor, heads: int, name: str) -> Tensor:
+    """Key-value heads once for each query head that they serve."""
+    if x.size(1) == heads:
+        return x
+    if x.size(1) == 0 or heads % x.size(1):
+        raise ValueError(f"{name} has {x.size(1)} heads, which do not divide {heads} heads of queries")
+    return x.repeat_interleave(heads // x.size(1), 1)
 
 
 def _back(x: Tensor, layout: Layout) -> Tensor:

@@ -76,6 +76,34 @@ INLINE at_v at_exp(at_v raw) {
   return at_select((at_i)(raw < at_splat(-87.0f)), at_splat(0.0f), e);
 }
 
+#if AT_W == 16
+/* Position i: the sum of p over i and i + s where bit s of i is clear, of q over i - s and i where it is set. */
+INLINE at_v at_fold(at_v p, at_v q, const int s) {
+  at_i pick;
+  uint16_t high = 0;
+  for (int i = 0; i < 16; i++) pick[i] = i & s ? 16 + i - s : i + s, high |= i & s ? (uint16_t)(1 << i) : 0;
+  return (at_v)_mm512_mask_blend_ps(high, (__m512)p, (__m512)q) + (at_v)_mm512_permutex2var_ps((__m512)p, (__m512i)pick, (__m512)q);
+}
+#endif
+
+/* out[i] = the sum of v[i], for sixteen vectors; v is used up. */
+INLINE void at_sums(at_v *v, float *out) {
+#if AT_W == 16
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) v[i] = at_fold(v[i], v[i + 8], 8);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) v[i] = at_fold(v[i], v[i + 4], 4);
+  v[0] = at_fold(v[0], v[2], 2), v[1] = at_fold(v[1], v[3], 2);
+  at_store(out, at_fold(v[0], v[1], 1));
+#else
+  for (int i = 0; i < 16; i++) {
+    float sum = 0.0f;
+    for (int l = 0; l < AT_W; l++) sum += v[i][l];
+    out[i] = sum;
+  }
+#endif
+}
+
 /* v in the lanes of the mask that belong to vector u, `other` in the rest. */
 INLINE at_v at_keep(uint16_t mask, int u, at_v v, at_v other) {
 #if AT_W == 16

@@ -45,24 +45,6 @@ INLINE void db_load(const eff_dtype dtype, const void *row, int64_t c, const int
   }
 }
 
-/* Position i: the sum of p over i and i + s where bit s of i is clear, of q over i - s and i where it is set. */
-INLINE at_v db_fold(at_v p, at_v q, const int s) {
-  at_i pick;
-  uint16_t high = 0;
-  for (int i = 0; i < 16; i++) pick[i] = i & s ? 16 + i - s : i + s, high |= i & s ? (uint16_t)(1 << i) : 0;
-  return (at_v)_mm512_mask_blend_ps(high, (__m512)p, (__m512)q) + (at_v)_mm512_permutex2var_ps((__m512)p, (__m512i)pick, (__m512)q);
-}
-
-/* The sums of sixteen vectors, in order. */
-INLINE at_v db_sums(at_v *v) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) v[i] = db_fold(v[i], v[i + 8], 8);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) v[i] = db_fold(v[i], v[i + 4], 4);
-  v[0] = db_fold(v[0], v[2], 2), v[1] = db_fold(v[1], v[3], 2);
-  return db_fold(v[0], v[1], 1);
-}
-
 /* Ask for n rows from memory. */
 INLINE void db_ask(const char *row, int64_t row_bytes, int64_t bytes, int n) {
   for (int i = 0; i < n; i++)
@@ -104,7 +86,7 @@ INLINE void db_scores(const eff_dtype dtype, const int NH, const float *q, const
     for (; c + 32 <= d; c += 32) db_dot(dtype, NH, together, q, rows, dp, c, 32, acc);
     if (c < d) db_dot(dtype, NH, together, q, rows, dp, c, d - c, acc);
     float sums[16];
-    at_store(sums, db_sums(acc));
+    at_sums(acc, sums);
 #pragma GCC unroll 4
     for (int h = 0; h < NH; h++) memcpy(scores + h * DB_KEYS + i, sums + h * together, (size_t)together * 4);
   }

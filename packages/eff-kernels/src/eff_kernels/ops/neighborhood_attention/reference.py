@@ -6,6 +6,7 @@ dilation (2209.15001) and strides (2504.16922).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -160,3 +161,26 @@ def _scores(q: Tensor, k: Tensor, shape: Sequence[int], windows: tuple[Any, ...]
     mask = torch.cat([mask, mask.new_ones(mask.size(0), k.size(2) - mask.size(1))], 1).to(q.device)
     scores = scale * q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].mT
     return scores.masked_fill(~mask, -torch.inf)
+
+
+@functools.lru_cache(maxsize=16)
+def window_index(
+    shape: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+) -> tuple[Tensor, Tensor]:
+    """Flat index of each key of each window, int64 [slots, N], and whether the slot holds a key, bool [slots, N].
+
+    A slot without a key has the index of the query itself.
+    """
+    index, there = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    for length, window, step, spacing, causal in zip(shape, kernel_size, stride, dilation, is_causal, strict=True):
+        first, last = window_bounds(length, window, step, spacing, causal)
+        key = first + spacing * torch.arange(window)[:, None]
+        inside = key <= last
+        key = torch.where(inside, key, torch.arange(length))
+        index = (index[:, None, :, None] * length + key[None, :, None, :]).flatten(2).flatten(0, 1)
+        there = (there[:, None, :, None] & inside[None, :, None, :]).flatten(2).flatten(0, 1)
+    return index, there

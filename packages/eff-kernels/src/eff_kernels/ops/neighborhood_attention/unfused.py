@@ -12,7 +12,6 @@ minus infinity and their weights count as zero. Memory is that of the weights, [
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,30 +20,8 @@ import torch
 from torch import Tensor
 
 from eff_kernels.op import Backend, Op
-from eff_kernels.ops.neighborhood_attention.reference import window_bounds
-
-
-@functools.lru_cache(maxsize=16)
-def window_index(
-    shape: tuple[int, ...],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    is_causal: tuple[bool, ...],
-) -> tuple[Tensor, Tensor]:
-    """Flat index of each key of each window, int64 [slots, N], and whether the slot holds a key, bool [slots, N].
-
-    A slot without a key has the index of the query itself.
-    """
-    index, there = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
-    for length, window, step, spacing, causal in zip(shape, kernel_size, stride, dilation, is_causal, strict=True):
-        first, last = window_bounds(length, window, step, spacing, causal)
-        key = first + spacing * torch.arange(window)[:, None]
-        inside = key <= last
-        key = torch.where(inside, key, torch.arange(length))
-        index = (index[:, None, :, None] * length + key[None, :, None, :]).flatten(2).flatten(0, 1)
-        there = (there[:, None, :, None] & inside[None, :, None, :]).flatten(2).flatten(0, 1)
-    return index, there
+from eff_kernels.ops.neighborhood_attention import unfused_cpu as cpu
+from eff_kernels.ops.neighborhood_attention.reference import window_index
 
 
 def _index(x: Tensor, *windows: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -120,7 +97,7 @@ _WINDOWS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal"
 QK_OP = Op(
     "neighborhood_qk",
     f"(Tensor query, Tensor key, {_WINDOWS}) -> Tensor",
-    [Backend("reference", qk)],
+    [Backend("cpu", cpu.qk, cpu.reject), Backend("reference", qk)],
     fake=lambda query, key, window, *_: query.new_empty(*query.shape[:-1], math.prod(window)),
     setup_context=_remember,
     backward=_qk_backward,
@@ -129,7 +106,7 @@ QK_OP = Op(
 AV_OP = Op(
     "neighborhood_av",
     f"(Tensor weights, Tensor value, {_WINDOWS}) -> Tensor",
-    [Backend("reference", av)],
+    [Backend("cpu", cpu.av, cpu.reject), Backend("reference", av)],
     fake=lambda weights, value, *_: value.new_empty(value.shape),
     setup_context=_remember,
     backward=_av_backward,
@@ -138,7 +115,7 @@ AV_OP = Op(
 INVERSE_OP = Op(
     "neighborhood_inverse",
     f"(Tensor weights, Tensor rows, {_WINDOWS}) -> Tensor",
-    [Backend("reference", inverse)],
+    [Backend("cpu", cpu.inverse, cpu.reject), Backend("reference", inverse)],
     fake=lambda weights, rows, *_: rows.new_empty(rows.shape),
     setup_context=_remember,
     backward=_inverse_backward,
