@@ -67,15 +67,33 @@ def provider(name, run, truth, tolerance):
     return Provider(name, lambda i: run(), backend="cpu" if name == "eff" else "", check=check)
 
 
-def memory_of(n: int, window: int) -> int:
-    """Peak resident memory in bytes of forward and backward on a line of n tokens, in a process of its own."""
+def memory_of(call: str, backward: bool) -> int:
+    """Peak resident memory in bytes of a call on q, k, v and the mask, in a process of its own."""
     code = (
-        "import resource, torch, eff_kernels as e; torch.set_num_threads(1); "
-        f"t = [torch.randn(1, {n}, 8, 32, requires_grad=True) for _ in range(3)]; "
-        f"e.neighborhood_attention(*t, {window}).output.sum().backward(); "
+        "import resource, torch, eff_kernels as e; import torch.nn.functional as F; torch.set_num_threads(1); "
+        f"out = {call}; {'out.sum().backward(); ' if backward else ''}"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) * 1024
+
+
+def memory() -> None:
+    """Print what maps of growing size take at most, above a map of 8 x 8."""
+    ours = (
+        "e.neighborhood_attention(*(torch.randn(1, {n}, {n}, 8, 32, requires_grad=True) for _ in range(3)), 7).output"
+    )
+    sdpa = (
+        "F.scaled_dot_product_attention(*(torch.randn(1, 8, {n} * {n}, 32, requires_grad=True) for _ in range(3)), "
+        "attn_mask=e.ops.neighborhood_attention.neighborhood_mask(({n}, {n}), [7, 7], [1, 1], [1, 1], [False, False]))"
+    )
+    print(
+        "| map | eff, forward | eff, both | SDPA with a mask, forward | SDPA with a mask, both |\n" + 5 * "| --- " + "|"
+    )
+    calls = [(ours, False), (ours, True), (sdpa, False), (sdpa, True)]
+    base = [memory_of(call.format(n=8), backward) for call, backward in calls]
+    for n in (32, 64, 128):
+        cells = [memory_of(call.format(n=n), backward) - b for (call, backward), b in zip(calls, base, strict=True)]
+        print(f"| {n} x {n} | " + " | ".join(f"{c / 2**20:.0f} MiB" for c in cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -89,9 +107,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="do not write the records")
     options = parser.parse_args()
     if options.memory:
-        small = memory_of(256, 64)
-        for n in (4096, 16384, 65536):
-            print(f"{n} tokens, K=64, 8x32: {(memory_of(n, 64) - small) / 2**20:.0f} MiB above a run of 256 tokens")
+        memory()
         return
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message=".*flex_attention.*")
