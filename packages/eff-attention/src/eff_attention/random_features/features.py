@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eff_attention.random_features.sampling import HeadWeights
@@ -42,24 +43,32 @@ def attention_features(
     Returns:
         [B, Lq, M, Dk].
     """
-    projected = heads.project(query)
+    projected = heads.project(query)  # [B, Lq, M, Dk]
+    if activation == "softmax":
+        return _softmax_features(projected, keys, keep) * heads.num_heads**-0.5
     batch, length, num_heads, dim = projected.shape
     scores = (projected.flatten(1, 2) @ keys.mT).view(batch, length, num_heads, keys.shape[1])
-    keep = None if keep is None else keep.unsqueeze(-2)
-    if activation == "softmax":
-        if keep is not None:
-            scores = scores.masked_fill(~keep, -math.inf)
-        weights = torch.softmax(scores, -1)
-        if keep is not None:
-            weights = weights.masked_fill(~keep, 0.0)  # also rows without a key, whose softmax is 0/0
+    weights = torch.relu(scores) if activation == "relu" else activation(scores)
+    if keep is None:
+        weights = weights / max(keys.shape[1], 1)
     else:
-        weights = torch.relu(scores) if activation == "relu" else activation(scores)
-        if keep is None:
-            weights = weights / max(keys.shape[1], 1)
-        else:
-            weights = weights.masked_fill(~keep, 0.0) / keep.sum(-1, keepdim=True).clamp_min(1)
+        keep = keep.unsqueeze(-2)
+        weights = weights.masked_fill(~keep, 0.0) / keep.sum(-1, keepdim=True).clamp_min(1)
     features = weights.flatten(1, 2) @ keys
     return features.view(batch, length, num_heads, dim) * num_heads**-0.5
+
+
+def _softmax_features(projected: Tensor, keys: Tensor, keep: Tensor | None) -> Tensor:
+    """Attention of all heads to one set of keys that are the values too, [B, Lq, M, Dk]; no scores are held."""
+    if keys.shape[1] == 0:
+        return torch.zeros_like(projected)
+    mask = None if keep is None else keep.unsqueeze(-3)
+    shared = keys.unsqueeze(1)
+    out = F.scaled_dot_product_attention(
+        projected.transpose(1, 2), shared, shared, attn_mask=mask, scale=1.0, enable_gqa=True
+    ).transpose(1, 2)
+    # Rows without a key are 0/0 in some of SDPA's backends.
+    return out if keep is None else out.masked_fill(~keep.any(-1)[..., None, None], 0.0)
 
 
 def arc_cosine(cosine: Tensor) -> Tensor:
