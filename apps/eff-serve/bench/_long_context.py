@@ -1,4 +1,4 @@
-"""A long prompt with planted facts, its dense prefill kept on disk, and teacher-forced decoding from it."""
+"""Long prompts with planted facts, their dense prefill kept on disk, and teacher-forced decoding from it."""
 
 import math
 from pathlib import Path
@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 
 import torch
 from eff_serve.models.tokenizer import Tokenizer
+from rich.progress import track
 
 THINGS = (
     "apple", "river", "castle", "garden", "window", "bridge", "forest", "candle",
@@ -104,3 +105,39 @@ def copied(model, kept, tokens, passages=8, known=16, length=48):
         nats -= float(scores.gather(1, wanted[:, None]).sum())
         count += len(wanted)
     return right / count, nats / math.log(2) / count
+
+
+@torch.no_grad()
+def needles(model, folder, length, where: Path):
+    """For each fact a prompt that holds it alone, at sixteen depths: (thing, number, keys and values).
+
+    The text around is the same, so that what comes before a fact is read once for all.
+    """
+
+    tokenizer = Tokenizer(folder)
+    manual = tokenizer.encode("\n".join(topics.values())[:200_000])
+    planted = {t: tokenizer.encode(f"\nThe secret number of the {t} is {n}.\n") for t, n in facts().items()}
+    plain = prefilled(model, manual[:length], where / f"haystack_{length}.pt")
+    for i, (thing, number) in enumerate(track(list(facts().items()), f"needles in {length} tokens")):
+        path = where / f"needle_{length}_{i}.pt"
+        if not path.is_file():
+            at = round(length * (i + 0.5) / len(planted))
+            cache = fresh(model, [(k[:, :, :at], v[:, :, :at]) for k, v in plain])
+            rest = torch.tensor(planted[thing] + manual[at : length - len(planted[thing])])
+            for piece in rest.split(512):
+                model(piece[None], past_key_values=cache, logits_to_keep=1)
+            torch.save([(layer.keys, layer.values) for layer in cache.layers], path)
+        yield thing, number, torch.load(path, mmap=True)
+
+
+def needles_found(model, folder, length, where, tokenizer):
+    """Share of needles whose four digits are all the likeliest, the share of digits, and the mean bits of a digit."""
+    whole, single, nats, count = 0, 0, 0.0, 0
+    for thing, number, kept in needles(model, folder, length, where):
+        asked, digits = question(tokenizer, thing, number)
+        scores = forced(model, kept, asked + digits)[len(asked) - 1 :]
+        wanted = torch.tensor(digits)
+        right = scores.argmax(1) == wanted
+        whole, single, count = whole + bool(right.all()), single + int(right.sum()), count + len(digits)
+        nats -= float(scores.gather(1, wanted[:, None]).sum())
+    return whole / len(THINGS), single / count, nats / math.log(2) / count

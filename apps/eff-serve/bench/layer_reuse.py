@@ -1,11 +1,12 @@
 """Layer reuse on SmolLM2-135M at 8k tokens: ``quality`` beside other ways to read few keys, ``speed`` beside dense.
 
     python apps/eff-serve/bench/layer_reuse.py quality POLICY.json --top-k 1024
+    python apps/eff-serve/bench/layer_reuse.py needles POLICY.json --top-k 1024
     python apps/eff-serve/bench/layer_reuse.py speed POLICY.json --top-k 1024 --threads 1
 
 The prompt is Python's manual with sixteen planted facts. It is prefilled once, dense, and kept in ``--cache``; every
 method then decodes the same tokens from it, teacher-forced: 192 tokens of the text that goes on, the planted numbers,
-and passages of the prompt again (copying by induction).
+and passages of the prompt again (copying by induction). "needles" plants one fact in a prompt, at sixteen depths.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 import eff_attention
 import eff_kernels
 import torch
-from _long_context import bits_per_byte, copied, digits_found, fresh, long_prompt, prefilled
+from _long_context import bits_per_byte, copied, digits_found, fresh, long_prompt, needles_found, prefilled
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply, apply_layer_reuse, choose_blocks
 from eff_kernels import decode_attention, scored_decode_attention
 from eff_kernels.testing import Provider, Recorder, same
@@ -82,8 +83,9 @@ def kv_bytes(config, model, lengths_of_layers):
     return sum(lengths_of_layers) * 2 * c.num_key_value_heads * c.head_dim * 2
 
 
-def quality(options, model, kept, tokenizer, following, policy, config):
-    layers, n, k = len(policy.source), options.length, config.top_k
+def methods(model, policy, config):
+    """What is compared: a function that attaches each, and how many layers of it read few keys."""
+    layers = len(policy.source)
     ends = {0, 1, layers - 1}
     of = {
         "dense": lambda: alone(model, config, set(range(layers)), recent),
@@ -95,6 +97,28 @@ def quality(options, model, kept, tokenizer, following, policy, config):
     sparse = {"dense": 0, "sink and recent keys": layers - 3, "every layer by itself": layers - 3}
     sparse["one anchor for all"] = sum(s >= 0 for s in previous(policy).source)
     sparse["searched policy"] = sum(s >= 0 for s in policy.source)
+    return of, sparse
+
+
+def found_needles(options, model, tokenizer, policy, config):
+    """Facts that stand alone in a prompt, at sixteen depths."""
+    of, sparse = methods(model, policy, config)
+    rows = []
+    for name, attach in of.items():
+        if options.only and name not in options.only:
+            continue
+        with attach():
+            whole, single, bits = needles_found(model, options.folder, options.length, options.cache, tokenizer)
+        row = {"method": name, "top_k": config.top_k, "length": options.length, "needles_found": whole}
+        row |= {"dense_layers": len(policy.source) - sparse[name], "digits_found": single, "bits_per_digit": bits}
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def quality(options, model, kept, tokenizer, following, policy, config):
+    layers, n, k = len(policy.source), options.length, config.top_k
+    of, sparse = methods(model, policy, config)
     rows = []
     for name, attach in of.items():
         if options.only and name not in options.only:
@@ -178,7 +202,7 @@ def speed(options, model, kept, following, policy, config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("what", choices=("quality", "needles", "speed"))
     parser.add_argument("policy", type=Path)
     parser.add_argument("--length", type=int, default=7900)
     parser.add_argument("--top-k", type=int, default=1024)
@@ -207,9 +231,12 @@ def main():
     if options.what == "speed":
         speed(options, model, kept, following, policy, config)
         return
-    rows = quality(options, model, kept, tokenizer, following, policy, config)
+    if options.what == "needles":
+        rows = found_needles(options, model, tokenizer, policy, config)
+    else:
+        rows = quality(options, model, kept, tokenizer, following, policy, config)
     if not options.dry:
-        path = RESULTS / "layer_reuse_quality.jsonl"
+        path = RESULTS / f"layer_reuse_{options.what}.jsonl"
         with path.open("a") as file:
             file.writelines(json.dumps({**row, "model": embedded.NAME, "dtype": "bfloat16"}) + "\n" for row in rows)
 
