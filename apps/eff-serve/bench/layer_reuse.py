@@ -3,6 +3,7 @@
     python apps/eff-serve/bench/layer_reuse.py quality POLICY.json --top-k 1024
     python apps/eff-serve/bench/layer_reuse.py needles POLICY.json --top-k 1024
     python apps/eff-serve/bench/layer_reuse.py speed POLICY.json --top-k 1024 --threads 1
+    python apps/eff-serve/bench/layer_reuse.py draw
 
 The prompt is Python's manual with sixteen planted facts. It is prefilled once, dense, and kept in ``--cache``; every
 method then decodes the same tokens from it, teacher-forced: 192 tokens of the text that goes on, the planted numbers,
@@ -200,10 +201,37 @@ def speed(options, model, kept, following, policy, config):
     print(recorder.table("transformers"))
 
 
+def draw():
+    """What each method loses on text and in finding a needle, against the bytes that a step reads."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "eff"
+    records = {
+        what: [json.loads(line) for line in (RESULTS / f"layer_reuse_{what}.jsonl").read_text().splitlines()]
+        for what in ("quality", "needles")
+    }
+    digits = {(r["method"], r["top_k"]): r["digits_found"] for r in records["needles"]}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for row in records["quality"]:
+        found = digits.get((row["method"], row["top_k"]))
+        for axis, value in zip(axes, (row["bits_per_byte"], found), strict=True):
+            if value is None:
+                continue
+            name = row["method"] + (f", {row['top_k']} keys" if row["method"] == "searched policy" else "")
+            axis.plot(row["kv_bytes_per_token"] / 1e6, value, "o", label=name)
+    axes[0].set(ylabel="bits per byte of the text that goes on")
+    axes[1].set(ylabel="digits of the needles found", ylim=(0, 1))
+    for axis in axes:
+        axis.set(xlabel="MB of keys and values read per token", xlim=(0, 195))
+    axes[0].legend()
+    path = Path(__file__).parents[3] / "docs" / "images" / "layer_reuse.svg"
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("quality", "needles", "speed"))
-    parser.add_argument("policy", type=Path)
+    parser.add_argument("what", choices=("quality", "needles", "speed", "draw"))
+    parser.add_argument("policy", type=Path, nargs="?")
     parser.add_argument("--length", type=int, default=7900)
     parser.add_argument("--top-k", type=int, default=1024)
     parser.add_argument("--block-size", type=int, default=32)
@@ -214,6 +242,11 @@ def main():
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--dry", action="store_true", help="do not write the record")
     options = parser.parse_args()
+    if options.what == "draw":
+        draw()
+        return
+    if options.policy is None:
+        parser.error(f"{options.what} needs a policy")
     torch.set_num_threads(options.threads)
     from transformers import AutoModelForCausalLM
 
