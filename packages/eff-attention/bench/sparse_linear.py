@@ -1,8 +1,9 @@
 """Sparse-linear attention: time against dense attention, and quality on a small model of photographs.
 
-    uvx nox -s bench -- attention sparse_linear [speed|quality|plot] [--threads 1]
+    uvx nox -s bench -- attention sparse_linear [speed|model|quality|plot] [--threads 1]
 
-"speed" times a whole call, block map and both branches and the projection, next to dense SDPA. "quality" trains a small
+"speed" times a whole call, block map and both branches and the projection, next to dense SDPA; "model" a whole vision
+transformer. "quality" trains a small
 encoder of two views (32 x 32 crops of scikit-learn's two photographs, 512 tokens) to tell how far the second view is
 shifted and how bright its surroundings are. It then makes the attention sparse and reports the relative L1 distance of
 all layers' outputs to the dense model: as it is, with the projection fitted in closed form, and after 200 steps of
@@ -63,6 +64,30 @@ def speed(threads: int, rounds: int, path: Path | None) -> None:
             both = [Provider(label, lambda i, run=run, train=train: train(run)) for label, run in runs.items()]
             recorder.run(name, both, mode="forward + backward", rounds=rounds)
     print(recorder.table("dense SDPA"))
+
+
+def whole_model(threads: int, rounds: int, path: Path | None) -> None:
+    """A ViT-S/16 on a picture of 1024 x 1024 pixels, 4096 patches, with random weights."""
+    from transformers import ViTConfig, ViTModel
+
+    recorder = Recorder("sparse_linear_model", path, sources=[Path(__file__), SOURCES])
+    settings = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "image_size": 1024}
+    torch.manual_seed(0)
+    dense = ViTModel(ViTConfig(num_hidden_layers=12, patch_size=16, **settings)).eval()
+    picture = torch.randn(1, 3, 1024, 1024)
+    for dtype in (torch.float32, torch.bfloat16):
+        models = {"dense": copy.deepcopy(dense).to(dtype)}
+        for share in (0.05, 0.1, 0.2):
+            models[f"critical {share:.0%}"] = copy.deepcopy(dense).to(dtype)
+            apply_sla(models[f"critical {share:.0%}"], SLAConfig(k_high=share))
+            for module in sla_parameters(models[f"critical {share:.0%}"]):
+                nn.init.normal_(module, std=0.01)
+        x = picture.to(dtype)
+        providers = [Provider(name, lambda i, m=m, x=x: m(x).last_hidden_state) for name, m in models.items()]
+        with torch.no_grad():
+            name = f"ViT-S/16, 4096 patches {'fp32' if dtype == torch.float32 else 'bf16'}"
+            recorder.run(name, providers, mode="forward", rounds=rounds)
+    print(recorder.table("dense"))
 
 
 class Attention(nn.Module):
@@ -219,7 +244,7 @@ def plot(path: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "quality", "plot"))
+    parser.add_argument("what", choices=("speed", "model", "quality", "plot"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1200, help="of the training of the dense encoder")
@@ -229,6 +254,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.what == "speed":
         speed(args.threads, args.rounds, None if args.dry else RESULTS / "sparse_linear.jsonl")
+    elif args.what == "model":
+        whole_model(args.threads, args.rounds, None if args.dry else RESULTS / "sparse_linear_model.jsonl")
     elif args.what == "quality":
         quality(RESULTS / "sparse_linear_quality.json", args.steps)
     else:

@@ -79,3 +79,5 @@ def test_config_comes_back_from_json():
     assert LayerReuseConfig.from_dict(config().to_dict()) == config()
     with pytest.raises(ValueError, match="no \\['k'\\]"):
         LayerReuseConfig.from_dict({"k": 1})
+    with pytest.raises(ValueError, match="settings have format 2"):
+        LayerReuseConfig.from_dict({**config().to_dict(), "format": 2})

@@ -43,6 +43,32 @@ def test_prompt_equals_sdpa(registered, model):
     assert not torch.allclose(model(tokens).logits, actual, atol=1e-3)  # the window mattered
 
 
+def alternating():
+    """Gemma 3: layers with a window and layers without take turns."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, sliding_window=6, max_position_embeddings=128, attn_implementation="sdpa",
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_layers_with_and_without_a_window(registered, side):
+    torch.manual_seed(0)
+    model, ids, real = alternating(), torch.randint(1, 64, (2, 21)), torch.ones(2, 21, dtype=torch.long)
+    if side:
+        real[1, slice(0, 5) if side == "left" else slice(16, 21)] = 0
+    wanted, got = both(model, lambda: model(ids, attention_mask=real).logits)
+    torch.testing.assert_close(got[real.bool()], wanted[real.bool()], rtol=1e-4, atol=1e-5)
+    if side != "right":
+        run = lambda: model.generate(ids, attention_mask=real, max_new_tokens=9, do_sample=False)  # noqa: E731
+        wanted, got = both(model, run)
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch_equals_sdpa(registered, model, side):
     tokens, mask = torch.randint(0, 64, (3, 20)), torch.ones(3, 20, dtype=torch.long)

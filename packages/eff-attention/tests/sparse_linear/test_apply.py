@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -331,5 +333,56 @@ def test_diffusion_transformers():
             assert [m.ran for _, m in sla_modules(model)] == ["sparse"] * 2
             for _, m in sla_modules(model):
                 m.config = WHOLE
+            torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(**inputs).sample, before)
+
+
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(1, 64, 4),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "pooled_projections": torch.randn(1, 16),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.randn(64, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+
+
+def wan():
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+        qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(1, 4, 2, 12, 12),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": torch.randn(1, 8, 16),
+    }
+
+
+@pytest.mark.parametrize("make", [flux, wan])
+def test_transformers_of_pictures_and_videos(make):
+    torch.manual_seed(0)
+    model, inputs = make()
+    model.eval()
+    settings = {"min_tokens": 16}  # cross-attention to eight tokens of text stays dense
+    with torch.no_grad():
+        before = model(**inputs).sample
+        with apply_sla(model, dataclasses.replace(SMALL, **settings)):
+            sparse = model(**inputs).sample
+            ran = [m.ran for _, m in sla_modules(model)]
+            assert ran.count("sparse") == 2
+            assert not torch.allclose(sparse, before, atol=1e-4)
+            for _, m in sla_modules(model):
+                m.config = dataclasses.replace(WHOLE, **settings)
             torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-4)
         assert torch.equal(model(**inputs).sample, before)

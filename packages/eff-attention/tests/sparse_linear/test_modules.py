@@ -41,6 +41,8 @@ def test_settings_travel_and_bad_ones_are_named():
             SLAConfig(**changes)
     with pytest.raises(ValueError, match=r"has no \['k'\]"):
         SLAConfig.from_dict({"k": 1})
+    with pytest.raises(ValueError, match="settings have format 2"):
+        SLAConfig.from_dict({**config.to_dict(), "format": 2})
 
 
 def test_no_tokens_give_no_output():

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_FORMAT = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReuseConfig:
@@ -49,15 +51,18 @@ class LayerReuseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
-        return dataclasses.asdict(self)
+        return {"format": _FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerReuseConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a key is unknown.
+            ValueError: a key is unknown, or the format is another.
         """
+        values = dict(values)
+        if (version := values.pop("format", _FORMAT)) != _FORMAT:
+            raise ValueError(f"settings have format {version}; this version reads {_FORMAT}")
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"LayerReuseConfig has no {sorted(unknown)}")

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 FeatureMap = Literal["softmax", "elu", "relu"]
 LinearScope = Literal["marginal", "noncritical", "all"]
 
+_FORMAT = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLAConfig:
@@ -57,15 +59,18 @@ class SLAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
-        return dataclasses.asdict(self)
+        return {"format": _FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SLAConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a key is unknown.
+            ValueError: a key is unknown, or the format is another.
         """
+        values = dict(values)
+        if (version := values.pop("format", _FORMAT)) != _FORMAT:
+            raise ValueError(f"settings have format {version}; this version reads {_FORMAT}")
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"SLAConfig has no {sorted(unknown)}")
