@@ -5,8 +5,8 @@
 "speed" times a whole call, block map and both branches and the projection, next to dense SDPA; "model" a whole vision
 transformer. "quality" trains a small encoder of two views (32 x 32 crops of scikit-learn's two photographs, 512 tokens)
 to tell how far the second view is shifted and how bright its surroundings are. It then makes the attention sparse and
-reports the relative L1 distance of all layers' outputs to the dense model: as it is, with the projection fitted in closed
-form, and after 200 steps of distillation.
+reports the relative L1 distance of all layers' outputs to the dense model: as it is, with the projection fitted in
+closed form, and after 200 steps of distillation.
 """
 
 from __future__ import annotations
