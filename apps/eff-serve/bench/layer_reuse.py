@@ -20,7 +20,14 @@ import eff_attention
 import eff_kernels
 import torch
 from _long_context import bits_per_byte, copied, digits_found, fresh, long_prompt, needles_found, prefilled
-from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply, apply_layer_reuse, choose_blocks
+from eff_attention.layer_reuse import (
+    LayerReuseConfig,
+    LayerReusePolicy,
+    apply,
+    apply_layer_reuse,
+    choose_blocks,
+    growing_cache,
+)
 from eff_kernels import decode_attention, scored_decode_attention
 from eff_kernels.testing import Provider, Recorder, same
 from eff_serve.engine.decoder import PAGE, Decoder
@@ -150,16 +157,23 @@ def quality(options, model, kept, tokenizer, following, policy, config):
     return rows
 
 
+def growing(model, kept):
+    """A cache that holds the prompt and grows in place."""
+    cache = growing_cache(model.config)
+    for layer, (keys, values) in enumerate(kept):
+        cache.update(keys, values, layer)
+    return cache
+
+
 def speed(options, model, kept, following, policy, config):
     recorder = Recorder("layer_reuse", None if options.dry else RESULTS / "layer_reuse.jsonl", sources=PACKAGES)
     layers, n = len(policy.source), options.length
     token = following[0]
 
-    def transformers_step(plan):
-        own, cache = copy.deepcopy(model), fresh(model, kept)
+    def transformers_step(plan, make=fresh):
+        own, cache = copy.deepcopy(model), make(model, kept)
         if plan is not None:
             apply_layer_reuse(own, plan, config)
-            runtime_of(own).anchors |= {i for i, kind in enumerate(plan.kind) if kind == "anchor"}
 
         @torch.no_grad()
         def run():
@@ -186,8 +200,9 @@ def speed(options, model, kept, following, policy, config):
 
     runs = {
         "transformers": transformers_step(None),
-        "transformers, our attention": transformers_step(dense(layers)),
+        "transformers, growing cache": transformers_step(None, growing),
         "transformers, layer reuse": transformers_step(policy),
+        "transformers, both": transformers_step(policy, growing),
         "eff-serve": eff_step(None),
         "eff-serve, layer reuse": eff_step(reuse),
     }

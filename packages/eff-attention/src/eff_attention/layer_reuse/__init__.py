@@ -2,6 +2,7 @@
 
 from eff_attention.layer_reuse.apply import apply_layer_reuse
 from eff_attention.layer_reuse.blocks import ratio90
+from eff_attention.layer_reuse.cache import growing_cache
 from eff_attention.layer_reuse.choose import ChosenBlocks, choose_blocks
 from eff_attention.layer_reuse.config import LayerReuseConfig
 from eff_attention.layer_reuse.pictures import plot_policy, plot_sensitivity
@@ -19,6 +20,7 @@ __all__ = [
     "best_sources",
     "choose_blocks",
     "fewest_resets",
+    "growing_cache",
     "plot_policy",
     "plot_sensitivity",
     "profile_layer_reuse",

@@ -43,8 +43,9 @@ def apply_layer_reuse(
 ) -> Handle:
     """Let the reusing layers of a policy attend only to the blocks of keys that their anchors chose.
 
-    Anchors run dense attention and choose by the weights that it gives; layers of kind "full" are left alone. Prompts,
-    steps of more than one token and masks other than causal ones with padding run as before.
+    Anchors run dense attention and choose by the weights that it gives; layers of kind "full" run dense (on the CPU by
+    `decode_attention` too, which is faster there). Prompts, steps of more than one token and masks other than causal
+    ones with padding run as before.
 
     Args:
         model: A decoder that follows transformers' AttentionInterface, such as Llama, Qwen2, Qwen3 or Mistral.
@@ -63,7 +64,7 @@ def apply_layer_reuse(
     _check(model, policy)
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    handle, runtime = Handle(), _Runtime(policy, config, model.config._attn_implementation)
+    handle, runtime = Handle(), _Runtime(policy, config, model.config._attn_implementation, _types(model.config))
     name = f"eff_layer_reuse_{next(_numbers)}"
     for registry, function in ((AttentionInterface, runtime.attention), (AttentionMaskInterface, runtime.mask)):
         mapping: dict[str, Any] = registry._global_mapping
@@ -91,23 +92,28 @@ def _check(model: PreTrainedModel, policy: LayerReusePolicy) -> None:
         )
     if len(policy.kind) != settings.num_hidden_layers:
         raise ValueError(f"the policy has {len(policy.kind)} layers, the model {settings.num_hidden_layers}")
-    windowed = getattr(settings, "sliding_window", None) is not None
-    every = ["sliding_attention" if windowed else "full_attention"] * len(policy.kind)
-    types = getattr(settings, "layer_types", None) or every
+    types = _types(settings)
     taken = {i for i, source in enumerate(policy.source) if source >= 0} | set(policy.source) - {-1}
     wrong = {i: types[i] for i in sorted(taken) if types[i] != "full_attention"}
     if wrong:
         raise ValueError(f"layers that reuse or are reused must have full attention, got {wrong}")
 
 
+def _types(settings: Any) -> list[str]:
+    """Kind of attention of each layer."""
+    windowed = getattr(settings, "sliding_window", None) is not None
+    every = ["sliding_attention" if windowed else "full_attention"] * settings.num_hidden_layers
+    return getattr(settings, "layer_types", None) or every
+
+
 class _Runtime:
     """The two functions that transformers calls, and what one forward pass tells the other."""
 
-    def __init__(self, policy: LayerReusePolicy, config: LayerReuseConfig, original: str) -> None:
+    def __init__(self, policy: LayerReusePolicy, config: LayerReuseConfig, original: str, types: list[str]) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         self.config, self.original_name = config, original
-        self.source = policy.source
+        self.source, self.types = policy.source, types
         self.anchors = {s for s in policy.source if s >= 0}
         attentions: dict[str, Any] = AttentionInterface._global_mapping
         masks: dict[str, Any] = AttentionMaskInterface._global_mapping
@@ -181,14 +187,18 @@ class _Runtime:
     ) -> Any:
         """Transformers' attention function: [B, H, 1, D] to [B, 1, H, D]."""
         layer, step = module.layer_idx, self.step
-        if step is None or (layer not in self.anchors and self.source[layer] < 0):
-            return self.original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         extra = sorted(n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None)
+        full = layer not in self.anchors and self.source[layer] < 0
+        ours = self.types[layer] == "full_attention" and query.is_cpu and not dropout and not extra
+        if step is None or (full and not ours):
+            return self.original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if dropout or extra:
             raise NotImplementedError(f"layer reuse has neither dropout nor {extra or 'biases'}; layer {layer} has it")
         size, q = self.config.block_size, query[:, :, 0]
-        if layer in self.anchors:
-            run = None if step.dense_table is None else key.size(2)
+        run = None if step.dense_table is None else key.size(2)
+        if full:
+            out = decode_attention(q, key, value, step.real, block_table=step.dense_table, run=run, scale=scaling)
+        elif layer in self.anchors:
             out, mass = scored_decode_attention(
                 q, key, value, step.real, score_block=size, block_table=step.dense_table, run=run, scale=scaling
             )
