@@ -1,7 +1,8 @@
 """Trains each token mixer, in all layers and in every second one, on bytes of texts in installed packages.
 
 ``python packages/eff-attention/bench/variants.py`` takes about a minute of one core for each of the thirteen models,
-writes ``results/variants.jsonl`` and goes on where it was stopped; ``--draw`` makes the pictures from that file.
+writes ``results/variants.jsonl`` and goes on where it was stopped; ``--draw`` makes the pictures from that file, and
+``--maps --steps 150`` the one of the mixers' maps.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from eff_attention.variants import (
     KINDS,
@@ -69,8 +71,10 @@ def evaluate(model: torch.nn.Module, batch: torch.Tensor) -> float:
         return sum(model(input_ids=p, labels=p, use_cache=False).loss.item() for p in parts) / len(parts)
 
 
-def train(kind: str, layout: str, data: torch.Tensor, steps: int, seed: int) -> dict:
-    training, held_out = split(data)
+def trained(
+    kind: str, layout: str, training: torch.Tensor, steps: int, seed: int
+) -> tuple[torch.nn.Module, list, float]:
+    """A model, its losses on the way, and the seconds that it took."""
     set_seed(seed)
     config = Qwen2Config(
         vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
@@ -92,11 +96,26 @@ def train(kind: str, layout: str, data: torch.Tensor, steps: int, seed: int) -> 
         schedule.step()
         if step % 20 == 0:
             curve.append(round(loss.item(), 4))
-    seconds = time.thread_time() - start
-    model.eval()
+    return model.eval(), curve, round(time.thread_time() - start, 1)
+
+
+def maps(data: torch.Tensor, steps: int) -> dict[str, list[np.ndarray]]:
+    """Of each uniform model after some training: the maps of its layers over 32 bytes, mean over the heads."""
+    training, held_out = split(data)
+    found = {}
+    for kind in KINDS:
+        model, *_ = trained(kind, "uniform", training, steps, 0)
+        layers = attention_maps(model, input_ids=held_out[:1, :32])
+        found[kind] = [layers[i][0].mean(0).numpy() if i in layers else np.eye(32) for i in range(1, 5)]
+    return found
+
+
+def train(kind: str, layout: str, data: torch.Tensor, steps: int, seed: int) -> dict:
+    training, held_out = split(data)
+    model, curve, seconds = trained(kind, layout, training, steps, seed)
     result = {
         "kind": kind, "layout": layout, "seed": seed, "steps": steps, "loss": evaluate(model, held_out),
-        "seconds": round(seconds, 1), "parameters": parameter_report(model)["total"], "curve": curve,
+        "seconds": seconds, "parameters": parameter_report(model)["total"], "curve": curve,
     }  # fmt: skip
     result["indicators"] = {
         i: asdict(v) for i, v in attention_indicators(attention_maps(model, input_ids=held_out[:8])).items()
@@ -113,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=len(RUNS), help="stop after so many new runs")
     parser.add_argument("--draw", action="store_true", help="make the pictures, and nothing else")
+    parser.add_argument("--maps", action="store_true", help="train briefly and draw the maps, and nothing else")
     options = parser.parse_args()
     if options.draw:
         from _draw_variants import draw
@@ -121,6 +141,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
+    if options.maps:
+        from _draw_variants import draw_maps
+
+        draw_maps(maps(data, options.steps))
+        return
     meta = {
         "bytes": len(data),
         "texts": [f"{p} {importlib.metadata.version(p)}" for p in PACKAGES],
