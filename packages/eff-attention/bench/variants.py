@@ -71,9 +71,7 @@ def evaluate(model: torch.nn.Module, batch: torch.Tensor) -> float:
         return sum(model(input_ids=p, labels=p, use_cache=False).loss.item() for p in parts) / len(parts)
 
 
-def trained(
-    kind: str, layout: str, training: torch.Tensor, steps: int, seed: int
-) -> tuple[torch.nn.Module, list, float]:
+def trained(kind: str, layout: str, training: torch.Tensor, steps: int, seed: int) -> tuple:
     """A model, its losses on the way, and the seconds that it took."""
     set_seed(seed)
     config = Qwen2Config(
