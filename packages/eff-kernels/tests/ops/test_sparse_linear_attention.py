@@ -113,20 +113,28 @@ def test_reference_backward_is_the_derivative(call):
     torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
 
 
-@settings(max_examples=100, deadline=None)
+def assert_as_good_as_the_reference(actual, function, args):
+    """A few dozen roundings of float32 pass, and what the reference loses in float32 itself, sixteen times.
+
+    Features may nearly vanish: a gradient then is the small difference of large terms over a small weight.
+    """
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    for found, exact, plain in zip(actual, function(*wide), function(*args), strict=True):
+        lost = (plain - exact).abs().amax() if exact.numel() else exact.new_zeros(())
+        assert bool(((found - exact).abs() <= 2e-5 * (1 + exact.abs()) + 16 * lost).all())
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(calls())
 def test_fast_code_on_any_call(call):
-    """A few dozen roundings of float32 pass; the budgets are for the named specs, where values are many."""
     args = random_call(call, torch.float32)
-    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    near = {"rtol": 2e-5, "atol": 2e-5, "check_dtype": False}
     outputs = api.OP(*args)
-    torch.testing.assert_close(outputs, reference.sparse_linear_attention(*wide), **near)
-    grads = [torch.randn_like(o) for o in outputs]
-    actual = autograd.BACKWARD_OP(*grads, *args[:4], *outputs, *args[4:])
-    backward = (*grads, *wide[:4], *outputs, *wide[4:])
-    backward = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in backward]
-    torch.testing.assert_close(actual, reference.sparse_linear_attention_backward(*backward), **near)
+    assert_as_good_as_the_reference(outputs, reference.sparse_linear_attention, args)
+    generator = torch.Generator().manual_seed(call[-1])
+    grads = [torch.randn(o.shape, generator=generator) for o in outputs]
+    backward = (*grads, *args[:4], *outputs, *args[4:])
+    actual = autograd.BACKWARD_OP(*backward)
+    assert_as_good_as_the_reference(actual, reference.sparse_linear_attention_backward, backward)
 
 
 @settings(max_examples=100, deadline=None)
