@@ -113,28 +113,22 @@ def test_reference_backward_is_the_derivative(call):
     torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
 
 
-def assert_as_good_as_the_reference(actual, function, args):
-    """A few dozen roundings of float32 pass, and what the reference loses in float32 itself, sixteen times.
-
-    Features may nearly vanish: a gradient then is the small difference of large terms over a small weight.
-    """
+def assert_near(actual, function, args):
+    """Up to some roundings, and sixteen times what the reference loses in float32: weights may nearly vanish."""
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     for found, exact, plain in zip(actual, function(*wide), function(*args), strict=True):
-        lost = (plain - exact).abs().amax() if exact.numel() else exact.new_zeros(())
+        lost = (plain - exact).abs().amax() if exact.numel() else 0.0
         assert bool(((found - exact).abs() <= 2e-5 * (1 + exact.abs()) + 16 * lost).all())
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(calls())
 def test_fast_code_on_any_call(call):
-    args = random_call(call, torch.float32)
+    args, generator = random_call(call, torch.float32), torch.Generator().manual_seed(call[-1])
     outputs = api.OP(*args)
-    assert_as_good_as_the_reference(outputs, reference.sparse_linear_attention, args)
-    generator = torch.Generator().manual_seed(call[-1])
-    grads = [torch.randn(o.shape, generator=generator) for o in outputs]
-    backward = (*grads, *args[:4], *outputs, *args[4:])
-    actual = autograd.BACKWARD_OP(*backward)
-    assert_as_good_as_the_reference(actual, reference.sparse_linear_attention_backward, backward)
+    assert_near(outputs, reference.sparse_linear_attention, args)
+    back = (*(torch.randn(o.shape, generator=generator) for o in outputs), *args[:4], *outputs, *args[4:])
+    assert_near(autograd.BACKWARD_OP(*back), reference.sparse_linear_attention_backward, back)
 
 
 @settings(max_examples=100, deadline=None)
