@@ -104,13 +104,12 @@ def test_reference_is_the_formula_over_tokens(call):
 @given(calls())
 def test_reference_backward_is_the_derivative(call):
     args = random_call(call)
-    leaves = [a.clone().requires_grad_() for a in args[:3]]
+    leaves, generator = [a.clone().requires_grad_() for a in args[:3]], torch.Generator().manual_seed(call[-1])
     outputs = reference.sparse_linear_attention(*leaves, *args[3:])
-    grads = [torch.randn_like(o) for o in outputs]
+    grads = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
     wanted = torch.autograd.grad(outputs, leaves, grads)
-    outputs = [o.detach() for o in outputs]
-    actual = reference.sparse_linear_attention_backward(*grads, *args[:4], *outputs, *args[4:])
-    torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
+    back = (*grads, *args[:4], *(o.detach() for o in outputs), *args[4:])
+    torch.testing.assert_close(reference.sparse_linear_attention_backward(*back), wanted, rtol=1e-10, atol=1e-11)
 
 
 def assert_near(actual, function, args):
@@ -125,8 +124,7 @@ def assert_near(actual, function, args):
 @given(calls())
 def test_fast_code_on_any_call(call):
     args, generator = random_call(call, torch.float32), torch.Generator().manual_seed(call[-1])
-    outputs = api.OP(*args)
-    assert_near(outputs, reference.sparse_linear_attention, args)
+    assert_near(outputs := api.OP(*args), reference.sparse_linear_attention, args)
     back = (*(torch.randn(o.shape, generator=generator) for o in outputs), *args[:4], *outputs, *args[4:])
     assert_near(autograd.BACKWARD_OP(*back), reference.sparse_linear_attention_backward, back)
 
