@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eff_attention.settings import read_settings
+
 _FORMAT = 1
 
 
@@ -60,11 +62,6 @@ class LayerReuseConfig:
         Raises:
             ValueError: a key is unknown, or the format is another.
         """
-        values = dict(values)
-        if (version := values.pop("format", _FORMAT)) != _FORMAT:
-            raise ValueError(f"settings have format {version}; this version reads {_FORMAT}")
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"LayerReuseConfig has no {sorted(unknown)}")
+        values = read_settings(values, cls, _FORMAT)
         must_select = values.get("must_select")
         return cls(**values) if must_select is None else cls(**{**values, "must_select": tuple(must_select)})

@@ -77,7 +77,27 @@ class SetFeatures:
         return self._kept
 
 
-class RandomFeatureBase(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class ScaledSets:
+    """Sizes and scales of the training set, and what they ask of other samples; for all estimators of sets."""
+
+    normalize: bool
+
+    def _learn_scales(self, sets: Sets) -> None:
+        self.query_dim_, self.key_dim_ = sets.query.shape[-1], sets.keys.shape[-1]
+        self.query_scale_, self.key_scale_ = (
+            (rms(sets.query, None), rms(sets.keys, sets.keep)) if self.normalize else (1.0, 1.0)
+        )
+
+    def _check_sizes(self, sets: Sets) -> None:
+        sizes, fitted = (sets.query.shape[-1], sets.keys.shape[-1]), (self.query_dim_, self.key_dim_)
+        if sizes != fitted:
+            raise ValueError(f"queries and keys have {sizes} features, the estimator was fitted with {fitted}")
+
+    def _scaled(self, sets: Sets) -> Sets:
+        return Sets(sets.query / self.query_scale_, sets.keys / self.key_scale_, sets.keep)
+
+
+class RandomFeatureBase(ScaledSets, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """What the regressor and the classifier share: forms of samples, parameters, attributes.
 
     Samples ``X`` are one of
@@ -162,18 +182,13 @@ class RandomFeatureBase(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         if flat:
             X = validate_data(self, X, reset=reset, dtype=np.float64)
         sets = as_sets(X, self.query, self.token_dim)
-        sizes = sets.query.shape[-1], sets.keys.shape[-1]
         if reset:
-            self.query_dim_, self.key_dim_ = sizes
+            self._learn_scales(sets)
             if not flat:
-                self.n_features_in_ = sizes[1]
-        elif sizes != (self.query_dim_, self.key_dim_):
-            fitted = self.query_dim_, self.key_dim_
-            raise ValueError(f"queries and keys have {sizes} features, the estimator was fitted with {fitted}")
+                self.n_features_in_ = self.key_dim_
+        else:
+            self._check_sizes(sets)
         return sets
-
-    def _scaled(self, sets: Sets) -> Sets:
-        return Sets(sets.query / self.query_scale_, sets.keys / self.key_scale_, sets.keep)
 
     def _features(self, sets: Sets) -> SetFeatures:
         return SetFeatures(sets, self.heads_, self.activation, self.append_one, int(self.chunk_size))
@@ -198,9 +213,6 @@ class RandomFeatureBase(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """Read the training samples, fix the scales and draw the heads."""
         self._check()
         sets = self._read(X, reset=True)
-        self.query_scale_, self.key_scale_ = (
-            (rms(sets.query, None), rms(sets.keys, sets.keep)) if self.normalize else (1.0, 1.0)
-        )
         one = int(self.append_one)
         mean = mean_weights(self.weight_mean, self.query_dim_ + one, self.key_dim_ + one, append_one=self.append_one)
         random = check_random_state(self.random_state)

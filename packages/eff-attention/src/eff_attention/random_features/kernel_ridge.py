@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_array, check_is_fitted
 
-from eff_attention.random_features.base import check_alpha, read_alphas, rms
+from eff_attention.random_features.base import ScaledSets, check_alpha, read_alphas
 from eff_attention.random_features.features import append_ones, attention_kernel
 from eff_attention.random_features.inputs import QueryFrom, Sets, as_sets
 from eff_attention.random_features.ridge import choose_alpha, decompose, dual_coefficients
 
 
-class RFAKernelRidge(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+class RFAKernelRidge(RegressorMixin, ScaledSets, BaseEstimator):  # type: ignore[misc]
     """Random-feature attention with M -> inf heads: ReLU, weights of mean 0, order-1 arc-cosine expectations.
 
     Samples, ``query``, ``normalize``, ``append_one``, ``alpha`` and ``alphas`` are those of
@@ -45,11 +45,8 @@ class RFAKernelRidge(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         targets = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
         if len(targets) != len(sets.keys):
             raise ValueError(f"X holds {len(sets.keys)} samples and y {len(targets)}")
-        self.query_dim_, self.key_dim_ = sets.query.shape[-1], sets.keys.shape[-1]
+        self._learn_scales(sets)
         self.n_features_in_ = self.key_dim_
-        self.query_scale_, self.key_scale_ = (
-            (rms(sets.query, None), rms(sets.keys, sets.keep)) if self.normalize else (1.0, 1.0)
-        )
         self.sets_ = self._scaled(sets)
         gram = torch.from_numpy(self._kernel(self.sets_))
         centred = torch.from_numpy(targets.reshape(len(targets), -1))
@@ -75,19 +72,13 @@ class RFAKernelRidge(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """[n], or [n, targets]."""
         check_is_fitted(self)
         sets = self._read(X)
-        sizes = sets.query.shape[-1], sets.keys.shape[-1]
-        if sizes != (self.query_dim_, self.key_dim_):
-            fitted = self.query_dim_, self.key_dim_
-            raise ValueError(f"queries and keys have {sizes} features, the estimator was fitted with {fitted}")
+        self._check_sizes(sets)
         return self._kernel(self._scaled(sets)) @ self.dual_coef_ + self.intercept_
 
     def _read(self, X: Any) -> Sets:
         if self.query == "self":
             raise ValueError("query='self' has no closed-form kernel here; use 'first', 'mean' or 'constant'")
         return as_sets(X, self.query, None)
-
-    def _scaled(self, sets: Sets) -> Sets:
-        return Sets(sets.query / self.query_scale_, sets.keys / self.key_scale_, sets.keep)
 
     def _kernel(self, sets: Sets) -> NDArray[np.float64]:
         """Kernel of samples with those of the fit, [n, n_fit]."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from eff_attention.settings import read_settings
+
 FeatureMap = Literal["softmax", "elu", "relu"]
 LinearScope = Literal["marginal", "noncritical", "all"]
 
@@ -68,12 +70,7 @@ class SLAConfig:
         Raises:
             ValueError: a key is unknown, or the format is another.
         """
-        values = dict(values)
-        if (version := values.pop("format", _FORMAT)) != _FORMAT:
-            raise ValueError(f"settings have format {version}; this version reads {_FORMAT}")
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"SLAConfig has no {sorted(unknown)}")
+        values = read_settings(values, cls, _FORMAT)
         protect = values.get("protect")
         return cls(**{**values, "protect": None if protect is None else tuple(protect)})
 

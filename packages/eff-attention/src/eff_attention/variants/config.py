@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from eff_attention.settings import read_settings
+
 Kind = Literal["standard", "mlp", "approximate", "non_approximate", "rnd_emb_qk", "fixed_seq_qk", "static_emb_qk"]
 KINDS: tuple[str, ...] = get_args(Kind)
 _FORMAT = 1
@@ -72,11 +74,6 @@ class AttentionVariantConfig:
         Raises:
             ValueError: a key is unknown, or the format is another.
         """
-        values = dict(values)
-        if (version := values.pop("format", _FORMAT)) != _FORMAT:
-            raise ValueError(f"settings have format {version}; this version reads {_FORMAT}")
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"AttentionVariantConfig has no {sorted(unknown)}")
+        values = read_settings(values, cls, _FORMAT)
         ids = values.get("fixed_ids")
         return cls(**{**values, "fixed_ids": None if ids is None else tuple(ids)})
