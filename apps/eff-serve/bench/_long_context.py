@@ -21,11 +21,23 @@ def facts():
     return dict(zip(THINGS, numbers, strict=True))
 
 
+def sentences(tokenizer):
+    """The sentence of each fact in tokens."""
+    return {t: tokenizer.encode(f"\nThe secret number of the {t} is {n}.\n") for t, n in facts().items()}
+
+
+def read(model, cache, tokens, path: Path):
+    """Prefill tokens into a cache, and keep its keys and values on disk."""
+    for piece in torch.tensor(tokens).split(512):
+        model(piece[None], past_key_values=cache, logits_to_keep=1)
+    torch.save([(layer.keys, layer.values) for layer in cache.layers], path)
+
+
 def long_prompt(folder, length):
     """Tokens of Python's manual with the facts spread over it, evenly by depth: ``length`` in all."""
     tokenizer = Tokenizer(folder)
     manual = tokenizer.encode("\n".join(topics.values())[:200_000])
-    planted = [tokenizer.encode(f"\nThe secret number of the {t} is {n}.\n") for t, n in facts().items()]
+    planted = list(sentences(tokenizer).values())
     between = (length - sum(map(len, planted))) // (len(planted) + 1)
     tokens = []
     for i, fact in enumerate(planted):
@@ -48,10 +60,7 @@ def prefilled(model, tokens, path: Path):
     from transformers import DynamicCache
 
     if not path.is_file():
-        cache = DynamicCache(config=model.config)
-        for piece in torch.tensor(tokens).split(512):
-            model(piece[None], past_key_values=cache, logits_to_keep=1)
-        torch.save([(layer.keys, layer.values) for layer in cache.layers], path)
+        read(model, DynamicCache(config=model.config), tokens, path)
     return torch.load(path)
 
 
@@ -80,16 +89,20 @@ def bits_per_byte(model, kept, tokenizer, tokens):
     return float(nats) / math.log(2) / len(tokenizer.decode(tokens[1:]).encode())
 
 
+def answered(model, kept, tokenizer, thing, number):
+    """Which digits of the answer are the likeliest, and the nats of all of them."""
+    asked, digits = question(tokenizer, thing, number)
+    scores = forced(model, kept, asked + digits)[len(asked) - 1 :]
+    wanted = torch.tensor(digits)
+    return scores.argmax(1) == wanted, -float(scores.gather(1, wanted[:, None]).sum())
+
+
 def digits_found(model, kept, tokenizer):
     """Share of facts whose four digits are all the likeliest, and the mean bits of a digit."""
     right, nats, count = 0, 0.0, 0
     for thing, number in facts().items():
-        asked, digits = question(tokenizer, thing, number)
-        scores = forced(model, kept, asked + digits)[len(asked) - 1 :]
-        wanted = torch.tensor(digits)
-        right += bool((scores.argmax(1) == wanted).all())
-        nats -= float(scores.gather(1, wanted[:, None]).sum())
-        count += len(digits)
+        hits, loss = answered(model, kept, tokenizer, thing, number)
+        right, nats, count = right + bool(hits.all()), nats + loss, count + len(hits)
     return right / len(THINGS), nats / math.log(2) / count
 
 
@@ -113,20 +126,16 @@ def needles(model, folder, length, where: Path):
 
     The text around is the same, so that what comes before a fact is read once for all.
     """
-
     tokenizer = Tokenizer(folder)
     manual = tokenizer.encode("\n".join(topics.values())[:200_000])
-    planted = {t: tokenizer.encode(f"\nThe secret number of the {t} is {n}.\n") for t, n in facts().items()}
+    planted = sentences(tokenizer)
     plain = prefilled(model, manual[:length], where / f"haystack_{length}.pt")
     for i, (thing, number) in enumerate(track(list(facts().items()), f"needles in {length} tokens")):
         path = where / f"needle_{length}_{i}.pt"
         if not path.is_file():
             at = round(length * (i + 0.5) / len(planted))
             cache = fresh(model, [(k[:, :, :at], v[:, :, :at]) for k, v in plain])
-            rest = torch.tensor(planted[thing] + manual[at : length - len(planted[thing])])
-            for piece in rest.split(512):
-                model(piece[None], past_key_values=cache, logits_to_keep=1)
-            torch.save([(layer.keys, layer.values) for layer in cache.layers], path)
+            read(model, cache, planted[thing] + manual[at : length - len(planted[thing])], path)
         yield thing, number, torch.load(path, mmap=True)
 
 
@@ -134,10 +143,7 @@ def needles_found(model, folder, length, where, tokenizer):
     """Share of needles whose four digits are all the likeliest, the share of digits, and the mean bits of a digit."""
     whole, single, nats, count = 0, 0, 0.0, 0
     for thing, number, kept in needles(model, folder, length, where):
-        asked, digits = question(tokenizer, thing, number)
-        scores = forced(model, kept, asked + digits)[len(asked) - 1 :]
-        wanted = torch.tensor(digits)
-        right = scores.argmax(1) == wanted
-        whole, single, count = whole + bool(right.all()), single + int(right.sum()), count + len(digits)
-        nats -= float(scores.gather(1, wanted[:, None]).sum())
+        hits, loss = answered(model, kept, tokenizer, thing, number)
+        whole, single = whole + bool(hits.all()), single + int(hits.sum())
+        nats, count = nats + loss, count + len(hits)
     return whole / len(THINGS), single / count, nats / math.log(2) / count
