@@ -1,11 +1,21 @@
-"""Sparse-linear attention on the CPU: compiled block-sparse attention, and matrix products for the linear branch."""
+"""Sparse-linear attention on the CPU: both branches compiled, and matrix products for the gradients of the linear one."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+
 from torch import Tensor
 
+from eff_kernels import native
+from eff_kernels.native import DTYPE_CODES
 from eff_kernels.ops.block_sparse_attention import cpu as sparse_branch
 from eff_kernels.ops.sparse_linear_attention import linear as linear_branch
+from eff_kernels.ops.sparse_linear_attention.reference import FEATURE_MAPS, LINEAR_SCOPES
+
+_ARGS = struct.Struct("9q4P9q4qP").pack  # the fields of args in linear_attention.c
 
 
 def reject(q: Tensor, *args: object) -> str | None:
@@ -31,7 +41,7 @@ def sparse_linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
     sparse, lse = sparse_branch.block_sparse_attention(q, k, v, mask, block_q, block_k, scale)
-    return sparse, linear_branch.forward(q, k, v, mask, block_q, block_k, feature_map, linear_scope), lse
+    return sparse, _linear(q, k, v, mask, block_q, block_k, feature_map, linear_scope), lse
 
 
 def sparse_linear_attention_backward(
@@ -63,3 +73,32 @@ def add(near: tuple[Tensor, Tensor, Tensor], far: tuple[Tensor, Tensor, Tensor])
     """The gradients through both branches."""
     dq, dk, dv = (b.add_(a).to(a.dtype) for a, b in zip(near, far, strict=True))
     return dq, dk, dv
+
+
+def _linear(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_q: int, block_k: int, feature_map: str, linear_scope: str
+) -> Tensor:
+    """The output of the linear branch."""
+    out = q.new_empty(*q.shape[:-1], v.size(-1))
+    if q.numel() == 0 or v.numel() == 0:
+        return out.zero_()
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    mask = mask.contiguous()
+    failed = _kernel()(_ARGS(
+        q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), block_q, block_k,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        FEATURE_MAPS.index(feature_map), LINEAR_SCOPES.index(linear_scope), DTYPE_CODES[q.dtype],
+        native.threads_for(q.numel() * q.size(3)), out.data_ptr(),
+    ))  # fmt: skip
+    if failed:
+        raise MemoryError(f"sparse_linear_attention could not allocate scratch memory for q {list(q.shape)}")
+    return out
+
+
+@functools.cache
+def _kernel() -> Callable[[bytes], int]:
+    kernel = native.library().eff_linear_attention
+    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    run: Callable[[bytes], int] = kernel
+    return run
