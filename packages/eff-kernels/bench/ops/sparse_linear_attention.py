@@ -17,7 +17,7 @@ from eff_kernels.testing import Provider, Recorder, same
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGE = Path(eff_kernels.__file__).parent
 SOURCES = ("ops/sparse_linear_attention", "ops/block_sparse_attention", "op.py", "native/call.py", *(
-    f"native/src/{x}" for x in ("block_sparse.c", "attention_tile.h")
+    f"native/src/{x}" for x in ("block_sparse.c", "linear_attention.c", "attention_tile.h")
 ))  # fmt: skip
 SHAPES = ((8, 4096, 64), (1, 16384, 64))
 SHARES = (5, 10, 20, 40)

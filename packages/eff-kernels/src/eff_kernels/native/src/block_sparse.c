@@ -1,7 +1,8 @@
 /* Attention over chosen blocks of keys, forward and backward (the sparse branch of arXiv 2509.24006).
  *
- * Keys and values are brought into padded rows of floats once. A block of queries then walks over the blocks of keys that its row
- * of the map holds, tile by tile, with an online softmax; blocks that are not chosen are never touched. */
+ * A block of queries walks over the blocks of keys that its row of the map holds, tile by tile, with an online softmax; blocks
+ * that are not chosen are never touched. Keys and values are read where they lie if they are floats and fill vectors; other ones
+ * are brought into padded rows of floats once. */
 #include "attention_tile.h"
 
 typedef struct {
@@ -25,7 +26,8 @@ typedef struct {
   int64_t rows;        /* of a block of keys, rounded up to 4 */
   int64_t tm, tn;      /* blocks of queries, of keys */
   int64_t tiles, side; /* tiles of a block of queries; rows of the wider of dp and dvp */
-  float *k, *v;        /* [batch, kv_heads, tn, rows, dp or dvp], zeros in the padding */
+  int64_t direct;      /* blocks of keys of each head, from the first, that are read where they lie */
+  float *k, *v;        /* the others: [batch, kv_heads, tn - direct, rows, dp or dvp], zeros in the padding */
   int failed;
 } job;
 
@@ -36,7 +38,9 @@ static int job_new(job *j, const args *a) {
   j->rows = round_up(a->block_k, 4);
   j->tm = (a->lq + a->block_q - 1) / a->block_q, j->tn = (a->lk + a->block_k - 1) / a->block_k;
   j->tiles = (a->block_q + AT_LANES - 1) / AT_LANES, j->side = MAX(j->dp, j->dvp);
-  const int64_t keys = a->batch * a->kv_heads * j->tn * j->rows;
+  const int whole = j->dtype == EFF_F32 && a->d == j->dp && a->dv == j->dvp && a->block_k == j->rows;
+  j->direct = whole ? a->lk / a->block_k : 0;
+  const int64_t keys = a->batch * a->kv_heads * (j->tn - j->direct) * j->rows;
   j->k = eff_scratch((size_t)(keys * (j->dp + j->dvp)) * 4);
   j->v = j->k + keys * j->dp;
   return !j->k;
@@ -45,7 +49,8 @@ static int job_new(job *j, const args *a) {
 static void pack_item(void *ctx, int64_t item) {
   const job *j = ctx;
   const args *a = j->a;
-  const int64_t head = item / j->tn, b = head / a->kv_heads, kv = head % a->kv_heads, first = item % j->tn * a->block_k;
+  const int64_t packed = j->tn - j->direct, head = item / packed, b = head / a->kv_heads, kv = head % a->kv_heads;
+  const int64_t first = (j->direct + item % packed) * a->block_k;
   float *k = j->k + item * j->rows * j->dp, *v = j->v + item * j->rows * j->dvp;
   for (int64_t r = 0; r < j->rows; r++, k += j->dp, v += j->dvp) {
     const int64_t i = first + r;
@@ -58,11 +63,22 @@ static void pack_item(void *ctx, int64_t item) {
   }
 }
 
-/* Keys of block n: their number, and where they and their values lie. */
-INLINE int64_t keys_of(const job *j, int64_t head, int64_t n, const float **k, const float **v) {
-  const int64_t at = head * j->tn + n;
-  *k = j->k + at * j->rows * j->dp, *v = j->v + at * j->rows * j->dvp;
-  return MIN(j->a->block_k, j->a->lk - n * j->a->block_k);
+typedef struct {
+  const float *k, *v;
+  int64_t k_stride, v_stride, count;
+} key_block;
+
+INLINE key_block keys_of(const job *j, int64_t head, int64_t n) {
+  const args *a = j->a;
+  const int64_t first = n * a->block_k, count = MIN(a->block_k, a->lk - first);
+  if (n < j->direct) {
+    const int64_t b = head / a->kv_heads, kv = head % a->kv_heads;
+    return (key_block){(const float *)a->k + b * a->k_stride[0] + kv * a->k_stride[1] + first * a->k_stride[2],
+                  (const float *)a->v + b * a->v_stride[0] + kv * a->v_stride[1] + first * a->v_stride[2], a->k_stride[2],
+                  a->v_stride[2], count};
+  }
+  const int64_t at = (head * (j->tn - j->direct) + n - j->direct) * j->rows;
+  return (key_block){j->k + at * j->dp, j->v + at * j->dvp, j->dp, j->dvp, count};
 }
 
 /* n rows of up to AT_LANES tokens, from a stride, scaled; zeros after them. */
@@ -83,29 +99,36 @@ typedef struct {
 } running;
 
 /* One block of keys into the running softmax of a tile. */
-static void attend(const job *j, const float *k, const float *v, int64_t count, const float *qt, float *s, float *acc, running *r) {
-  const int n = (int)round_up(count, 4);
-  at_scores(k, j->dp, qt, j->a->d, n, s);
-  for (int64_t i = count; i < n; i++)
+static void attend(const job *j, key_block x, const float *qt, float *s, float *acc, running *r) {
+  const int n = (int)round_up(x.count, 4);
+  at_scores(x.k, x.k_stride, qt, j->a->d, n, s);
+  for (int64_t i = x.count; i < n; i++)
     for (int u = 0; u < AT_V; u++) at_store(s + i * AT_LANES + u * AT_W, at_splat(-INFINITY));
   for (int u = 0; u < AT_V; u++) {
     float *column = s + u * AT_W;
-    at_v best = r->top[u];
-    for (int i = 0; i < n; i++) best = at_max(at_load(column + i * AT_LANES), best);
+    at_v some[4]; /* chains that do not wait for one another */
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) some[c] = r->top[u];
+    for (int i = 0; i < n; i += 4)
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; c++) some[c] = at_max(at_load(column + (i + c) * AT_LANES), some[c]);
+    const at_v best = at_max(at_max(some[0], some[1]), at_max(some[2], some[3]));
     const at_v base = at_select((at_i)(best == at_splat(-INFINITY)), at_splat(0.0f), best);
     const at_v shrink = at_exp(r->top[u] - base);
     r->sum[u] *= shrink;
     for (int64_t c = 0; c < j->dvp; c++)
       at_store(acc + c * AT_LANES + u * AT_W, at_load(acc + c * AT_LANES + u * AT_W) * shrink);
-    at_v total = {0};
-    for (int i = 0; i < n; i++) {
-      const at_v e = at_exp(at_load(column + i * AT_LANES) - base);
-      at_store(column + i * AT_LANES, e);
-      total += e;
-    }
-    r->top[u] = best, r->sum[u] += total;
+    at_v total[4] = {{0}};
+    for (int i = 0; i < n; i += 4)
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; c++) {
+        const at_v e = at_exp(at_load(column + (i + c) * AT_LANES) - base);
+        at_store(column + (i + c) * AT_LANES, e);
+        total[c] += e;
+      }
+    r->top[u] = best, r->sum[u] += (total[0] + total[1]) + (total[2] + total[3]);
   }
-  at_values(s, v, j->dvp, j->dvp, n, acc);
+  at_values(s, x.v, x.v_stride, j->dvp, n, acc);
 }
 
 static void store_tile(const job *j, const running *r, float *acc, float *rows, int64_t at, int64_t n) {
@@ -150,10 +173,8 @@ static void forward_item(void *ctx, int64_t item) {
   const int8_t *map = a->map + item * j->tn;
   for (int64_t n = 0; n < j->tn; n++) {
     if (map[n] <= 0) continue;
-    const float *k, *v;
-    const int64_t count = keys_of(j, kv, n, &k, &v);
-    for (int64_t t = 0; t < tiles; t++)
-      attend(j, k, v, count, qt + t * AT_LANES * j->dp, s, acc + t * AT_LANES * j->dvp, state + t);
+    const key_block x = keys_of(j, kv, n);
+    for (int64_t t = 0; t < tiles; t++) attend(j, x, qt + t * AT_LANES * j->dp, s, acc + t * AT_LANES * j->dvp, state + t);
   }
   for (int64_t t = 0; t < tiles; t++)
     store_tile(j, state + t, acc + t * AT_LANES * j->dvp, rows, head * a->lq + first + t * AT_LANES,
@@ -165,7 +186,7 @@ static void forward_item(void *ctx, int64_t item) {
 EXPORT int eff_block_sparse(const args *a) {
   job j;
   if (job_new(&j, a)) return 1;
-  eff_parallel_for(a->batch * a->kv_heads * j.tn, (int)a->threads, pack_item, &j);
+  eff_parallel_for(a->batch * a->kv_heads * (j.tn - j.direct), (int)a->threads, pack_item, &j);
   eff_parallel_for(a->batch * a->heads * j.tm, (int)a->threads, forward_item, &j);
   free(j.k);
   return j.failed;
@@ -178,23 +199,23 @@ typedef struct {
 
 /* Weights of one block of keys from the lse, and what they send to the queries and to the keys. dS = P (dO V^T - delta) with
  * delta = rowsum(dO O) - dLSE. */
-static void attend_backward(const job *j, const float *k, const float *v, int64_t count, const tile *t, float *dk, float *dv) {
-  const int n = (int)round_up(count, 4);
-  at_scores(k, j->dp, t->qt, j->a->d, n, t->s);
-  at_scores(v, j->dvp, t->gt, j->a->dv, n, t->ds);
+static void attend_backward(const job *j, key_block x, const tile *t, float *dk, float *dv) {
+  const int n = (int)round_up(x.count, 4);
+  at_scores(x.k, x.k_stride, t->qt, j->a->d, n, t->s);
+  at_scores(x.v, x.v_stride, t->gt, j->a->dv, n, t->ds);
   for (int u = 0; u < AT_V; u++) {
     const at_v base = at_load(t->lse + u * AT_W), less = at_load(t->delta + u * AT_W);
     float *s = t->s + u * AT_W, *ds = t->ds + u * AT_W;
     for (int i = 0; i < n; i++) {
-      const at_v w = i < count ? at_exp(at_load(s + i * AT_LANES) - base) : (at_v){0};
+      const at_v w = i < x.count ? at_exp(at_load(s + i * AT_LANES) - base) : (at_v){0};
       at_store(s + i * AT_LANES, w);
       at_store(ds + i * AT_LANES, w * (at_load(ds + i * AT_LANES) - less));
     }
   }
-  at_values(t->ds, k, j->dp, j->dp, n, t->acc);
+  at_values(t->ds, x.k, x.k_stride, j->dp, n, t->acc);
   for (int i = 0; i < n; i += 4) {
     float *to_k[4], *to_v[4];
-    for (int x = 0; x < 4; x++) to_k[x] = dk + (i + x) * j->dp, to_v[x] = dv + (i + x) * j->dvp;
+    for (int r = 0; r < 4; r++) to_k[r] = dk + (i + r) * j->dp, to_v[r] = dv + (i + r) * j->dvp;
     at_spread(t->ds + i * AT_LANES, t->qr, j->dp, to_k);
     at_spread(t->s + i * AT_LANES, t->gr, j->dvp, to_v);
   }
@@ -222,9 +243,7 @@ static void tile_backward(const job *j, tile *t, int64_t head, int64_t kv, int64
   const int8_t *map = a->map + (head * j->tm + first / a->block_q) * j->tn;
   for (int64_t m = 0; m < j->tn; m++) {
     if (map[m] <= 0) continue;
-    const float *k, *v;
-    const int64_t count = keys_of(j, kv, m, &k, &v);
-    attend_backward(j, k, v, count, t, dk + m * j->rows * j->dp, dv + m * j->rows * j->dvp);
+    attend_backward(j, keys_of(j, kv, m), t, dk + m * j->rows * j->dp, dv + m * j->rows * j->dvp);
   }
   at_transpose(t->acc, AT_LANES, t->qt, j->dp, j->dp, AT_LANES);
   for (int64_t lane = 0; lane < n; lane++) {
@@ -268,7 +287,7 @@ static void backward_item(void *ctx, int64_t kv) {
 EXPORT int eff_block_sparse_backward(const args *a) {
   job j;
   if (job_new(&j, a)) return 1;
-  eff_parallel_for(a->batch * a->kv_heads * j.tn, (int)a->threads, pack_item, &j);
+  eff_parallel_for(a->batch * a->kv_heads * (j.tn - j.direct), (int)a->threads, pack_item, &j);
   eff_parallel_for(a->batch * a->kv_heads, (int)a->threads, backward_item, &j);
   free(j.k);
   return j.failed;

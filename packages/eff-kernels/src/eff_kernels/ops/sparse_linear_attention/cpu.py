@@ -1,4 +1,4 @@
-"""Sparse-linear attention on the CPU: both branches compiled, and matrix products for the gradients of the linear one."""
+"""Sparse-linear attention on the CPU: both branches compiled; matrix products for the gradients of the linear one."""
 
 from __future__ import annotations
 
