@@ -25,6 +25,8 @@ typedef struct {
   int64_t tm, tn;     /* blocks of queries, of keys */
   int64_t first;      /* key-value head of the first state in memory */
   float *states;      /* [heads in memory, tn, size] */
+  char *finite;       /* [heads in memory, tn], whether a state is */
+  int64_t together;   /* blocks of queries whose states are summed in one go, at most AT_LANES */
   int failed;
 } job;
 
@@ -97,30 +99,41 @@ static void state_item(void *ctx, int64_t item) {
     for (int64_t p = 0; p < j->dvp / AT_LANES; p++)
       at_values(panels + p * AT_LANES * AT_LANES, phi, j->dp, j->dp, n, state + p * j->dp * AT_LANES);
   }
+  at_v zeros = {0}; /* NaN from anything that is not finite */
+  for (int64_t c = 0; c < j->size; c += AT_W) zeros += 0.0f * at_load(state + c);
+  float zero = 0.0f;
+  for (int i = 0; i < AT_W; i++) zero += zeros[i];
+  j->finite[item] = zero == 0.0f;
   free(f);
 }
 
-/* sum += the states of up to four blocks. */
-INLINE void add_states(float *sum, const float *const x[4], int n, int64_t size) {
-  if (n == 4) {
-    for (int64_t c = 0; c < size; c += AT_W)
-      at_store(sum + c, at_load(sum + c) + ((at_load(x[0] + c) + at_load(x[1] + c)) + (at_load(x[2] + c) + at_load(x[3] + c))));
-  } else {
-    for (int i = 0; i < n; i++)
-      for (int64_t c = 0; c < size; c += AT_W) at_store(sum + c, at_load(sum + c) + at_load(x[i] + c));
+INLINE int in_scope(const job *j, int8_t class) {
+  return j->a->scope == EVERY || class == 0 || (class < 0 && j->a->scope == NONCRITICAL);
+}
+
+/* The sum of the states of one key-value head that a row of the map has in its scope, and of no other. */
+static void sum_states(const job *j, const float *states, const int8_t *map, float *sum) {
+  memset(sum, 0, (size_t)j->size * 4);
+  for (int64_t i = 0; i < j->tn; i++, states += j->size) {
+    if (map && !in_scope(j, map[i])) continue;
+    for (int64_t c = 0; c < j->size; c += AT_W) at_store(sum + c, at_load(sum + c) + at_load(states + c));
   }
 }
 
-/* The sum of the states of one key-value head that a row of the map has in its scope. */
-static void sum_states(const job *j, const float *states, const int8_t *map, float *sum) {
-  const float *some[4];
-  int n = 0;
-  memset(sum, 0, (size_t)j->size * 4);
-  for (int64_t i = 0; i < j->tn; i++) {
-    if (j->a->scope == EVERY || map[i] == 0 || (map[i] < 0 && j->a->scope == NONCRITICAL)) some[n++] = states + i * j->size;
-    if (n == 4) add_states(sum, some, n, j->size), n = 0;
+/* The same for up to AT_LANES rows of the map, one in a lane: a product with zeros and ones, for states that are finite.
+ * w [tn, lanes] is scratch. */
+static void sum_states_of_rows(const job *j, const float *states, const int8_t *map, int64_t rows, float *w, float *sums) {
+  enum { COLUMNS = 64 };
+  float acc[COLUMNS * AT_LANES] __attribute__((aligned(64)));
+  for (int64_t i = 0; i < j->tn; i++)
+    for (int64_t lane = 0; lane < AT_LANES; lane++)
+      w[i * AT_LANES + lane] = lane < rows && in_scope(j, map[lane * j->tn + i]) ? 1.0f : 0.0f;
+  for (int64_t c = 0; c < j->size; c += COLUMNS) {
+    const int64_t columns = MIN(COLUMNS, j->size - c);
+    memset(acc, 0, sizeof acc);
+    at_values(w, states + c, j->size, columns, (int)j->tn, acc);
+    at_transpose(acc, AT_LANES, sums + c, j->size, columns, AT_LANES);
   }
-  add_states(sum, some, n, j->size);
 }
 
 /* With every block in scope, all queries have the sum of all states, which then lies in the place of the first. */
@@ -136,23 +149,14 @@ static void total_item(void *ctx, int64_t item) {
   free(sum);
 }
 
-/* One block of queries. */
-static void query_item(void *ctx, int64_t item) {
-  job *j = ctx;
+/* One block of queries, from the sum of the states in its scope. */
+static void attend(const job *j, int64_t head, int64_t block, const float *sum, float *scratch) {
   const args *a = j->a;
-  const int64_t group = a->heads / a->kv_heads, m = item % j->tm, kv = item / j->tm / group;
-  const int64_t head = j->first * group + item / j->tm, b = head / a->heads, h = head % a->heads;
-  const float *states = j->states + kv * j->tn * j->size, *sum = states;
-  float *f = eff_scratch((size_t)(j->size + AT_LANES * (2 * j->dp + 2 * j->dvp)) * 4);
-  if (!f) {
-    j->failed = 1;
-    return;
-  }
-  float *rows = f + j->size, *xt = rows + AT_LANES * j->dp, *acc = xt + AT_LANES * j->dp, *out = acc + AT_LANES * j->dvp;
-  if (a->scope != EVERY) sum_states(j, states, a->map + (head * j->tm + m) * j->tn, f), sum = f;
+  const int64_t b = head / a->heads, h = head % a->heads, end = MIN((block + 1) * a->block_q, a->lq);
+  float *rows = scratch, *xt = rows + AT_LANES * j->dp, *acc = xt + AT_LANES * j->dp, *out = acc + AT_LANES * j->dvp;
   const float *z = sum + j->dp * j->dvp;
-  for (int64_t i = m * a->block_q; i < MIN((m + 1) * a->block_q, a->lq); i += AT_LANES) {
-    const int64_t n = MIN(AT_LANES, MIN((m + 1) * a->block_q, a->lq) - i);
+  for (int64_t i = block * a->block_q; i < end; i += AT_LANES) {
+    const int64_t n = MIN(AT_LANES, end - i);
     load_features(j, a->q, b * a->q_stride[0] + h * a->q_stride[1] + i * a->q_stride[2], a->q_stride[2], n, rows, xt);
     memset(acc, 0, (size_t)(AT_LANES * j->dvp) * 4);
     for (int64_t p = 0; p < j->dvp / AT_LANES; p++)
@@ -170,6 +174,31 @@ static void query_item(void *ctx, int64_t item) {
     for (int64_t lane = 0; lane < n; lane++)
       eff_store_row(j->dtype, out + lane * j->dvp, eff_at_mut(a->out, j->dtype, (head * a->lq + i + lane) * a->dv), a->dv);
   }
+}
+
+/* Some blocks of queries of one head. */
+static void query_item(void *ctx, int64_t item) {
+  job *j = ctx;
+  const args *a = j->a;
+  const int64_t group = a->heads / a->kv_heads, items = (j->tm + j->together - 1) / j->together;
+  const int64_t first = item % items * j->together, blocks = MIN(j->together, j->tm - first);
+  const int64_t kv = item / items / group, head = j->first * group + item / items;
+  const float *states = j->states + kv * j->tn * j->size;
+  const int8_t *map = a->map + (head * j->tm + first) * j->tn;
+  const int64_t sums = a->scope == EVERY ? 0 : AT_LANES * (j->size + j->tn);
+  float *f = eff_scratch((size_t)(sums + AT_LANES * (2 * j->dp + 2 * j->dvp)) * 4);
+  if (!f) {
+    j->failed = 1;
+    return;
+  }
+  int finite = 1;
+  for (int64_t i = 0; i < j->tn; i++) finite &= j->finite[kv * j->tn + i];
+  if (sums && finite) sum_states_of_rows(j, states, map, blocks, f + AT_LANES * j->size, f);
+  for (int64_t m = 0; m < blocks; m++) {
+    float *sum = f + m * j->size;
+    if (sums && !finite) sum_states(j, states, map + m * j->tn, sum);
+    attend(j, head, first + m, sums ? sum : states, f + sums);
+  }
   free(f);
 }
 
@@ -180,14 +209,18 @@ EXPORT int eff_linear_attention(const args *a) {
   j.tm = (a->lq + a->block_q - 1) / a->block_q, j.tn = (a->lk + a->block_k - 1) / a->block_k;
   const int64_t all = a->batch * a->kv_heads, group = a->heads / a->kv_heads;
   const int64_t step = MIN(all, MAX(a->threads, STATES / (j.tn * j.size)));
-  j.states = eff_scratch((size_t)(step * j.tn * j.size) * 4);
-  if (!j.states) return 1;
+  j.together = MAX(1, MIN(AT_LANES, step * group * j.tm / (4 * a->threads))); /* four items for each thread, if there are */
+  j.states = eff_scratch((size_t)(step * j.tn * j.size) * 4), j.finite = eff_scratch((size_t)(step * j.tn));
+  if (!j.states || !j.finite) {
+    free(j.states), free(j.finite);
+    return 1;
+  }
   for (; j.first < all && !j.failed; j.first += step) {
     const int64_t heads = MIN(step, all - j.first);
     eff_parallel_for(heads * j.tn, (int)a->threads, state_item, &j);
     if (a->scope == EVERY) eff_parallel_for(heads, (int)a->threads, total_item, &j);
-    eff_parallel_for(heads * group * j.tm, (int)a->threads, query_item, &j);
+    eff_parallel_for(heads * group * ((j.tm + j.together - 1) / j.together), (int)a->threads, query_item, &j);
   }
-  free(j.states);
+  free(j.states), free(j.finite);
   return j.failed;
 }
