@@ -1,12 +1,13 @@
 """Sparse-linear attention: time against dense attention, and quality on a small model of photographs.
 
-    uvx nox -s bench -- attention sparse_linear [speed|model|quality|plot] [--threads 1]
+    uvx nox -s bench -- attention sparse_linear [speed|model|quality|plot|levels] [--threads 1]
 
 "speed" times a whole call, block map and both branches and the projection, next to dense SDPA; "model" a whole vision
 transformer. "quality" trains a small encoder of two views (32 x 32 crops of scikit-learn's two photographs, 512 tokens)
 to tell how far the second view is shifted and how bright its surroundings are. It then makes the attention sparse and
 reports the relative L1 distance of all layers' outputs to the dense model: as it is, with the projection fitted in
-closed form, and after 200 steps of distillation.
+closed form, and after 200 steps of distillation. "levels" does the same with the keys of each query one by one
+(selection="token", as Lite3R trains) and runs what was distilled so by blocks, and times both.
 """
 
 from __future__ import annotations
@@ -196,12 +197,19 @@ def distil(student: Encoder, dense: Encoder, photos: list[torch.Tensor], steps: 
     handle.remove()
 
 
-def quality(path: Path, steps: int) -> None:
+def dense_encoder(steps: int) -> tuple[Encoder, list[torch.Tensor], float, list[tuple[torch.Tensor, ...]]]:
+    """The trained model, its photographs, the loss it ended with, and batches to test on."""
     torch.manual_seed(0)
     photos, dense = photographs(), Encoder()
     trained = train(dense, photos, steps)
-    dense.eval()
-    test, fit = ([draw(photos, torch.Generator().manual_seed(s)) for _ in range(8)] for s in (90, 91))
+    generator = torch.Generator().manual_seed(90)
+    return dense.eval(), photos, trained, [draw(photos, generator) for _ in range(8)]
+
+
+def quality(path: Path, steps: int) -> None:
+    dense, photos, trained, test = dense_encoder(steps)
+    fit_generator = torch.Generator().manual_seed(91)
+    fit = [draw(photos, fit_generator) for _ in range(8)]
     rows = [{"k_high": 1.0, "way": "dense", "l1": 0.0, "loss": distance(dense, dense, test)[1], "trained": trained}]
     for scope in ("marginal", "noncritical"):
         for share in (0.1, 0.2, 0.3):
@@ -220,6 +228,41 @@ def quality(path: Path, steps: int) -> None:
                 print(rows[-1])
             assert len(list(sla_modules(student))) == 4
     path.write_text(json.dumps({"steps": steps, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+def levels(path: Path, steps: int) -> None:
+    """Distilled at the level of tokens or of blocks, run at either; and the time of both on 8 heads of 64."""
+    dense, photos, _, test = dense_encoder(steps)
+    shared = {"k_low": 0.0, "feature_map": "elu", "linear_scope": "all", "block_q": 16, "block_k": 16}
+    rows = []
+    for share in (0.1, 0.3):
+        ways = {way: SLAConfig(selection=way, k_high=share, **shared) for way in ("token", "block")}
+        for trained_as in (None, *ways):
+            student = copy.deepcopy(dense)
+            apply_sla(student, ways[trained_as or "token"])
+            if trained_as:
+                distil(student, dense, photos, 200)
+            for run_as, config in ways.items():
+                for _, module in sla_modules(student):
+                    module.config = config
+                l1, loss = distance(student, dense, test)
+                rows.append({"k_high": share, "distilled": trained_as, "run": run_as, "l1": l1, "loss": loss})
+                print(rows[-1])
+    path.write_text(json.dumps({"steps": steps, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+def level_speed(rounds: int, path: Path | None) -> None:
+    recorder = Recorder("sparse_linear_levels", path, sources=[Path(__file__), SOURCES])
+    for n in (1024, 4096):
+        q, k, v = torch.randn(3, 1, 8, n, 64, generator=torch.Generator().manual_seed(0)).unbind()
+        runs = {"dense SDPA": F.scaled_dot_product_attention}
+        for way in ("token", "block"):
+            config = SLAConfig(selection=way, k_high=0.3, k_low=0.0, feature_map="elu", linear_scope="all")
+            runs[f"{way}, 30%"] = SparseLinearAttention(64, config)
+        providers = [Provider(name, lambda i, run=run, x=(q, k, v): run(*x)) for name, run in runs.items()]
+        with torch.no_grad():
+            recorder.run(f"{n} tokens, 8x64 fp32", providers, mode="forward", rounds=rounds)
+    print(recorder.table("dense SDPA"))
 
 
 def plot(path: Path, picture: Path) -> None:
@@ -243,7 +286,7 @@ def plot(path: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "model", "quality", "plot"))
+    parser.add_argument("what", choices=("speed", "model", "quality", "plot", "levels"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1200, help="of the training of the dense encoder")
@@ -257,6 +300,9 @@ def main() -> None:
         whole_model(args.threads, args.rounds, None if args.dry else RESULTS / "sparse_linear_model.jsonl")
     elif args.what == "quality":
         quality(RESULTS / "sparse_linear_quality.json", args.steps)
+    elif args.what == "levels":
+        level_speed(args.rounds, None if args.dry else RESULTS / "sparse_linear_levels.jsonl")
+        levels(RESULTS / "sparse_linear_levels.json", args.steps)
     else:
         plot(RESULTS / "sparse_linear_quality.json", args.plot)
 

@@ -17,6 +17,7 @@ from eff_attention.sparse_linear.config import SLAConfig
 from eff_attention.sparse_linear.distill import AttentionDistiller, cosine
 from eff_attention.sparse_linear.modules import SparseLinearAttention
 from eff_attention.sparse_linear.order import tile_order
+from eff_attention.sparse_linear.token_level import token_linear_attention
 
 __all__ = [
     "AttentionDistiller",
@@ -33,4 +34,5 @@ __all__ = [
     "sla_modules",
     "sla_parameters",
     "tile_order",
+    "token_linear_attention",
 ]

@@ -11,6 +11,7 @@ from eff_attention.settings import read_settings
 
 FeatureMap = Literal["softmax", "elu", "relu"]
 LinearScope = Literal["marginal", "noncritical", "all"]
+Selection = Literal["block", "token"]
 
 _FORMAT = 1
 
@@ -30,6 +31,9 @@ class SLAConfig:
         smooth_k: Whether the mean of the keys is taken off before they are pooled.
         protect: Range (start, stop) of keys whose blocks are critical always, such as a prefix of text or registers.
         min_tokens: Calls with fewer keys run dense attention.
+        selection: "block" takes blocks of keys for blocks of queries. "token" takes for each query the keys of the
+            highest scores, max(1, int(k_high * keys)) of them, as Lite3R trains: slower than dense attention. It wants
+            k_low=0 and linear_scope="all"; blocks and smooth_k play no part.
         fallback: What a call with an attention mask does: "error" or "sdpa" (dense attention with the mask).
     """
 
@@ -42,6 +46,7 @@ class SLAConfig:
     smooth_k: bool = True
     protect: tuple[int, int] | None = None
     min_tokens: int = 0
+    selection: Selection = "block"
     fallback: Literal["error", "sdpa"] = "error"
 
     def __post_init__(self) -> None:
@@ -49,9 +54,14 @@ class SLAConfig:
         for name in ("block_q", "block_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; a block holds at least one token")
-        for name, choices in (("feature_map", FeatureMap), ("linear_scope", LinearScope)):
+        for name, choices in (("feature_map", FeatureMap), ("linear_scope", LinearScope), ("selection", Selection)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
+        if self.selection == "token" and (self.k_low or self.linear_scope != "all"):
+            raise ValueError(
+                f"selection='token' has linear attention over all keys: k_low=0 and linear_scope='all' are wanted, got "
+                f"k_low={self.k_low}, linear_scope={self.linear_scope!r}"
+            )
         if self.fallback not in ("error", "sdpa"):
             raise ValueError(f"fallback={self.fallback!r}; use 'error' or 'sdpa'")
         if self.protect is not None and not 0 <= self.protect[0] <= self.protect[1]:

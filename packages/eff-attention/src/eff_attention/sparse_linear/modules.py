@@ -10,13 +10,15 @@ from eff_kernels import SparseLinearOutput, block_map, sparse_linear_attention
 from torch import Tensor, nn
 
 from eff_attention.sparse_linear.config import SLAConfig
+from eff_attention.sparse_linear.token_level import token_linear_attention
 
 
 class SparseLinearAttention(nn.Module):
     """``sparse + linear W^T + b`` for q, k, v of a layer; W and b are zero at first, which is the sparse branch alone.
 
     W and b are made in float32 whatever the model's dtype, and shared by all heads; ``model.to(dtype)`` converts them
-    too.
+    too. (Lite3R has no b and begins with W ~ N(0, 1e-3), which costs its models 1 %; zeros learn as well, since the
+    gradient of W is that of the output times the linear branch.)
 
     Attributes:
         config: The settings, which may be replaced at any time.
@@ -36,7 +38,7 @@ class SparseLinearAttention(nn.Module):
 
     @property
     def sparsity(self) -> float:
-        """Share of the blocks that the exact branch skips, 1 - k_high; may be set at run time."""
+        """Share of the blocks, or keys, that the exact branch skips, 1 - k_high; may be set at run time."""
         return 1 - self.config.k_high
 
     @sparsity.setter
@@ -64,6 +66,10 @@ class SparseLinearAttention(nn.Module):
     def branches(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> SparseLinearOutput:
         """The two branches before the projection."""
         c = self.config
+        if c.selection == "token":
+            return token_linear_attention(
+                q, k, v, keep=c.k_high, feature_map=c.feature_map, protect=c.protect, scale=scale
+            )
         chosen = block_map(
             q, k, k_high=c.k_high, k_low=c.k_low, block_q=c.block_q, block_k=c.block_k, smooth_k=c.smooth_k,
             protect=c.protect,
