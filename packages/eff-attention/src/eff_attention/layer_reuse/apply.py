@@ -20,6 +20,8 @@ from torch import Tensor
 from eff_attention.layer_reuse.choose import choose_blocks
 from eff_attention.layer_reuse.config import LayerReuseConfig
 from eff_attention.layer_reuse.policy import LayerReusePolicy
+from eff_attention.layer_reuse.prefill import Prompt
+from eff_attention.layer_reuse.selectors import SELECTORS, KeyIndex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,15 +39,28 @@ class _Step:
     dense_table: Tensor | None
     chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def choose(self, layer: int, mass: Tensor, config: LayerReuseConfig) -> None:
+        """Note the places of the blocks that a layer gives the most weight."""
+        index, lengths = choose_blocks(mass, self.lengths, config)
+        rows = index * config.block_size
+        if self.dense_table is not None:
+            rows += self.dense_table[:, :, None]
+        self.chosen[layer] = rows.to(torch.int32), lengths
+
+    def attend(self, anchor: int, q: Tensor, k: Tensor, v: Tensor, size: int, scale: float | None) -> Tensor:
+        """Attention [B, H, D] to the blocks that an anchor chose."""
+        rows, lengths = self.chosen[anchor]
+        return decode_attention(q, k, v, lengths, block_table=rows, run=size, scale=scale)
+
 
 def apply_layer_reuse(
     model: PreTrainedModel, policy: LayerReusePolicy, config: LayerReuseConfig | None = None
 ) -> Handle:
     """Let the reusing layers of a policy attend only to the blocks of keys that their anchors chose.
 
-    Anchors run dense attention and choose by the weights that it gives; layers of kind "full" run dense (on the CPU by
-    `decode_attention` too, which is faster there). Prompts, steps of more than one token and masks other than causal
-    ones with padding run as before.
+    Anchors choose as ``config.selector`` says, by default by the weights of their own dense attention; layers of kind
+    "full" run dense (on the CPU by `decode_attention` too, which is faster there). Prompts run as before, but for phase
+    "both"; so do steps of more than one token, and masks other than causal ones with padding.
 
     Args:
         model: A decoder that follows transformers' AttentionInterface, such as Llama, Qwen2, Qwen3 or Mistral.
@@ -64,7 +79,8 @@ def apply_layer_reuse(
     _check(model, policy)
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    handle, runtime = Handle(), _Runtime(policy, config, model.config._attn_implementation, _types(model.config))
+    runtime = _Runtime(policy, config, model.config._attn_implementation, _types(model.config))
+    handle = Handle()
     name = f"eff_layer_reuse_{next(_numbers)}"
     for registry, function in ((AttentionInterface, runtime.attention), (AttentionMaskInterface, runtime.mask)):
         mapping: dict[str, Any] = registry._global_mapping
@@ -115,18 +131,23 @@ class _Runtime:
         self.config, self.original_name = config, original
         self.source, self.types = policy.source, types
         self.anchors = {s for s in policy.source if s >= 0}
+        self.indices: dict[int, KeyIndex] = {}
+        if config.selector != "exact":
+            make = SELECTORS[config.selector]
+            self.indices = {i: make(config.block_size, i) for i in self.anchors if policy.kind[i] == "anchor"}
         attentions: dict[str, Any] = AttentionInterface._global_mapping
         masks: dict[str, Any] = AttentionMaskInterface._global_mapping
         self.original, self.original_mask = attentions[original], masks[original]
         self.step: _Step | None = None
+        self.prompt: Prompt | None = None
         self.made: Any = None  # the mask that belongs to it
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forget the last step, unless ``generate`` made the mask of this one before, as it does for a static cache."""
+        """Forget the last pass, unless ``generate`` made the mask of this one before, as it does for a static cache."""
         given = kwargs.get("attention_mask")
         masks = given.values() if isinstance(given, dict) else [given]
         if self.made is None or all(mask is not self.made for mask in masks):
-            self.step = None
+            self.step = self.prompt = None
 
     def mask(
         self,
@@ -145,8 +166,14 @@ class _Runtime:
         from transformers.masking_utils import causal_mask_function
 
         causal: Callable[..., Any] = causal_mask_function
-        plain = q_length == 1 and kv_offset == 0 and local_size is None and mask_function is causal
+        plain = kv_offset == 0 and local_size is None and mask_function is causal
         if plain:
+            self.step = self.prompt = None
+        if plain and q_length > 1:
+            whole = int(q_offset) == 0 and (attention_mask is None or bool(attention_mask[:, :q_length].all()))
+            if whole and self.anchors and self.config.phase == "both" and q_length > self.config.min_seq_len:
+                self.prompt = Prompt(q_length, self.config)
+        elif plain:
             self.step = self._step(batch_size, int(q_offset) + 1, kv_length, attention_mask, kwargs.get("device"))
         mask = self.original_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -187,27 +214,32 @@ class _Runtime:
     ) -> Any:
         """Transformers' attention function: [B, H, 1, D] to [B, 1, H, D]."""
         layer, step = module.layer_idx, self.step
+        if self.prompt is not None and layer in self.anchors:
+            self.prompt.choose(layer, query, key, scaling)
         extra = sorted(n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None)
         full = layer not in self.anchors and self.source[layer] < 0
         ours = self.types[layer] == "full_attention" and query.is_cpu and not dropout and not extra
-        if step is None or (full and not ours):
+        reads = self.prompt is not None and self.source[layer] >= 0
+        if (step is None and not reads) or (full and not ours):
             return self.original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         if dropout or extra:
             raise NotImplementedError(f"layer reuse has neither dropout nor {extra or 'biases'}; layer {layer} has it")
+        if self.prompt is not None:
+            return self.prompt.attend(self.source[layer], query, key, value, scaling).transpose(1, 2), None
+        assert step is not None
         size, q = self.config.block_size, query[:, :, 0]
         run = None if step.dense_table is None else key.size(2)
         if full:
             out = decode_attention(q, key, value, step.real, block_table=step.dense_table, run=run, scale=scaling)
+        elif layer in self.indices:
+            scale = q.size(-1) ** -0.5 if scaling is None else scaling
+            step.choose(layer, self.indices[layer].mass(q, key, step.firsts, step.lengths, scale), self.config)
+            out = step.attend(layer, q, key, value, size, scaling)
         elif layer in self.anchors:
             out, mass = scored_decode_attention(
                 q, key, value, step.real, score_block=size, block_table=step.dense_table, run=run, scale=scaling
             )
-            index, lengths = choose_blocks(mass, step.lengths, self.config)
-            rows = index * size
-            if step.dense_table is not None:
-                rows += step.dense_table[:, :, None]
-            step.chosen[layer] = rows.to(torch.int32), lengths
+            step.choose(layer, mass, self.config)
         else:
-            rows, lengths = step.chosen[self.source[layer]]
-            out = decode_attention(q, key, value, lengths, block_table=rows, run=size, scale=scaling)
+            out = step.attend(self.source[layer], q, key, value, size, scaling)
         return out[:, None], None

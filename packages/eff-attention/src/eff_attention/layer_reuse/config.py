@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from eff_attention.settings import read_settings
+
+Selector = Literal["exact", "pooled", "hash"]
+Phase = Literal["decode", "both"]
 
 _FORMAT = 1
 
@@ -24,6 +27,12 @@ class LayerReuseConfig:
         must_select: Blocks that are chosen always, counted from the first (0, 1, ...) or the last (-1, -2, ...) of a
             sequence. -1, which holds the current token, must be among them.
         min_seq_len: Sequences up to this length run dense attention, as if nothing had been applied.
+        selector: How an anchor ranks blocks. "exact": by the attention weights; it then reads all keys and values.
+            "pooled" (by the mean of a block's keys) and "hash" (by the signs of random projections, as the published
+            code) rank from a small index, and the anchor itself attends to what it chose. Layers of kind "full" that
+            others reuse are dense, and exact.
+        phase: "decode", or "both" to read long prompts without padding by the policy too: 128 queries then share a
+            choice, made by the means of queries and keys in anchors, which are dense.
     """
 
     top_k: int = 2048
@@ -31,6 +40,8 @@ class LayerReuseConfig:
     must_select: tuple[int, ...] = (0, -2, -1)
     min_seq_len: int = 2048
     shared_heads: bool = False
+    selector: Selector = "exact"
+    phase: Phase = "decode"
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -43,6 +54,9 @@ class LayerReuseConfig:
             raise ValueError(
                 f"top_k={self.top_k} has no room for the {len(set(self.must_select))} blocks of must_select"
             )
+        for name, choices in (("selector", Selector), ("phase", Phase)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
         if self.min_seq_len < self.top_k:
             raise ValueError(f"min_seq_len={self.min_seq_len} is less than top_k={self.top_k}; nothing would be saved")
 
