@@ -61,7 +61,7 @@ class SparseLinearAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
         self.ran = "sparse"
         sparse, linear, _ = self.branches(q, k, v, scale)
-        return (sparse + self.proj(linear.to(self.proj.weight.dtype))).to(q.dtype)
+        return self.proj(linear.to(self.proj.weight.dtype)).add_(sparse).to(q.dtype)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> SparseLinearOutput:
         """The two branches before the projection."""

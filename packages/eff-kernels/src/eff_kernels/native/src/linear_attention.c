@@ -6,7 +6,7 @@
 
 enum { SOFTMAX, ELU, RELU };              /* feature_map */
 enum { MARGINAL, NONCRITICAL, EVERY };    /* scope: entries of the map that are 0; 0 or less; any */
-#define STATES ((int64_t)1 << 24)         /* floats of the states that are in memory together */
+#define STATES ((int64_t)1 << 19)         /* floats of the states in memory together: few, for caches, and fresh pages are slow */
 
 typedef struct {
   int64_t batch, heads, kv_heads, lq, lk, d, dv, block_q, block_k;
