@@ -3,17 +3,21 @@
     python apps/eff-serve/bench/layer_reuse.py quality POLICY.json --top-k 1024
     python apps/eff-serve/bench/layer_reuse.py needles POLICY.json --top-k 1024
     python apps/eff-serve/bench/layer_reuse.py speed POLICY.json --top-k 1024 --threads 1
+    python apps/eff-serve/bench/layer_reuse.py prompt POLICY.json --top-k 1024 --threads 1
     python apps/eff-serve/bench/layer_reuse.py draw
 
 The prompt is Python's manual with sixteen planted facts. It is prefilled once, dense, and kept in ``--cache``; every
 method then decodes the same tokens from it, teacher-forced: 192 tokens of the text that goes on, the planted numbers,
 and passages of the prompt again (copying by induction). "needles" plants one fact in a prompt, at sixteen depths.
+"prompt" reads the prompt itself with the policy, times that, and decodes the same tokens with the policy from it.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import eff_attention
@@ -91,6 +95,13 @@ def kv_bytes(config, model, lengths_of_layers):
     return sum(lengths_of_layers) * 2 * c.num_key_value_heads * c.head_dim * 2
 
 
+def index_bytes(config, model, selector):
+    """Bytes of a layer's index for each key: a mean in float32 for each block, or 128 bits."""
+    c = model.config
+    per_head = {"pooled": 4 * c.head_dim / config.block_size, "hash": 16}
+    return c.num_key_value_heads * per_head.get(selector, 0)
+
+
 def methods(model, policy, config):
     """What is compared: a function that attaches each, and how many layers of it read few keys."""
     layers = len(policy.source)
@@ -102,9 +113,15 @@ def methods(model, policy, config):
         "one anchor for all": lambda: apply_layer_reuse(model, previous(policy), config),
         "searched policy": lambda: apply_layer_reuse(model, policy, config),
     }
+    for name in ("pooled", "hash"):
+        chosen = dataclasses.replace(config, selector=name)
+        of[f"searched policy, {name}"] = lambda chosen=chosen: apply_layer_reuse(model, policy, chosen)
     sparse = {"dense": 0, "sink and recent keys": layers - 3, "every layer by itself": layers - 3}
     sparse["one anchor for all"] = sum(s >= 0 for s in previous(policy).source)
     sparse["searched policy"] = sum(s >= 0 for s in policy.source)
+    choosing = {s for s in policy.source if s >= 0}
+    few = sparse["searched policy"] + sum(policy.kind[i] == "anchor" for i in choosing)
+    sparse |= {"searched policy, pooled": few, "searched policy, hash": few}
     return of, sparse
 
 
@@ -134,6 +151,7 @@ def quality(options, model, kept, tokenizer, following, policy, config):
         # A layer that chooses for itself reads all keys, and the values of k.
         each = (n + k) / 2 if name == "every layer by itself" else k
         read = kv_bytes(config, model, [n] * (layers - sparse[name]) + [each] * sparse[name])
+        read += index_bytes(config, model, name.rpartition(" ")[2]) * n * (sparse[name] - sparse["searched policy"])
         with attach():
             bits = bits_per_byte(model, kept, tokenizer, following[:193])
             found, digit_bits = digits_found(model, kept, tokenizer)
@@ -170,15 +188,16 @@ def speed(options, model, kept, following, policy, config):
     layers, n = len(policy.source), options.length
     token = following[0]
 
-    def transformers_step(plan, make=fresh):
+    def transformers_step(plan, make=fresh, settings=config):
         own, cache = copy.deepcopy(model), make(model, kept)
         if plan is not None:
-            apply_layer_reuse(own, plan, config)
+            apply_layer_reuse(own, plan, settings)
 
         @torch.no_grad()
         def run():
             logits = own(torch.tensor([[token]]), past_key_values=cache).logits[0].float()
-            cache.crop(-1)
+            if settings.selector == "exact":
+                cache.crop(-1)  # an index of keys has to see them grow
             return logits
 
         return run
@@ -203,17 +222,57 @@ def speed(options, model, kept, following, policy, config):
         "transformers, growing cache": transformers_step(None, growing),
         "transformers, layer reuse": transformers_step(policy),
         "transformers, both": transformers_step(policy, growing),
+        **{
+            f"transformers, both, {name}": transformers_step(
+                policy, growing, dataclasses.replace(config, selector=name)
+            )
+            for name in ("pooled", "hash")
+        },
         "eff-serve": eff_step(None),
         "eff-serve, layer reuse": eff_step(reuse),
     }
     with torch.inference_mode():
         truth = runs["transformers"]().clone()
-        providers = [
-            Provider(name, lambda _, f=f: f(), check=lambda f=f: same(f(), truth, tolerance=0.5))
-            for name, f in runs.items()
-        ]
+        good = {name: same(f(), truth, tolerance=0.5) for name, f in runs.items()}
+        providers = [Provider(name, lambda _, f=f: f(), check=lambda name=name: good[name]) for name, f in runs.items()]
         recorder.run(f"{n} tokens, k {config.top_k}", providers, mode="decode", rounds=options.rounds)
     print(recorder.table("transformers"))
+
+
+def prompt(options, model, tokenizer, following, policy, config):
+    """Seconds to read the prompt in one piece, dense and by the policy, and what decoding from each loses."""
+    from transformers import DynamicCache
+
+    rows, config = [], dataclasses.replace(config, phase="both")
+    for name in ("dense", "searched policy"):
+        own = copy.deepcopy(model)
+        if name != "dense":
+            apply_layer_reuse(own, policy, config)
+        seconds = []
+        for _ in range(options.rounds):
+            cache = DynamicCache(config=model.config)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                own(torch.tensor([options.tokens]), past_key_values=cache, logits_to_keep=1)
+            seconds.append(time.perf_counter() - start)
+        kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        found, digit_bits = digits_found(own, kept, tokenizer)
+        same_token, copy_bits = copied(own, kept, options.tokens)
+        row = {
+            "method": name,
+            "top_k": config.top_k,
+            "length": options.length,
+            "threads": options.threads,
+            "seconds": sorted(seconds)[len(seconds) // 2],
+            "bits_per_byte": bits_per_byte(own, kept, tokenizer, following[:193]),
+            "numbers_exact": found,
+            "bits_per_digit": digit_bits,
+            "copied_tokens": same_token,
+            "bits_per_copied_token": copy_bits,
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 def draw():
@@ -245,7 +304,7 @@ def draw():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("quality", "needles", "speed", "draw"))
+    parser.add_argument("what", choices=("quality", "needles", "speed", "prompt", "draw"))
     parser.add_argument("policy", type=Path, nargs="?")
     parser.add_argument("--length", type=int, default=7900)
     parser.add_argument("--top-k", type=int, default=1024)
@@ -279,7 +338,9 @@ def main():
     if options.what == "speed":
         speed(options, model, kept, following, policy, config)
         return
-    if options.what == "needles":
+    if options.what == "prompt":
+        rows = prompt(options, model, tokenizer, following, policy, config)
+    elif options.what == "needles":
         rows = found_needles(options, model, tokenizer, policy, config)
     else:
         rows = quality(options, model, kept, tokenizer, following, policy, config)
