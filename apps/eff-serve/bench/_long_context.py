@@ -5,6 +5,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_serve.models.tokenizer import Tokenizer
 from rich.progress import track
 
@@ -29,7 +30,7 @@ def sentences(tokenizer):
 def read(model, cache, tokens, path: Path):
     """Prefill tokens into a cache, and keep its keys and values on disk."""
     for piece in torch.tensor(tokens).split(512):
-        model(piece[None], past_key_values=cache, logits_to_keep=1)
+        model(piece[None], **cache_kwargs(model, cache), logits_to_keep=1)
     torch.save([(layer.keys, layer.values) for layer in cache.layers], path)
 
 
@@ -78,7 +79,7 @@ def fresh(model, kept):
 def forced(model, kept, tokens):
     """Log-probabilities [len(tokens) - 1, vocab] after each token but the last, decoded one by one."""
     cache = fresh(model, kept)
-    rows = [model(torch.tensor([[t]]), past_key_values=cache).logits[0, -1] for t in tokens[:-1]]
+    rows = [model(torch.tensor([[t]]), **cache_kwargs(model, cache)).logits[0, -1] for t in tokens[:-1]]
     return torch.stack(rows).float().log_softmax(-1)
 
 

@@ -24,6 +24,7 @@ import eff_attention
 import eff_kernels
 import torch
 from _long_context import bits_per_byte, copied, digits_found, fresh, long_prompt, needles_found, prefilled
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import (
     LayerReuseConfig,
     LayerReusePolicy,
@@ -195,7 +196,7 @@ def speed(options, model, kept, following, policy, config):
 
         @torch.no_grad()
         def run():
-            logits = own(torch.tensor([[token]]), past_key_values=cache).logits[0].float()
+            logits = own(torch.tensor([[token]]), **cache_kwargs(own, cache)).logits[0].float()
             if settings.selector == "exact":
                 cache.crop(-1)  # an index of keys has to see them grow
             return logits
@@ -253,7 +254,7 @@ def prompt(options, model, tokenizer, following, policy, config):
             cache = DynamicCache(config=model.config)
             start = time.perf_counter()
             with torch.inference_mode():
-                own(torch.tensor([options.tokens]), past_key_values=cache, logits_to_keep=1)
+                own(torch.tensor([options.tokens]), **cache_kwargs(own, cache), logits_to_keep=1)
             seconds.append(time.perf_counter() - start)
         kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         found, digit_bits = digits_found(own, kept, tokenizer)

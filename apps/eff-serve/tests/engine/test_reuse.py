@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse
 from eff_serve.engine import load_engine
 from eff_serve.engine.decoder import PAGE, Decoder
@@ -49,9 +50,9 @@ def test_logits_equal_transformers_with_the_same_policy(tiny_model, name):
     with apply_layer_reuse(model, POLICY, SETTINGS), torch.no_grad():
         for row, length in enumerate(LENGTHS):
             cache, tokens = DynamicCache(config=model.config), tokens_of(length)[None]
-            model(tokens[:, :length], past_key_values=cache)
+            model(tokens[:, :length], **cache_kwargs(model, cache))
             for step in range(STEPS):
-                wanted = model(tokens[:, length + step : length + step + 1], past_key_values=cache).logits[0, 0]
+                wanted = model(tokens[:, length + step : length + step + 1], **cache_kwargs(model, cache)).logits[0, 0]
                 torch.testing.assert_close(actual[step, row], wanted, rtol=1e-4, atol=1e-4)
     changed = (actual - dense).abs().amax((0, 2))
     assert (changed[:2] > 1e-2).all()

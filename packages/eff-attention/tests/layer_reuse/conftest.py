@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReusePolicy
 
 LAYERS = 6
@@ -69,7 +70,7 @@ def decode():
         for first, last in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.size(1)))]:
             out = model(
                 tokens[:, first:last], attention_mask=mask[:, :last], position_ids=positions[:, first:last],
-                past_key_values=cache,
+                **cache_kwargs(model, cache),
             )  # fmt: skip
             logits.append(out.logits[:, -1])
         return torch.stack(logits[1:], 1)

@@ -1,6 +1,7 @@
 import eff_attention.layer_reuse.apply as module
 import pytest
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse
 
 LAYERS = 6
@@ -159,12 +160,12 @@ def test_masks_that_are_not_ours_run_dense(model, mixed, decode, prompt):
     for applied in (False, True):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(tokens[:, :150], past_key_values=cache)
+            model(tokens[:, :150], **cache_kwargs(model, cache))
             if applied:
                 handle = apply_layer_reuse(model, mixed, SETTINGS)
-            out = [model(tokens[:, 150:153], past_key_values=cache).logits]
+            out = [model(tokens[:, 150:153], **cache_kwargs(model, cache)).logits]
             whole = torch.ones(1, 1, 1, 154, dtype=torch.bool)
-            out.append(model(tokens[:, 153:154], attention_mask=whole, past_key_values=cache).logits)
+            out.append(model(tokens[:, 153:154], attention_mask=whole, **cache_kwargs(model, cache)).logits)
         results.append(torch.cat(out, 1))
     handle.remove()
     assert torch.equal(*results)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse, growing_cache
 
 
@@ -25,7 +26,9 @@ def test_generates_what_the_cache_of_transformers_does(model, options):
     found = []
     for cache in (None, growing_cache(model.config)):
         torch.manual_seed(1)
-        found.append(model.generate(ids, attention_mask=mask, max_new_tokens=40, past_key_values=cache, **options))
+        found.append(
+            model.generate(ids, attention_mask=mask, max_new_tokens=40, **cache_kwargs(model, cache), **options)
+        )
     assert torch.equal(*found)
 
 
@@ -37,7 +40,7 @@ def test_appends_in_place_and_grows(model):
     where, sizes = [], []
     for length in (30, 1, 1, 280, 1, 3):
         ids = torch.randint(0, 64, (1, length))
-        got, wanted = (model(ids, past_key_values=cache).logits for cache in (ours, theirs))
+        got, wanted = (model(ids, **cache_kwargs(model, cache)).logits for cache in (ours, theirs))
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         where.append(ours.layers[0].keys.data_ptr())
         sizes.append(ours.layers[0].buffers[0].size(2))
@@ -51,23 +54,25 @@ def test_appends_in_place_and_grows(model):
 def test_crop_copy_and_reset(model):
     cache = growing_cache(model.config)
     ids = torch.randint(0, 64, (1, 12))
-    whole = model(ids, past_key_values=growing_cache(model.config)).logits
-    model(ids[:, :10], past_key_values=cache)
+    whole = model(ids, **cache_kwargs(model, growing_cache(model.config))).logits
+    model(ids[:, :10], **cache_kwargs(model, cache))
     twin = copy.deepcopy(cache)
     cache.crop(-3)
-    model(torch.randint(0, 64, (1, 5)), past_key_values=cache)  # writes over what was cropped, not over the twin's
+    model(
+        torch.randint(0, 64, (1, 5)), **cache_kwargs(model, cache)
+    )  # writes over what was cropped, not over the twin's
     cache.crop(-5)
     for held, start in ((cache, 7), (twin, 10)):
-        rest = model(ids[:, start:], past_key_values=held).logits
+        rest = model(ids[:, start:], **cache_kwargs(model, held)).logits
         torch.testing.assert_close(rest, whole[:, start:], rtol=1e-5, atol=1e-5)
     cache.reset()
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole)
+    torch.testing.assert_close(model(ids, **cache_kwargs(model, cache)).logits, whole)
 
 
 def test_gradients_go_through_it(model):
     cache = growing_cache(model.config)
-    model(torch.randint(0, 64, (1, 5)), past_key_values=cache)
-    model(torch.randint(0, 64, (1, 2)), past_key_values=cache).logits.sum().backward()
+    model(torch.randint(0, 64, (1, 5)), **cache_kwargs(model, cache))
+    model(torch.randint(0, 64, (1, 2)), **cache_kwargs(model, cache)).logits.sum().backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
@@ -79,8 +84,8 @@ def test_layer_reuse_runs_on_it(model):
     config = LayerReuseConfig(top_k=32, block_size=8, min_seq_len=32)
     with apply_layer_reuse(model, policy, config):
         found = [
-            model.generate(ids, attention_mask=mask, max_new_tokens=20, past_key_values=cache, output_logits=True,
-                           return_dict_in_generate=True)
+            model.generate(ids, attention_mask=mask, max_new_tokens=20, output_logits=True,
+                           return_dict_in_generate=True, **cache_kwargs(model, cache))
             for cache in (None, growing_cache(model.config))
         ]  # fmt: skip
     assert torch.equal(found[0].sequences, found[1].sequences)

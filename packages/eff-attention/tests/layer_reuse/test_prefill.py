@@ -1,4 +1,5 @@
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse
 from eff_attention.layer_reuse.prefill import Prompt
 from hypothesis import given, settings
@@ -132,9 +133,9 @@ def test_padded_and_continued_prompts_are_dense(any_model, mixed, prompt):
         results = []
         for apply in (False, True):
             cache = DynamicCache(config=any_model.config)
-            any_model(tokens[:, :100], past_key_values=cache)
+            any_model(tokens[:, :100], **cache_kwargs(any_model, cache))
             if apply:
                 handle = apply_layer_reuse(any_model, mixed, BOTH)
-            results.append(any_model(tokens[:, 100:], past_key_values=cache).logits)
+            results.append(any_model(tokens[:, 100:], **cache_kwargs(any_model, cache)).logits)
         handle.remove()
     assert torch.equal(*results)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse, profile_layer_reuse, search_policy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -30,7 +31,7 @@ def decode(model, tokens, prompt, mask=None, cache=None):
         for i in range(prompt, tokens.size(1) + 1):
             new = tokens[:, :prompt] if i == prompt else tokens[:, i - 1 : i]
             seen = None if mask is None else mask[:, :i]
-            found.append(model(new, past_key_values=cache, attention_mask=seen, use_cache=True).logits[:, -1])
+            found.append(model(new, **cache_kwargs(model, cache), attention_mask=seen, use_cache=True).logits[:, -1])
     return torch.stack(found, 1)
 
 

@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from eff_attention.caches import cache_kwargs
 from eff_attention.variants import (
     KINDS,
     AttentionVariantConfig,
@@ -96,7 +97,7 @@ def test_prefill_and_steps_give_the_full_pass(kind, layout, host):
     parts, cache = [], DynamicCache()
     with torch.no_grad():
         parts += [
-            model(input_ids=piece, past_key_values=cache, use_cache=True).logits
+            model(input_ids=piece, **cache_kwargs(model, cache), use_cache=True).logits
             for piece in ids.split([6, 1, 1, 3, 2], 1)
         ]
     torch.testing.assert_close(torch.cat(parts, 1), logits(model, ids), rtol=0, atol=2e-5)
@@ -107,7 +108,8 @@ def test_prefill_and_steps_give_the_full_pass(kind, layout, host):
 def test_sizes_of_the_cache(kind):
     model, ids = make(kind, heads=HEADS), tokens(3, 10)
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, use_cache=True, **cache_kwargs(model, cache))
     layer, head = cache.layers[0], WIDTH // HEADS
     features = 1 + head + head * (head + 1) // 2
     kept = [t for t in (getattr(layer, "state", None), layer.keys, layer.values) if t is not None]

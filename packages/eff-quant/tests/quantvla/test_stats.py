@@ -1,6 +1,7 @@
 """Statistics of attention against plain formulas, over several libraries' attention."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -138,8 +139,13 @@ def test_one_query_on_a_cache_sees_all_of_it(llama, ids, implementation):
     model = llama(attn_implementation=implementation)
 
     def step(model, ids):
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        from transformers import DynamicCache
+
+        # the name of the argument from transformers 5.24 on, and before
+        name = next(n for n in ("cache", "past_key_values") if n in inspect.signature(model.forward).parameters)
+        cache = {name: DynamicCache(config=model.config)}
+        model(ids[:, :-1], **cache)
+        model(ids[:, -1:], **cache)
 
     def prefill(model, ids):
         model(ids[:, :-1])

@@ -15,9 +15,9 @@ def growing_cache(config: PretrainedConfig) -> DynamicCache:
     """A `DynamicCache` whose layers of full attention keep room to grow.
 
     transformers' own concatenates all keys and values anew at each step, which at thousands of tokens takes longer than
-    attention to them. Pass it as ``past_key_values`` to ``generate`` or a forward pass; it holds the same values, with
-    an eighth more memory (at least 256 tokens). Keys and values are views into it: what `crop` drops is written over by
-    what comes next.
+    attention to them. Pass it as ``past_key_values`` (``cache`` from transformers 5.24 on) to ``generate`` or a forward
+    pass; it holds the same values, with an eighth more memory (at least 256 tokens). Keys and values are views into it:
+    what `crop` drops is written over by what comes next.
 
     Args:
         config: Of the model. Layers of other kinds (sliding windows, linear attention) stay transformers' own.

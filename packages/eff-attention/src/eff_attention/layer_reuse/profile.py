@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse.blocks import block_mass, heaviest, ratio90
 
 _NAME = "eff_layer_reuse_profile"
@@ -127,16 +128,20 @@ def profile_layer_reuse(
     if not 1 <= steps < length or length - steps < top_k:
         raise ValueError(f"a text of {length} tokens is too short for {steps} steps after a prompt of top_k={top_k}")
     check_layers(model)
+    from transformers import DynamicCache
+
     sink, recent = (math.ceil(n / block_size) for n in (sink_tokens, recent_tokens))
     must = (*range(sink), *range(-recent, 0))
     look = _Look(block_size, top_k // block_size, must, shared_heads)
     host: Any = model
     total = 2 + (host.config.num_hidden_layers if sensitivity else 0)
-    cache = host(input_ids[:, : length - steps], use_cache=True, logits_to_keep=1).past_key_values
+    cache = DynamicCache(config=host.config)
+    argument = cache_kwargs(host, cache)
+    host(input_ids[:, : length - steps], use_cache=True, logits_to_keep=1, **argument)
     progress(1, total)
 
     def read() -> Tensor:
-        logits = host(input_ids[:, length - steps :], past_key_values=cache, use_cache=True).logits[0]
+        logits = host(input_ids[:, length - steps :], use_cache=True, **argument).logits[0]
         cache.crop(-steps)
         return logits.float().log_softmax(-1)
 

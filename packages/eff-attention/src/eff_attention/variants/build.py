@@ -180,8 +180,9 @@ class _Skipped(nn.Module):
         super().__init__()
         self.self_attn = nn.Identity()
 
-    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
-        if past_key_values is not None and past_key_values.get_seq_length():
+    def forward(self, hidden_states: Tensor, past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> Tensor:
+        cache = past_key_values if cache is None else cache
+        if cache is not None and cache.get_seq_length():
             raise ValueError("a model with skipped layers does not decode with a cache; pass use_cache=False")
         return hidden_states
 

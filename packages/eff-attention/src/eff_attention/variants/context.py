@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eff_attention.caches import cache_kwargs
+
 STREAM = "variant_stream"
 """Name of the decoder's buffer: the random sequence [L, d] or the fixed ids [L]."""
 _MAPS = "_variant_maps"
@@ -103,7 +105,8 @@ def share_context(
     if embeddings is None:
         embeddings = decoder.embed_tokens(kwargs.pop("input_ids"))
     mixers = {i: layer.self_attn for i, layer in enumerate(decoder.layers) if hasattr(layer.self_attn, "settings")}
-    cache = kwargs.get("past_key_values")
+    given = [kwargs.pop(name, None) for name in ("past_key_values", "cache")]
+    cache = next((c for c in given if c is not None), None)
     use_cache = kwargs.get("use_cache")
     if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
         from transformers import DynamicCache
@@ -121,7 +124,7 @@ def share_context(
             context.embeddings[i] = decoder.layers[i].input_layernorm(e)
     if context.record is None and hasattr(decoder, STREAM):
         context.maps = _maps(decoder, context.past + embeddings.size(1))
-    changed = {"inputs_embeds": embeddings, "past_key_values": cache, "variant_context": context}
+    changed = {"inputs_embeds": embeddings, "variant_context": context, **cache_kwargs(decoder, cache)}
     return (), {**{k: v for k, v in kwargs.items() if k != "input_ids"}, **changed}
 
 

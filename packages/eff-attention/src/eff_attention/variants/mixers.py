@@ -35,16 +35,21 @@ class VariantMixer(nn.Module):
         position_embeddings: Rotation | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         variant_context: VariantContext | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mix the tokens of ``hidden_states`` [B, T, d]; the maps are in ``variant_context.weights`` if wanted."""
+        """Mix the tokens of ``hidden_states`` [B, T, d]; the maps are in ``variant_context.weights`` if wanted.
+
+        The cache is ``past_key_values``, or ``cache`` from transformers 5.24 on.
+        """
         context = VariantContext() if variant_context is None else variant_context
         if variant_context is None and attention_mask is not None:
             raise ValueError(
                 "attention_mask: a mixer alone takes padding as variant_context=VariantContext(key_mask=...)"
             )
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = past_key_values if cache is None else cache
+        layer = None if cache is None else cache.layers[self.layer_idx]
         out = self.mix(hidden_states, position_embeddings, context, layer)
         if layer is not None:
             layer.seen += hidden_states.size(1)
