@@ -1,7 +1,8 @@
 import pytest
 import torch
+from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse
-from eff_attention.layer_reuse.selectors import HashedKeys, KeyIndex, PooledKeys
+from eff_attention.layer_reuse.selectors import HashedKeys, KeyIndex, PooledKeys, _ones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,6 +186,96 @@ def test_caches_beams_and_calls_after_another(selector, model, mixed, prompt, mo
     monkeypatch.setattr(KeyIndex, "_continues", lambda *args: False)  # no memory from step to step
     with apply_layer_reuse(model, mixed, configs()[selector]):
         assert torch.equal(model.generate(tokens, num_beams=3, **options), beams)
+
+
+@pytest.fixture
+def forgetful(model):
+    """A model whose keys of layer 1 tell of their own token alone: two histories may end alike."""
+    import copy
+
+    made = copy.deepcopy(model)
+    made.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    return made
+
+
+@pytest.fixture
+def histories(forgetful, prompt):
+    """Two texts that differ from token 1 to 170, and a function that reads a part of one with a cache."""
+    one, two = prompt(2, 230)[:, :202].split(1)
+    two = torch.cat((one[:, :1], two[:, 1:170], one[:, 170:]), 1)
+
+    @torch.no_grad()
+    def read(tokens, first, last, cache, mask=None):
+        return forgetful(tokens[:, first:last], attention_mask=mask, **cache_kwargs(forgetful, cache)).logits
+
+    return one, two, read
+
+
+def test_a_cache_that_is_filled_anew_is_noticed(selector, forgetful, policy, histories):
+    """The last keys are those that the index saw, and the length is one more: only the passes between tell."""
+    from transformers import DynamicCache
+
+    one, two, read = histories
+    results, whole = [], torch.ones(1, 1, 1, 201, dtype=torch.bool)
+    for used in (False, True):
+        cache = DynamicCache(config=forgetful.config)
+        with apply_layer_reuse(forgetful, policy("FAA1A2"), configs()[selector]):
+            read(one, 0, 1, cache)
+            if used:
+                read(one, 1, 200, cache)
+                read(one, 200, 201, cache)
+                cache.crop(-200)
+            read(two, 1, 200, cache)
+            read(two, 200, 201, cache, whole)  # a mask of the caller runs dense, and no anchor ranks
+            results.append(read(two, 201, 202, cache))
+    assert torch.equal(*results)
+
+
+def test_two_caches_in_turn_do_not_mix(selector, forgetful, policy, histories):
+    """Both prompts are read first, so that no prompt comes between the steps."""
+    from transformers import DynamicCache
+
+    one, two, read = histories
+    results = []
+    for mixed in (False, True):
+        first, second = (DynamicCache(config=forgetful.config) for _ in range(2))
+        with apply_layer_reuse(forgetful, policy("FAA1A2"), configs()[selector]):
+            read(one, 0, 200, first)
+            read(two, 0, 200, second)
+            read(two, 200, 201, second)
+            if mixed:
+                read(one, 200, 201, first)
+            results.append(read(two, 201, 202, second))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", INDICES)
+def test_beams_that_differ_a_few_keys_back_are_noticed(make):
+    k, index, q = draw(1, 2, 30, 4), make(16, 1), draw(1, 4, 4)
+    index.mass(q, k, [0], [20], 0.5)
+    k[:, :, 8] = 9 * draw(2, 4, seed=5)
+    torch.testing.assert_close(index.mass(q, k, [0], [21], 0.5), make(16, 1).mass(q, k, [0], [21], 0.5))
+
+
+@pytest.mark.parametrize("make", INDICES)
+def test_an_index_reads_no_old_keys(make):
+    """NaN before the last 16 keys, once the index is made: those are all that later steps look at."""
+    k, index = draw(2, 2, 230, 8), make(16, 1)
+    index.mass(draw(2, 4, 8), k, [0, 0], [200, 200], 0.5)
+    gone = k.clone()
+    gone[:, :, :184] = torch.nan
+    for n in range(201, 230):
+        q = draw(2, 4, 8, seed=n)
+        found = index.mass(q, gone, [0, 0], [n, n], 0.5)
+        blocks = -(-n // 16)
+        wanted = make(16, 1).mass(q, k, [0, 0], [n, n], 0.5)
+        torch.testing.assert_close(found[..., :blocks], wanted[..., :blocks], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=8))
+def test_bits_are_counted_as_python_does(words):
+    assert _ones(torch.tensor(words)).tolist() == [(w & (2**64 - 1)).bit_count() for w in words]
 
 
 def test_names_are_checked(prompt):

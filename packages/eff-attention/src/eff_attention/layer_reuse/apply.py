@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -141,9 +142,18 @@ class _Runtime:
         self.step: _Step | None = None
         self.prompt: Prompt | None = None
         self.made: Any = None  # the mask that belongs to it
+        self.cache: Callable[[], Any] = lambda: None  # of the last pass
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forget the last pass, unless ``generate`` made the mask of this one before, as it does for a static cache."""
+        """Forget the last pass, unless ``generate`` made the mask of this one before, as it does for a static cache.
+
+        What is known of keys goes with the cache that it is of.
+        """
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is None or self.cache() is not cache:
+            for index in self.indices.values():
+                index.forget()
+            self.cache = (lambda: None) if cache is None else weakref.ref(cache)
         given = kwargs.get("attention_mask")
         masks = given.values() if isinstance(given, dict) else [given]
         if self.made is None or all(mask is not self.made for mask in masks):
@@ -214,6 +224,8 @@ class _Runtime:
     ) -> Any:
         """Transformers' attention function: [B, H, 1, D] to [B, 1, H, D]."""
         layer, step = module.layer_idx, self.step
+        if step is None and layer in self.indices:
+            self.indices[layer].forget()
         if self.prompt is not None and layer in self.anchors:
             self.prompt.choose(layer, query, key, scaling)
         extra = sorted(n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None)

@@ -1,8 +1,9 @@
 """How an anchor ranks blocks of keys without reading the keys: a small index of them, kept from step to step.
 
-A new token adds one key to the index. That the cache is still the one the index was made from is told by the last key:
-a layer's key at a position depends on every token up to it (in layer 0 on one token alone, so that layer keeps no index
-from step to step). Where it is another, as after the reordering of beams, the index is made anew.
+A new token adds one key to the index. The run time says when a pass over other tokens or with another cache came
+between (`KeyIndex.forget`). That nothing else happened to the cache, such as the reordering of beams, is told by the
+last keys: a layer's key at a position depends on every token up to it (in layer 0 on one token alone, so that layer
+keeps no index from step to step). Where they are others, the index is made anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BITS = 128  # of a hash, in two words
+_TOLD = 16  # last keys by which a cache is known, or as many as one block has
 
 
 class KeyIndex(ABC):
@@ -55,15 +57,26 @@ class KeyIndex(ABC):
             padded = torch.stack([F.pad(r, (0, 0, 0, -r.size(1) % self.block_size)) for r in _level(rows)])
             self._build(padded)
         self.firsts, self.lengths = firsts, lengths
-        self.last = torch.stack([k[b, :, f + n - 1] for b, (f, n) in enumerate(zip(firsts, lengths, strict=True))])
+        self.last = self._ends(k, firsts, lengths)
         return self._rank(q.unflatten(1, (k.size(1), -1)), scale)
+
+    def forget(self) -> None:
+        """Make the index anew at the next step."""
+        self.last = None
+
+    def _ends(self, k: Tensor, firsts: list[int], lengths: list[int]) -> Tensor:
+        """The last keys of each sequence, [B, KV, up to 16, D]; before short ones, padding or zeros."""
+        count = min(_TOLD, self.block_size)
+        ends = [f + n for f, n in zip(firsts, lengths, strict=True)]
+        rows = (k[b, :, max(0, e - count) : e] for b, e in enumerate(ends))
+        return torch.stack([F.pad(r, (0, 0, count - r.size(1), 0)) for r in rows])
 
     def _continues(self, k: Tensor, firsts: list[int], lengths: list[int]) -> bool:
         """Whether each sequence of the index has grown by one key."""
         before = [n - 1 for n in lengths]
         if self.layer == 0 or self.last is None or firsts != self.firsts or before != self.lengths or 0 in before:
             return False
-        last = torch.stack([k[b, :, f + n - 1] for b, (f, n) in enumerate(zip(firsts, before, strict=True))])
+        last = self._ends(k, firsts, before)
         return last.shape == self.last.shape and last.dtype == self.last.dtype and torch.equal(last, self.last)
 
     def _counts(self, device: torch.device, blocks: int) -> Tensor:
