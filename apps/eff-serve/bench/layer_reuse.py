@@ -292,7 +292,7 @@ def draw():
         for axis, value in zip(axes, (row["bits_per_byte"], found), strict=True):
             if value is None:
                 continue
-            name = row["method"] + (f", {row['top_k']} keys" if row["method"] == "searched policy" else "")
+            name = row["method"] + (f", {row['top_k']} keys" if row["method"].startswith("searched") else "")
             axis.plot(row["kv_bytes_per_token"] / 1e6, value, "o", label=name)
     axes[0].set(ylabel="bits per byte of the text that goes on")
     axes[1].set(ylabel="digits of the needles found", ylim=(0, 1))
