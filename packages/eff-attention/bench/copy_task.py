@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from eff_attention.variants import KINDS, AttentionVariantConfig, build_hybrid, skip_layers, variant_layers
-from rich.progress import track
 from transformers import Qwen2Config, set_seed
 
 RECORD = Path(__file__).parent / "results" / "copy_task.jsonl"
-HALF, VOCABULARY, BATCH = 8, 16, 64
+HALF, VOCABULARY = 8, 16
 RUNS = [("standard", "uniform"), *((kind, layout) for kind in KINDS[1:] for layout in ("uniform", "even"))]
 
 
@@ -48,12 +47,12 @@ def losses(model: torch.nn.Module, tokens: torch.Tensor, counts: torch.Tensor) -
     return torch.stack([nats[s][counts[s, 1:]].mean() for s in (slice(half), slice(half, None))])
 
 
-def train(kind: str, layout: str, steps: int, seed: int) -> dict:
+def train(kind, layout, steps, seed, width=96, batch=64, track=lambda steps, text: steps) -> dict:
     """Train one model; what it loses on new sequences, and what it loses without the layers of the variant."""
     set_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2 * HALF, tie_word_embeddings=True,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2 * HALF, tie_word_embeddings=True,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     fixed = tuple(draw(2, generator)[0][0].tolist()) if kind == "fixed_seq_qk" else None
@@ -67,7 +66,7 @@ def train(kind: str, layout: str, steps: int, seed: int) -> dict:
     )
     start = time.thread_time()
     for _ in track(range(steps), f"{kind} {layout}, seed {seed}"):
-        loss = losses(model, *draw(BATCH, generator)).mean()
+        loss = losses(model, *draw(batch, generator)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -90,6 +89,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    from rich.progress import track
+
     torch.set_num_threads(1)
     done = set()
     if RECORD.exists():
@@ -97,7 +98,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for kind, layout in RUNS:
             if (kind, layout, seed, options.steps) not in done:
-                result = {**train(kind, layout, options.steps, seed), "torch": torch.__version__}
+                result = {**train(kind, layout, options.steps, seed, track=track), "torch": torch.__version__}
                 with RECORD.open("a") as file:
                     file.write(json.dumps(result) + "\n")
                 print(json.dumps(result), flush=True)

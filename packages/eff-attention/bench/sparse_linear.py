@@ -233,10 +233,13 @@ def quality(path: Path, steps: int) -> None:
 def levels(path: Path, steps: int) -> None:
     """Distilled at the level of tokens or of blocks, run at either; and the time of both on 8 heads of 64."""
     dense, photos, _, test = dense_encoder(steps)
-    shared = {"k_low": 0.0, "feature_map": "elu", "linear_scope": "all", "block_q": 16, "block_k": 16}
+    shared = {"k_low": 0.0, "feature_map": "elu", "linear_scope": "all"}
     rows = []
     for share in (0.1, 0.3):
-        ways = {way: SLAConfig(selection=way, k_high=share, **shared) for way in ("token", "block")}
+        ways = {
+            "token": SLAConfig(selection="token", k_high=share, **shared),
+            "block": SLAConfig(k_high=share, block_q=16, block_k=16, **shared),
+        }
         for trained_as in (None, *ways):
             student = copy.deepcopy(dense)
             apply_sla(student, ways[trained_as or "token"])

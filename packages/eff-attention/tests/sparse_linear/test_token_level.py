@@ -115,6 +115,14 @@ def test_low_precision_is_near_float64():
         assert (a.double() - b).norm() < 1e-2 * b.norm()
 
 
+def test_autocast_does_not_reach_the_sums():
+    q, k, v = draw((2, 200, 32), (2, 200, 32), (2, 200, 32), dtype=torch.bfloat16)
+    wanted = token_linear_attention(q, k, v, keep=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_linear_attention(q, k, v, keep=0.3)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
 def test_empty_sequences(lengths):
     q, k, v = draw((2, lengths[0], 8), (2, lengths[1], 8), (2, lengths[1], 6))
@@ -146,6 +154,7 @@ def test_settings():
     for changes, text in (
         ({"selection": "row"}, "'row'; use one of"),
         ({"k_low": 0.1}, r"k_low=0 and linear_scope='all' are wanted, got k_low=0.1"),
+        ({"block_q": 32}, "has no blocks; leave out block_q=32"),
         ({"linear_scope": "marginal"}, "got k_low=0.0, linear_scope='marginal'"),
     ):
         with pytest.raises(ValueError, match=text):

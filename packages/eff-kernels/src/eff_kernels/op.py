@@ -7,6 +7,8 @@ backend ``"auto"`` takes, why a backend that was asked for by name cannot run, a
 Every op is also registered with torch.library (schema, fake kernel, autograd), which is the way taken under
 torch.compile, with tensor subclasses and when a gradient is wanted. A plain inference call skips that boundary, which
 costs more than a small kernel.
+
+Autocast does not reach into an op: its sums are as wide as it says, and its outputs have the dtypes that it says.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
+_autocasts = torch._C._is_any_autocast_enabled
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})  # isinstance(a, Tensor) is dear
 
 
@@ -115,8 +118,8 @@ class Op:
         if backend == "auto":  # as in `choose`, without the calls that are dear beside a small kernel
             for candidate in self.backends:
                 if candidate.reject(*args) is None:
-                    return candidate.run(*args)
-        return self.choose(*args, backend=backend).run(*args)
+                    return _without_autocast(candidate.run, args) if _autocasts() else candidate.run(*args)
+        return _without_autocast(self.choose(*args, backend=backend).run, args)
 
     def choose(self, *args: Any, backend: str = "auto") -> Backend:
         """Return the backend that runs this call.
@@ -151,7 +154,15 @@ class Op:
         return self._registered
 
     def _run_with_backend_last(self, *args: Any) -> Any:
-        return self.choose(*args[:-1], backend=args[-1]).run(*args[:-1])
+        return _without_autocast(self.choose(*args[:-1], backend=args[-1]).run, args[:-1])
+
+
+def _without_autocast(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if not _autocasts():
+        return run(*args)
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    with torch.autocast(device, enabled=False):
+        return run(*args)
 
 
 def triton_backend(module: str, *, run: str = "run", reject: str = "reject") -> Backend:

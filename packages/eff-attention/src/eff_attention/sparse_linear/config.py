@@ -33,7 +33,7 @@ class SLAConfig:
         min_tokens: Calls with fewer keys run dense attention.
         selection: "block" takes blocks of keys for blocks of queries. "token" takes for each query the keys of the
             highest scores, max(1, int(k_high * keys)) of them, as Lite3R trains: slower than dense attention. It wants
-            k_low=0 and linear_scope="all"; blocks and smooth_k play no part.
+            k_low=0 and linear_scope="all", and takes no settings of blocks.
         fallback: What a call with an attention mask does: "error" or "sdpa" (dense attention with the mask).
     """
 
@@ -57,17 +57,26 @@ class SLAConfig:
         for name, choices in (("feature_map", FeatureMap), ("linear_scope", LinearScope), ("selection", Selection)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
-        if self.selection == "token" and (self.k_low or self.linear_scope != "all"):
-            raise ValueError(
-                f"selection='token' has linear attention over all keys: k_low=0 and linear_scope='all' are wanted, got "
-                f"k_low={self.k_low}, linear_scope={self.linear_scope!r}"
-            )
+        if self.selection == "token":
+            self._check_token()
         if self.fallback not in ("error", "sdpa"):
             raise ValueError(f"fallback={self.fallback!r}; use 'error' or 'sdpa'")
         if self.protect is not None and not 0 <= self.protect[0] <= self.protect[1]:
             raise ValueError(f"protect={self.protect}; wanted (start, stop) with 0 <= start <= stop")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens={self.min_tokens} is negative")
+
+    def _check_token(self) -> None:
+        if self.k_low or self.linear_scope != "all":
+            raise ValueError(
+                f"selection='token' has linear attention over all keys: k_low=0 and linear_scope='all' are wanted, got "
+                f"k_low={self.k_low}, linear_scope={self.linear_scope!r}"
+            )
+        if (self.block_q, self.block_k, self.smooth_k) != (64, 64, True):
+            raise ValueError(
+                f"selection='token' has no blocks; leave out block_q={self.block_q}, block_k={self.block_k} and "
+                f"smooth_k={self.smooth_k}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""

@@ -23,11 +23,12 @@ def token_linear_attention(
     """Softmax over the highest scores of each query, and linear attention over all keys (Lite3R, arXiv 2605.11354).
 
     sparse[i] = softmax(scale * q[i] . k[j]) v over the max(1, int(keep * Lk)) keys j of the highest score;
-    linear[i] = phi(q[i]) . sum_j phi(k[j]) v[j]^T / phi(q[i]) . sum_j phi(k[j]) over all keys.
+    linear[i] = phi(q[i]) . sum_j phi(k[j]) v[j]^T / phi(q[i]) . sum_j phi(k[j]) over all keys (the official
+    code adds 1e-6 to the denominator).
 
     Every score is computed, so that this is slower than dense attention: it is for models that are trained or compared
     at the level of tokens. Queries are taken some at a time, and again in the backward: memory is linear in the length.
-    Of equal scores the earlier key is kept. Sums are in float32; no gradient goes through the choice.
+    Of equal scores the earlier key is kept. Sums are in float32, under autocast too. The choice has no gradient.
 
     Args:
         q: [B, H, L, D].
@@ -52,10 +53,11 @@ def token_linear_attention(
     group = q.size(1) // k.size(1)
 
     def attend(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (scale * rows.to(wide)).unflatten(1, (-1, group)) @ k.to(wide).unsqueeze(2).mT
-        scores = scores.masked_fill(~highest(scores.detach(), count, slice(first, stop)), -torch.inf)
-        out = scores.softmax(-1) @ v.to(wide).unsqueeze(2)
-        return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = scale * (rows.to(wide).unflatten(1, (-1, group)) @ k.to(wide).unsqueeze(2).mT)
+            scores = scores.masked_fill(~highest(scores.detach(), count, slice(first, stop)), -torch.inf)
+            out = scores.softmax(-1) @ v.to(wide).unsqueeze(2)
+            return out.flatten(1, 2).to(q.dtype), scores.logsumexp(-1).flatten(1, 2)
 
     step = max(1, _SCORES // (q.shape[:2].numel() * k.size(2)))
     parts = [checkpoint(attend, rows, k, v, use_reentrant=False) for rows in q.split(step, 2)]
@@ -67,7 +69,7 @@ def highest(scores: Tensor, count: int, always: slice) -> Tensor:
     """Which ``count`` scores of each row are the highest, bool; earlier ones of equals, and ``always`` first of all."""
     scores = scores.clone()
     scores[..., always] = torch.inf
-    least = scores.topk(count, dim=-1, sorted=True).values[..., -1:]
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = scores > least, scores == least
-    room = count - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= room))
+    room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))

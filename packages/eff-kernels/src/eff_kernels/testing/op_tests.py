@@ -207,6 +207,20 @@ class OpTests:
             compiled_gradients = _gradients(compiled_out, wanted, cotangents)
             torch.testing.assert_close(compiled_gradients, _gradients(eager_out, wanted, cotangents), rtol=0, atol=0)
 
+    def test_autocast_changes_nothing(self, backend: str, one_spec: Spec, dtype: torch.dtype) -> None:
+        """Of a forward under autocast the results and gradients are the same bits."""
+        args = self._args(one_spec, dtype, backend)
+        schema_args, wanted = self._with_leaves(self.schema_args(one_spec, args))
+        found = []
+        for enabled in (False, True):
+            with torch.autocast(device_for(backend).type, torch.bfloat16, enabled=enabled):
+                output = self.op(*schema_args, backend=backend)
+                plain = self.op(*self.schema_args(one_spec, args), backend=backend)
+            found.append([output, plain])
+            if wanted:
+                found[-1].append(_gradients(output, wanted, _cotangents(output)))
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+
     def test_refusal_names_its_reason(self, backend: str, one_spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
         """A backend that is asked for by name and cannot run raises; it never hands over to another."""
         if backend == "reference":
