@@ -2,9 +2,11 @@
 
 ``python packages/eff-kernels/bench/ops/causal_variants.py --threads 1``. Eager and compiled PyTorch compute the same
 function by the matrix of all weights, up to 2048 tokens; SDPA computes softmax attention, which these two stand in for.
+Where flash-linear-attention is installed, its way without a GPU is measured too (``fla.ops.based.naive``).
 """
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import eff_kernels
@@ -59,6 +61,12 @@ def measure(name, recorder, tokens, dim, rounds) -> None:
             plain, compiled = make(eager, inputs, grad), make(torch.compile(eager, dynamic=False), inputs, grad)
             truth = make(eager, [t.double() for t in inputs], grad.double())()
             providers += [Provider("eager", lambda i, f=plain: f()), Provider("compiled", lambda i, f=compiled: f())]
+            if name.startswith("taylor") and importlib.util.find_spec("fla") is not None:
+                from fla.ops.based.naive import naive_parallel_based
+
+                peer = make(naive_parallel_based, inputs, grad)
+                alike = same(peer(), truth, tolerance=1e-4)
+                providers.append(Provider("fla, naive", lambda i, f=peer: f(), check=lambda good=alike: good))
             check = lambda f=run, t=truth: same(f(), t, tolerance=1e-4)  # noqa: E731
         providers.append(Provider("eff", lambda i, f=run: f(), backend="cpu", check=check))
         recorder.run(label, providers, mode=mode, rounds=rounds)
