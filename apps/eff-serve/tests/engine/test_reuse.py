@@ -117,6 +117,8 @@ def test_refusals(tmp_path, tiny_model):
         read_reuse(saved(tmp_path), num_layers=4, **options)
     with pytest.raises(ValueError, match="block_size=48 of layer reuse must be a multiple of 32"):
         read_reuse(saved(tmp_path, meta={"block_size": 48, "top_k": 480}), num_layers=3, **options)
+    with pytest.raises(ValueError, match="asks for selector='hash'; eff-serve has 'exact' alone"):
+        read_reuse(saved(tmp_path, meta={"selector": "hash"}), num_layers=3, **options)
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", "missing.json"):
         with pytest.raises(ValueError, match=f"{name} is no policy of layer reuse"):

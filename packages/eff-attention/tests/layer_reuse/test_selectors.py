@@ -278,6 +278,16 @@ def test_bits_are_counted_as_python_does(words):
     assert _ones(torch.tensor(words)).tolist() == [(w & (2**64 - 1)).bit_count() for w in words]
 
 
+def test_an_index_is_small():
+    """A mean of a block in float32, and sixteen bytes a key, of each key-value head."""
+    k, q = draw(1, 2, 256, 8), draw(1, 4, 8)
+    pooled, hashed = PooledKeys(16, 1), HashedKeys(16, 1)
+    for index in (pooled, hashed):
+        index.mass(q, k, [0], [256], 1.0)
+    assert pooled.sums.nbytes == 2 * 16 * 8 * 4
+    assert hashed.codes.nbytes == 2 * 256 * 16
+
+
 def test_names_are_checked(prompt):
     with pytest.raises(ValueError, match="selector='best'; use one of"):
         LayerReuseConfig(selector="best")

@@ -92,6 +92,10 @@ def read_reuse(path: Path, *, top_k: int | None, min_seq_len: int | None, num_la
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no policy of layer reuse: {error}") from error
     default = LayerReuseConfig()
+    for name in ("selector", "phase"):
+        wanted = getattr(default, name)
+        if policy.meta.get(name, wanted) != wanted:
+            raise ValueError(f"{path} asks for {name}={policy.meta[name]!r}; eff-serve has {wanted!r} alone")
     given = {"top_k": top_k, "min_seq_len": min_seq_len}
     block, keys, least = (
         int(given.get(name) or policy.meta.get(name) or getattr(default, name))
