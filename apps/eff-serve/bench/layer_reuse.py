@@ -209,7 +209,13 @@ def speed(options, model, kept, following, policy, config):
             full = torch.nn.functional.pad(rows[0].float(), (0, 0, 0, decoder.num_pages * PAGE - n))
             pages.copy_(full.unflatten(1, (-1, PAGE)).transpose(0, 1))
     table = torch.arange(decoder.num_pages, dtype=torch.int32)[None]
-    reuse = LayerReuse(policy, config, num_layers=layers, page=PAGE)
+    reuse, pooled = (
+        LayerReuse(policy, dataclasses.replace(config, selector=name), num_layers=layers, page=PAGE)
+        for name in ("exact", "pooled")
+    )
+    counts = (n - torch.arange(decoder.num_pages) * PAGE).clamp(max=PAGE)
+    for layer in range(layers):
+        pooled.wrote(layer, decoder.keys[layer], torch.arange(decoder.num_pages), counts)
 
     def eff_step(used):
         def run():
@@ -231,6 +237,7 @@ def speed(options, model, kept, following, policy, config):
         },
         "eff-serve": eff_step(None),
         "eff-serve, layer reuse": eff_step(reuse),
+        "eff-serve, layer reuse, pooled": eff_step(pooled),
     }
     with torch.inference_mode():
         truth = runs["transformers"]().clone()

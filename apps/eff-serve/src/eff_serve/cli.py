@@ -30,6 +30,7 @@ class Model:
         layer_reuse: Policy file of layer reuse: long sequences decode with fewer keys in some layers.
         reuse_top_k: Keys that these layers attend to; by default what the file says, or 2048.
         reuse_min_len: Tokens from which on they do; by default what the file says, or 2048.
+        reuse_selector: How the layers that they follow choose: by all their attention, or by the means of pages.
     """
 
     model: str | None = None
@@ -42,6 +43,7 @@ class Model:
     layer_reuse: Path | None = None
     reuse_top_k: int | None = None
     reuse_min_len: int | None = None
+    reuse_selector: Literal["exact", "pooled"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +158,7 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             layer_reuse=model.layer_reuse,
             reuse_top_k=model.reuse_top_k,
             reuse_min_len=model.reuse_min_len,
+            reuse_selector=model.reuse_selector,
             max_waiting=max_waiting,
         )
     except (FileNotFoundError, ValueError) as error:

@@ -12,6 +12,7 @@ from eff_serve.engine.reuse import LayerReuse, read_reuse
 
 POLICY = LayerReusePolicy(kind=("full", "anchor", "reuse"), source=(-1, -1, 1), score=1.0, meta={})
 SETTINGS = LayerReuseConfig(top_k=96, block_size=32, min_seq_len=96)
+POOLED = LayerReuseConfig(top_k=96, block_size=32, min_seq_len=96, selector="pooled")
 LENGTHS = (200, 150, 60)
 STEPS = 3
 
@@ -40,14 +41,16 @@ def decoded(decoder, lengths):
     return torch.stack(steps)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, POOLED], ids=["exact", "pooled"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_logits_equal_transformers_with_the_same_policy(tiny_model, name):
+def test_logits_equal_transformers_with_the_same_policy(tiny_model, name, settings):
     from transformers import AutoModelForCausalLM, DynamicCache
 
     folder = tiny_model(name)
-    actual, dense = decoded(decoder_of(folder), LENGTHS), decoded(decoder_of(folder, reuse=False), LENGTHS)
+    dense = decoded(decoder_of(folder, reuse=False), LENGTHS)
+    actual = decoded(decoder_of(folder, settings=settings), LENGTHS)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with apply_layer_reuse(model, POLICY, SETTINGS), torch.no_grad():
+    with apply_layer_reuse(model, POLICY, settings), torch.no_grad():
         for row, length in enumerate(LENGTHS):
             cache, tokens = DynamicCache(config=model.config), tokens_of(length)[None]
             model(tokens[:, :length], **cache_kwargs(model, cache))
@@ -59,11 +62,37 @@ def test_logits_equal_transformers_with_the_same_policy(tiny_model, name):
     assert changed[2] == 0  # shorter than min_seq_len
 
 
-def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model):
+@pytest.mark.parametrize("settings", [SETTINGS, POOLED], ids=["exact", "pooled"])
+def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(tiny_model, settings):
     folder = tiny_model("llama")
-    together = decoded(decoder_of(folder), LENGTHS)
+    together = decoded(decoder_of(folder, settings=settings), LENGTHS)
     for row, length in enumerate(LENGTHS):
-        assert torch.equal(decoded(decoder_of(folder), (length,))[:, 0], together[:, row])
+        assert torch.equal(decoded(decoder_of(folder, settings=settings), (length,))[:, 0], together[:, row])
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_sums_of_pages_are_those_of_their_keys(tiny_model, block):
+    """After prompts in pieces, on pages that held others before, and with steps of other sequences between."""
+    settings = LayerReuseConfig(top_k=192, block_size=block, min_seq_len=192, selector="pooled")
+    decoder, fresh = (decoder_of(tiny_model("llama"), settings=settings) for _ in range(2))
+    decoded(decoder, (210, 190, 230))
+    tables = torch.arange(24).view(3, 8)
+    tokens = tokens_of(200)
+    for first, last in ((0, 40), (40, 64), (64, 200)):
+        decoder.prefill(tokens[first:last], first, tables[1])
+    decoder.prefill(tokens_of(10)[:10], 0, tables[0])
+    fresh.prefill(tokens[:200], 0, tables[1])
+    for step in range(STEPS):
+        actual, wanted = (
+            d.decode(tokens[200 + step][None], torch.tensor([200 + step]), tables[1:2].int()) for d in (decoder, fresh)
+        )
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    sums, keys = decoder.reuse.sums[1], decoder.keys[1]
+    for i, page in enumerate(tables[1].tolist()):
+        held = min(max(200 + STEPS - i * PAGE, 0), PAGE)
+        if held:
+            torch.testing.assert_close(sums[page], keys[page, :, :held].sum(1), rtol=1e-5, atol=1e-5)
+    assert list(decoder.reuse.sums) == [1]
 
 
 def test_all_keys_are_dense(tiny_model):
@@ -108,6 +137,11 @@ def test_settings_come_from_the_file_or_the_flags(tmp_path):
     assert found.config == LayerReuseConfig(top_k=4096, block_size=64, min_seq_len=4096, shared_heads=True)
     found = read_reuse(path, top_k=None, min_seq_len=700, **options)
     assert found.config.min_seq_len == 700
+    assert read_reuse(path, top_k=None, min_seq_len=None, selector="pooled", **options).config.selector == "pooled"
+    path = saved(tmp_path, meta={"selector": "pooled"})
+    assert read_reuse(path, top_k=None, min_seq_len=None, **options).config.selector == "pooled"
+    path = saved(tmp_path, meta={"block_size": 64, "top_k": 512, "shared_heads": True})
+    found = read_reuse(path, top_k=None, min_seq_len=700, **options)
     assert str(found) == "layer reuse in 1 of 3 layers: 512 keys beyond 700"
 
 
@@ -117,8 +151,9 @@ def test_refusals(tmp_path, tiny_model):
         read_reuse(saved(tmp_path), num_layers=4, **options)
     with pytest.raises(ValueError, match="block_size=48 of layer reuse must be a multiple of 32"):
         read_reuse(saved(tmp_path, meta={"block_size": 48, "top_k": 480}), num_layers=3, **options)
-    with pytest.raises(ValueError, match="asks for selector='hash'; eff-serve has 'exact' alone"):
-        read_reuse(saved(tmp_path, meta={"selector": "hash"}), num_layers=3, **options)
+    for meta in ({"selector": "hash"}, {"phase": "both"}):
+        with pytest.raises(ValueError, match="eff-serve has the selectors 'exact' and 'pooled'"):
+            read_reuse(saved(tmp_path, meta=meta), num_layers=3, **options)
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", "missing.json"):
         with pytest.raises(ValueError, match=f"{name} is no policy of layer reuse"):

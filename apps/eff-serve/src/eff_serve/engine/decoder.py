@@ -132,9 +132,13 @@ class Decoder:
         lengths = (positions + 1).to(torch.int32)
         step = None if self.reuse is None else self.reuse.step(lengths.tolist(), block_table)
 
+        written = block_table[rows, positions // PAGE].long(), positions % PAGE + 1
+
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
             self._write(layer, at, k_TGD, v_TGD)
             keys, values = self.keys[layer], self.values[layer]
+            if self.reuse is not None:
+                self.reuse.wrote(layer, keys, *written)
             if step is not None:
                 return step.attend(layer, q_THD, keys, values)
             return decode_attention(q_THD, keys, values, lengths, block_table=block_table)
@@ -162,9 +166,13 @@ class Decoder:
         used = pages[: -(-end // PAGE)]
         # Query i may look at keys up to start + i; from the start on that is the causal mask which SDPA has built in.
         mask = None if start == 0 else torch.arange(end)[None, :] <= positions[:, None]
+        new = torch.arange(start // PAGE, used.size(0))
+        written = used[new].long(), (end - new * PAGE).clamp(max=PAGE)
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
             self._write(layer, at, k_TGD, v_TGD)
+            if self.reuse is not None:
+                self.reuse.wrote(layer, self.keys[layer], *written)
             if start == 0:
                 keys, values = k_TGD.transpose(0, 1), v_TGD.transpose(0, 1)
             else:

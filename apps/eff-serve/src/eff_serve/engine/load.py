@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from eff_attention.layer_reuse import Selector
+
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.engine import BatchEngine
@@ -41,6 +43,7 @@ def load_engine(
     layer_reuse: Path | None = None,
     reuse_top_k: int | None = None,
     reuse_min_len: int | None = None,
+    reuse_selector: Selector | None = None,
     progress: bool = True,
 ) -> LoadedModel:
     """Load a model for serving.
@@ -60,6 +63,7 @@ def load_engine(
         layer_reuse: Policy file of `eff_attention.layer_reuse`: long sequences decode with fewer keys in some layers.
         reuse_top_k: Keys that these layers attend to, instead of what the file says.
         reuse_min_len: Length from which on they do, instead of what the file says.
+        reuse_selector: How the layers that they follow choose: "exact" or "pooled", instead of what the file says.
         progress: Show progress bars on standard error.
 
     Raises:
@@ -78,8 +82,8 @@ def load_engine(
         page_bytes = config.bytes_per_key * PAGE
     else:
         page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
-    if layer_reuse is None and (reuse_top_k is not None or reuse_min_len is not None):
-        raise ValueError("reuse_top_k and reuse_min_len need a policy in layer_reuse")
+    if layer_reuse is None and any(x is not None for x in (reuse_top_k, reuse_min_len, reuse_selector)):
+        raise ValueError("reuse_top_k, reuse_min_len and reuse_selector need a policy in layer_reuse")
     num_pages = int(kv_gib * 2**30 / page_bytes)
     if num_pages < 1:
         raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
@@ -93,7 +97,12 @@ def load_engine(
         if not isinstance(decoder, Decoder):
             raise ValueError("layer_reuse is for models that run on eff's own decoder, and this one does not")
         decoder.reuse = read_reuse(
-            layer_reuse, top_k=reuse_top_k, min_seq_len=reuse_min_len, num_layers=len(decoder.layers), page=PAGE
+            layer_reuse,
+            top_k=reuse_top_k,
+            min_seq_len=reuse_min_len,
+            num_layers=len(decoder.layers),
+            page=PAGE,
+            selector=reuse_selector,
         )
     engine = BatchEngine(
         decoder,

@@ -111,10 +111,24 @@ class PooledKeys(KeyIndex):
             self.sums[row, :, n // self.block_size] += key[row]
 
     def _rank(self, q: Tensor, scale: float) -> Tensor:
-        counts = self._counts(q.device, self.sums.size(2))
-        means = self.sums / counts.clamp(min=1)[..., None]
-        score = scale * (q.float() @ means.mT) + counts[:, :, None].log()
-        return score.softmax(-1).sum(2)
+        return pooled_mass(q, self.sums, self._counts(q.device, self.sums.size(2)), scale)
+
+
+def pooled_mass(q: Tensor, sums: Tensor, counts: Tensor, scale: float) -> Tensor:
+    """What blocks would weigh were all keys of each alike: count * exp(scale * q . mean), normalised.
+
+    Args:
+        q: [B, KV, G, D].
+        sums: Of the keys of each block, float32 [B, KV, N, D].
+        counts: Keys of each block, [B, 1, N]; 0 for a block that is not there.
+        scale: Factor of the scores.
+
+    Returns:
+        float32 [B, KV, N], summed over the G query heads of a group.
+    """
+    means = sums / counts.clamp(min=1)[..., None]
+    score = scale * (q.float() @ means.mT) + counts[:, :, None].log()
+    return score.softmax(-1).sum(2)
 
 
 class HashedKeys(KeyIndex):
