@@ -294,13 +294,13 @@ def draw():
     }
     digits = {(r["method"], r["top_k"]): r["digits_found"] for r in records["needles"]}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for row in records["quality"]:
+    for i, row in enumerate(records["quality"]):
         found = digits.get((row["method"], row["top_k"]))
         for axis, value in zip(axes, (row["bits_per_byte"], found), strict=True):
             if value is None:
                 continue
             name = row["method"] + (f", {row['top_k']} keys" if row["method"].startswith("searched") else "")
-            axis.plot(row["kv_bytes_per_token"] / 1e6, value, "o", label=name)
+            axis.plot(row["kv_bytes_per_token"] / 1e6, value, "o", color=f"C{i}", label=name)  # one colour in both
     axes[0].set(ylabel="bits per byte of the text that goes on")
     axes[1].set(ylabel="digits of the needles found", ylim=(0, 1))
     for axis in axes:
