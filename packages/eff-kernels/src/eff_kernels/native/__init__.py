@@ -1,6 +1,15 @@
 """The compiled CPU kernels: C sources, built on first use with whatever compiler is there, called through ctypes."""
 
 from eff_kernels.native.build import NativeBuildError, library, unavailable
-from eff_kernels.native.call import DTYPE_CODES, rows_of, struct_kernel, threads_for
+from eff_kernels.native.call import DTYPE_CODES, fallible, rows_of, struct_kernel, threads_for
 
-__all__ = ["DTYPE_CODES", "NativeBuildError", "library", "rows_of", "struct_kernel", "threads_for", "unavailable"]
+__all__ = [
+    "DTYPE_CODES",
+    "NativeBuildError",
+    "fallible",
+    "library",
+    "rows_of",
+    "struct_kernel",
+    "threads_for",
+    "unavailable",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def fallible(kernel: Any) -> Callable[[bytes], int]:
+    """A kernel of the library that takes a pointer to one struct and returns 0, or another number when it failed."""
+    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+    run: Callable[[bytes], int] = kernel
+    return run
 
 
 def struct_kernel(name: str) -> Callable[[bytes], None]:

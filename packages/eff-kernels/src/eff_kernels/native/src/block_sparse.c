@@ -31,11 +31,9 @@ typedef struct {
   int failed;
 } job;
 
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 static int job_new(job *j, const args *a) {
-  *j = (job){.a = a, .dtype = (eff_dtype)a->dtype, .dp = round_up(a->d, 16), .dvp = round_up(a->dv, 16)};
-  j->rows = round_up(a->block_k, 4);
+  *j = (job){.a = a, .dtype = (eff_dtype)a->dtype, .dp = eff_round_up(a->d, 16), .dvp = eff_round_up(a->dv, 16)};
+  j->rows = eff_round_up(a->block_k, 4);
   j->tm = (a->lq + a->block_q - 1) / a->block_q, j->tn = (a->lk + a->block_k - 1) / a->block_k;
   j->tiles = (a->block_q + AT_LANES - 1) / AT_LANES, j->side = MAX(j->dp, j->dvp);
   const int whole = j->dtype == EFF_F32 && a->d == j->dp && a->dv == j->dvp && a->block_k == j->rows;
@@ -74,8 +72,8 @@ INLINE key_block keys_of(const job *j, int64_t head, int64_t n) {
   if (n < j->direct) {
     const int64_t b = head / a->kv_heads, kv = head % a->kv_heads;
     return (key_block){(const float *)a->k + b * a->k_stride[0] + kv * a->k_stride[1] + first * a->k_stride[2],
-                  (const float *)a->v + b * a->v_stride[0] + kv * a->v_stride[1] + first * a->v_stride[2], a->k_stride[2],
-                  a->v_stride[2], count};
+                       (const float *)a->v + b * a->v_stride[0] + kv * a->v_stride[1] + first * a->v_stride[2],
+                       a->k_stride[2], a->v_stride[2], count};
   }
   const int64_t at = (head * (j->tn - j->direct) + n - j->direct) * j->rows;
   return (key_block){j->k + at * j->dp, j->v + at * j->dvp, j->dp, j->dvp, count};
@@ -100,7 +98,7 @@ typedef struct {
 
 /* One block of keys into the running softmax of a tile. */
 static void attend(const job *j, key_block x, const float *qt, float *s, float *acc, running *r) {
-  const int n = (int)round_up(x.count, 4);
+  const int n = (int)eff_round_up(x.count, 4);
   at_scores(x.k, x.k_stride, qt, j->a->d, n, s);
   for (int64_t i = x.count; i < n; i++)
     for (int u = 0; u < AT_V; u++) at_store(s + i * AT_LANES + u * AT_W, at_splat(-INFINITY));
@@ -153,7 +151,7 @@ static void forward_item(void *ctx, int64_t item) {
   const args *a = j->a;
   const int64_t head = item / j->tm, b = head / a->heads, h = head % a->heads, m = item % j->tm;
   const int64_t kv = b * a->kv_heads + h / (a->heads / a->kv_heads), first = m * a->block_q;
-  const int64_t queries = MIN(a->block_q, a->lq - first), tiles = round_up(queries, AT_LANES) / AT_LANES;
+  const int64_t queries = MIN(a->block_q, a->lq - first), tiles = eff_round_up(queries, AT_LANES) / AT_LANES;
   float *f = eff_scratch((size_t)(tiles * AT_LANES * (j->dp + j->dvp) + AT_LANES * (j->rows + j->side)) * 4);
   running *state = eff_scratch((size_t)tiles * sizeof *state);
   if (!f || !state) {
@@ -200,7 +198,7 @@ typedef struct {
 /* Weights of one block of keys from the lse, and what they send to the queries and to the keys. dS = P (dO V^T - delta) with
  * delta = rowsum(dO O) - dLSE. */
 static void attend_backward(const job *j, key_block x, const tile *t, float *dk, float *dv) {
-  const int n = (int)round_up(x.count, 4);
+  const int n = (int)eff_round_up(x.count, 4);
   at_scores(x.k, x.k_stride, t->qt, j->a->d, n, t->s);
   at_scores(x.v, x.v_stride, t->gt, j->a->dv, n, t->ds);
   for (int u = 0; u < AT_V; u++) {

@@ -18,6 +18,8 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
+INLINE int64_t eff_round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 typedef enum { EFF_F32 = 0, EFF_BF16 = 1, EFF_F16 = 2 } eff_dtype;
 
 INLINE size_t eff_size(eff_dtype dtype) { return dtype == EFF_F32 ? 4 : 2; }

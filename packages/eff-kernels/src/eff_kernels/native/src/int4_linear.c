@@ -23,8 +23,6 @@ typedef struct {
   int failed;
 } job;
 
-INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 /* codes = x / step, rounded half to even, from -128 to 127, and zeros up to `padded`. Returns 1, or NaN if a quotient is not
  * finite. */
 static float static_codes(const float *x, const float *step, int64_t n, eff_act *out, int64_t padded) {
@@ -71,7 +69,7 @@ static void quantise_row(void *ctx, int64_t r) {
   job *j = ctx;
   const args *a = j->a;
   const eff_dtype dtype = (eff_dtype)a->x_dtype;
-  const size_t wide = dtype == EFF_F32 ? 0 : (size_t)round_up(a->k, 16) * 4;
+  const size_t wide = dtype == EFF_F32 ? 0 : (size_t)eff_round_up(a->k, 16) * 4;
   const void *row = eff_at(a->x, dtype, r * a->x_stride);
   char *scratch = eff_scratch(wide + (a->packed ? (size_t)a->k * sizeof(eff_act) : 0));
   if (!scratch) {
@@ -134,9 +132,9 @@ int eff_int4_linear(const args *a) {
   job j = {.a = a};
   tile_rows *t = &j.t;
   t->packed = a->packed != 0, t->stride = a->packed ? k / 2 : k;
-  t->k = a->packed ? round_up(k, 2 * PAIRS) : k, t->group = MAX(t->k, 1), t->groups = 1;
+  t->k = a->packed ? eff_round_up(k, 2 * PAIRS) : k, t->group = MAX(t->k, 1), t->groups = 1;
   t->rows = EFF_ROW_STEP == EFF_STEP ? m : MAX(m, 2); /* there, what lone rows are multiplied with takes no code of -128 */
-  t->padded = (round_up(t->k, EFF_STEP) / EFF_STEP | 1) * EFF_STEP; /* odd, as in int8_linear.c */
+  t->padded = (eff_round_up(t->k, EFF_STEP) / EFF_STEP | 1) * EFF_STEP; /* odd, as in int8_linear.c */
   const size_t codes = few ? (size_t)(m * k) : (size_t)(m * t->padded) * sizeof(eff_act), scales = (size_t)m * 4;
   const size_t row = t->rows == 1 ? (size_t)(t->padded + EFF_ROW_STEP) * sizeof(eff_row) : 0;
   char *scratch = eff_scratch(codes + 2 * scales + row + 4 * 64), *free_part = scratch;

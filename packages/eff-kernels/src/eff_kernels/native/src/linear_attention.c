@@ -30,8 +30,6 @@ typedef struct {
   int failed;
 } job;
 
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 /* phi of the AT_LANES tokens in the lanes of x [dp, lanes]; zeros in features d to dp. */
 static void features(const job *j, float *x) {
   const int64_t d = j->a->d;
@@ -204,7 +202,7 @@ static void query_item(void *ctx, int64_t item) {
 
 /* Returns 0, or 1 when memory ran out. */
 EXPORT int eff_linear_attention(const args *a) {
-  job j = {.a = a, .dtype = (eff_dtype)a->dtype, .dp = round_up(a->d, AT_LANES), .dvp = round_up(a->dv, AT_LANES)};
+  job j = {.a = a, .dtype = (eff_dtype)a->dtype, .dp = eff_round_up(a->d, AT_LANES), .dvp = eff_round_up(a->dv, AT_LANES)};
   j.size = j.dp * j.dvp + j.dp;
   j.tm = (a->lq + a->block_q - 1) / a->block_q, j.tn = (a->lk + a->block_k - 1) / a->block_k;
   const int64_t all = a->batch * a->kv_heads, group = a->heads / a->kv_heads;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable, Sequence
@@ -86,7 +85,4 @@ def _call(
 
 @functools.cache
 def _kernel(name: str) -> Callable[[bytes], int]:
-    kernel = getattr(native.library(), name)
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
-    run: Callable[[bytes], int] = kernel
-    return run
+    return native.fallible(getattr(native.library(), name))

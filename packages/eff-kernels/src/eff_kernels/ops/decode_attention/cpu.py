@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable
@@ -82,7 +81,4 @@ def _attend(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    kernel = native.library().eff_decode_attention
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
-    run: Callable[[bytes], int] = kernel
-    return run
+    return native.fallible(native.library().eff_decode_attention)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable
@@ -78,7 +77,4 @@ def fp4_linear(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    kernel = native.library().eff_fp4_linear
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
-    run: Callable[[bytes], int] = kernel
-    return run
+    return native.fallible(native.library().eff_fp4_linear)

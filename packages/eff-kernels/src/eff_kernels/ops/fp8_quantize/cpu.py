@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable
@@ -58,7 +57,4 @@ def _run(x: Tensor, dtype: torch.dtype, power_of_two: bool, codes: int, values: 
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    kernel = native.library().eff_fp8_quantize
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
-    run: Callable[[bytes], int] = kernel
-    return run
+    return native.fallible(native.library().eff_fp8_quantize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable
@@ -58,10 +57,7 @@ def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 
 @functools.cache
 def _rows_kernel() -> Callable[[bytes], int]:
-    kernel = native.library().eff_int8_quantize_rows
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
-    run: Callable[[bytes], int] = kernel
-    return run
+    return native.fallible(native.library().eff_int8_quantize_rows)
 
 
 @functools.cache
