@@ -142,6 +142,19 @@ def found_needles(options, model, tokenizer, policy, config):
     return rows
 
 
+def losses(model, kept, tokenizer, following, tokens):
+    """What a model makes of the text that goes on, of the planted numbers, and of passages of the prompt again."""
+    numbers, digit_bits = digits_found(model, kept, tokenizer)
+    same_token, copy_bits = copied(model, kept, tokens)
+    return {
+        "bits_per_byte": bits_per_byte(model, kept, tokenizer, following[:193]),
+        "numbers_exact": numbers,
+        "bits_per_digit": digit_bits,
+        "copied_tokens": same_token,
+        "bits_per_copied_token": copy_bits,
+    }
+
+
 def quality(options, model, kept, tokenizer, following, policy, config):
     layers, n, k = len(policy.source), options.length, config.top_k
     of, sparse = methods(model, policy, config)
@@ -154,9 +167,7 @@ def quality(options, model, kept, tokenizer, following, policy, config):
         read = kv_bytes(config, model, [n] * (layers - sparse[name]) + [each] * sparse[name])
         read += index_bytes(config, model, name.rpartition(" ")[2]) * n * (sparse[name] - sparse["searched policy"])
         with attach():
-            bits = bits_per_byte(model, kept, tokenizer, following[:193])
-            found, digit_bits = digits_found(model, kept, tokenizer)
-            same_token, copy_bits = copied(model, kept, options.tokens)
+            found = losses(model, kept, tokenizer, following, options.tokens)
         row = {
             "method": name,
             "top_k": k,
@@ -165,11 +176,7 @@ def quality(options, model, kept, tokenizer, following, policy, config):
             "length": n,
             "dense_layers": layers - sparse[name],
             "kv_bytes_per_token": int(read),
-            "bits_per_byte": bits,
-            "numbers_exact": found,
-            "bits_per_digit": digit_bits,
-            "copied_tokens": same_token,
-            "bits_per_copied_token": copy_bits,
+            **found,
         }
         print(json.dumps(row), flush=True)
         rows.append(row)
@@ -264,19 +271,13 @@ def prompt(options, model, tokenizer, following, policy, config):
                 own(torch.tensor([options.tokens]), **cache_kwargs(own, cache), logits_to_keep=1)
             seconds.append(time.perf_counter() - start)
         kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-        found, digit_bits = digits_found(own, kept, tokenizer)
-        same_token, copy_bits = copied(own, kept, options.tokens)
         row = {
             "method": name,
             "top_k": config.top_k,
             "length": options.length,
             "threads": options.threads,
             "seconds": sorted(seconds)[len(seconds) // 2],
-            "bits_per_byte": bits_per_byte(own, kept, tokenizer, following[:193]),
-            "numbers_exact": found,
-            "bits_per_digit": digit_bits,
-            "copied_tokens": same_token,
-            "bits_per_copied_token": copy_bits,
+            **losses(own, kept, tokenizer, following, options.tokens),
         }
         print(json.dumps(row), flush=True)
         rows.append(row)

@@ -39,8 +39,8 @@ def test_attention_is_over_the_chosen_blocks(length, block, blocks, shared, head
     q, k, v = (draw(2, h, length + 5, 16, seed=seed + i, dtype=dtype) for i, h in enumerate((heads[0], *heads[1:] * 2)))
     one = Prompt(length, config)
     q = q[:, :, :length]  # k and v may be a static cache with room beyond
-    one.choose(3, q, k, None)
-    found = one.attend(3, q, k, v, None)
+    one.choose(3, q, k, 0.25)
+    found = one.attend(3, q, k, v, 0.25)
     taken = one.chosen[3]
     wanted = brute(q, k[:, :, :length], v[:, :, :length], taken, one.block_q, block, 0.25)
     limit = 1e-5 if dtype == torch.float32 else 1e-2

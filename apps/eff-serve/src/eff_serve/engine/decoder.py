@@ -128,17 +128,14 @@ class Decoder:
         """
         c = self.config
         rows = torch.arange(tokens.size(0))
-        at = self._cache_rows(block_table[rows, positions // PAGE].long(), positions)
+        pages = block_table[rows, positions // PAGE].long()
+        at, written = self._cache_rows(pages, positions), (pages, positions % PAGE + 1)
         lengths = (positions + 1).to(torch.int32)
         step = None if self.reuse is None else self.reuse.step(lengths.tolist(), block_table)
 
-        written = block_table[rows, positions // PAGE].long(), positions % PAGE + 1
-
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-            self._write(layer, at, k_TGD, v_TGD)
+            self._write(layer, at, written, k_TGD, v_TGD)
             keys, values = self.keys[layer], self.values[layer]
-            if self.reuse is not None:
-                self.reuse.wrote(layer, keys, *written)
             if step is not None:
                 return step.attend(layer, q_THD, keys, values)
             return decode_attention(q_THD, keys, values, lengths, block_table=block_table)
@@ -170,9 +167,7 @@ class Decoder:
         written = used[new].long(), (end - new * PAGE).clamp(max=PAGE)
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-            self._write(layer, at, k_TGD, v_TGD)
-            if self.reuse is not None:
-                self.reuse.wrote(layer, self.keys[layer], *written)
+            self._write(layer, at, written, k_TGD, v_TGD)
             if start == 0:
                 keys, values = k_TGD.transpose(0, 1), v_TGD.transpose(0, 1)
             else:
@@ -200,9 +195,12 @@ class Decoder:
         heads = self.config.num_kv_heads
         return (((pages_T[:, None] * heads + torch.arange(heads)) * PAGE) + positions[:, None] % PAGE).flatten()
 
-    def _write(self, layer: int, at: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
+    def _write(self, layer: int, at: Tensor, written: tuple[Tensor, Tensor], k_TGD: Tensor, v_TGD: Tensor) -> None:
+        """Put keys and values ``at`` their rows; ``written``: the pages of these, and the keys that each then holds."""
         for cache, new in ((self.keys[layer], k_TGD), (self.values[layer], v_TGD)):
             cache.view(-1, self.config.head_dim).index_copy_(0, at, new.reshape(at.size(0), -1))
+        if self.reuse is not None:
+            self.reuse.wrote(layer, self.keys[layer], *written)
 
     def _blocks(
         self,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from eff_attention.caches import cache_name
 from torch import Tensor
 
 
@@ -47,8 +47,7 @@ class HFDecoder:
         self.config = hf_config(folder)
         self.num_pages = num_pages
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        # transformers 5.24 gave the argument and the field of the output a new name
-        self._cache_name = "cache" if "cache" in signature(self._model.forward).parameters else "past_key_values"
+        self._cache_name = cache_name(self._model)
         self._caches: dict[int, tuple[Any, int]] = {}  # first page -> cache and its length
 
     @property

@@ -85,16 +85,16 @@ class ReuseStep:
     def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention [T, H, D] of a layer of any kind."""
         reuse = self._reuse
-        if reuse.source[layer] >= 0:
-            pages, lengths = self._chosen[reuse.source[layer]]
+        source = reuse.source[layer]
+        if layer in reuse.sums:
+            self._choose(layer, self._pooled_mass(layer, q, keys.size(1)))
+            source = layer
+        if source >= 0:
+            pages, lengths = self._chosen[source]
             return decode_attention(q, keys, values, lengths, block_table=pages)
         if layer not in reuse.anchors:
             return decode_attention(q, keys, values, self._real, block_table=self._table)
         size = reuse.config.block_size
-        if layer in reuse.sums:
-            self._choose(layer, self._pooled_mass(layer, q, keys.size(1)))
-            pages, lengths = self._chosen[layer]
-            return decode_attention(q, keys, values, lengths, block_table=pages)
         out, mass = scored_decode_attention(q, keys, values, self._real, block_table=self._table, score_block=size)
         self._choose(layer, mass)
         return out

@@ -48,7 +48,7 @@ class _Step:
             rows += self.dense_table[:, :, None]
         self.chosen[layer] = rows.to(torch.int32), lengths
 
-    def attend(self, anchor: int, q: Tensor, k: Tensor, v: Tensor, size: int, scale: float | None) -> Tensor:
+    def attend(self, anchor: int, q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> Tensor:
         """Attention [B, H, D] to the blocks that an anchor chose."""
         rows, lengths = self.chosen[anchor]
         return decode_attention(q, k, v, lengths, block_table=rows, run=size, scale=scale)
@@ -179,12 +179,10 @@ class _Runtime:
         plain = kv_offset == 0 and local_size is None and mask_function is causal
         if plain:
             self.step = self.prompt = None
-        if plain and q_length > 1:
-            whole = int(q_offset) == 0 and (attention_mask is None or bool(attention_mask[:, :q_length].all()))
-            if whole and self.anchors and self.config.phase == "both" and q_length > self.config.min_seq_len:
-                self.prompt = Prompt(q_length, self.config)
-        elif plain:
-            self.step = self._step(batch_size, int(q_offset) + 1, kv_length, attention_mask, kwargs.get("device"))
+            if q_length == 1:
+                self.step = self._step(batch_size, int(q_offset) + 1, kv_length, attention_mask, kwargs.get("device"))
+            elif int(q_offset) == 0:
+                self.prompt = self._prompt(q_length, attention_mask)
         mask = self.original_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **kwargs,
@@ -193,6 +191,12 @@ class _Runtime:
             mask = mask.contiguous()  # as ``generate`` does, which would make another tensor of it
             self.made = mask
         return mask
+
+    def _prompt(self, length: int, mask: Tensor | None) -> Prompt | None:
+        """None where prompts are read densely, the prompt is short, or a sequence is padded."""
+        if self.config.phase == "decode" or length <= self.config.min_seq_len or not self.anchors:
+            return None
+        return Prompt(length, self.config) if mask is None or mask[:, :length].all() else None
 
     def _step(self, batch: int, end: int, room: int, mask: Tensor | None, device: Any) -> _Step | None:
         """None where all sequences are short, or have holes."""
@@ -224,10 +228,11 @@ class _Runtime:
     ) -> Any:
         """Transformers' attention function: [B, H, 1, D] to [B, 1, H, D]."""
         layer, step = module.layer_idx, self.step
+        scale = query.size(-1) ** -0.5 if scaling is None else scaling
         if step is None and layer in self.indices:
             self.indices[layer].forget()
         if self.prompt is not None and layer in self.anchors:
-            self.prompt.choose(layer, query, key, scaling)
+            self.prompt.choose(layer, query, key, scale)
         extra = sorted(n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None)
         full = layer not in self.anchors and self.source[layer] < 0
         ours = self.types[layer] == "full_attention" and query.is_cpu and not dropout and not extra
@@ -237,21 +242,20 @@ class _Runtime:
         if dropout or extra:
             raise NotImplementedError(f"layer reuse has neither dropout nor {extra or 'biases'}; layer {layer} has it")
         if self.prompt is not None:
-            return self.prompt.attend(self.source[layer], query, key, value, scaling).transpose(1, 2), None
+            return self.prompt.attend(self.source[layer], query, key, value, scale).transpose(1, 2), None
         assert step is not None
         size, q = self.config.block_size, query[:, :, 0]
         run = None if step.dense_table is None else key.size(2)
         if full:
-            out = decode_attention(q, key, value, step.real, block_table=step.dense_table, run=run, scale=scaling)
+            out = decode_attention(q, key, value, step.real, block_table=step.dense_table, run=run, scale=scale)
         elif layer in self.indices:
-            scale = q.size(-1) ** -0.5 if scaling is None else scaling
             step.choose(layer, self.indices[layer].mass(q, key, step.firsts, step.lengths, scale), self.config)
-            out = step.attend(layer, q, key, value, size, scaling)
+            out = step.attend(layer, q, key, value, size, scale)
         elif layer in self.anchors:
             out, mass = scored_decode_attention(
-                q, key, value, step.real, score_block=size, block_table=step.dense_table, run=run, scale=scaling
+                q, key, value, step.real, score_block=size, block_table=step.dense_table, run=run, scale=scale
             )
             step.choose(layer, mass, self.config)
         else:
-            out = step.attend(self.source[layer], q, key, value, size, scaling)
+            out = step.attend(self.source[layer], q, key, value, size, scale)
         return out[:, None], None

@@ -29,7 +29,7 @@ class Prompt:
         self.block_q = config.block_size * max(1, _QUERIES // config.block_size)
         self.chosen: dict[int, Tensor] = {}
 
-    def choose(self, layer: int, q: Tensor, k: Tensor, scale: float | None) -> None:
+    def choose(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
         """Note the blocks of keys of each block of queries: those of the largest mean q . mean k, and ``must_select``.
 
         A block of queries counts its own keys to its ``top_k``, and has no choice among as few blocks as that is.
@@ -38,10 +38,9 @@ class Prompt:
             layer: Number of the anchor.
             q: [B, H, L, D].
             k: [B, KV, S, D]; what lies beyond L is not read.
-            scale: Factor of the scores; D ** -0.5 by default.
+            scale: Factor of the scores.
         """
         c, each = self.config, self.block_q // self.config.block_size
-        scale = q.size(-1) ** -0.5 if scale is None else scale
         queries = _means(q, self.block_q).unflatten(1, (k.size(1), -1))
         keys = _means(k[:, :, : self.length], c.block_size)
         score = scale * queries @ keys.mT[:, :, None]  # [B, KV, G, Tm, Tn]
@@ -61,9 +60,8 @@ class Prompt:
         heads = q.size(1) // taken.size(1)
         self.chosen[layer] = taken.to(torch.int8).repeat_interleave(heads, 1)
 
-    def attend(self, anchor: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, anchor: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention [B, H, L, D] to the blocks that an anchor chose, and to each block of queries itself."""
-        scale = q.size(-1) ** -0.5 if scale is None else scale
         k, v = k[:, :, : self.length], v[:, :, : self.length]
         far = block_sparse_attention(q, k, v, self.chosen[anchor], self.block_q, self.config.block_size, scale)
         near, lse = _diagonal(q, k, v, self.block_q, scale)

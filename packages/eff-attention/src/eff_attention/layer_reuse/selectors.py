@@ -48,16 +48,14 @@ class KeyIndex(ABC):
             What lies beyond a sequence means nothing.
         """
         firsts, lengths = list(firsts), list(lengths)
+        last = self._ends(k, firsts, lengths)
         if self._continues(k, firsts, lengths):
-            self._append(
-                torch.stack([k[b, :, f + n - 1] for b, (f, n) in enumerate(zip(firsts, lengths, strict=True))])
-            )
+            self._append(last[:, :, -1])
         else:
-            rows = [k[b, :, f : f + n] for b, (f, n) in enumerate(zip(firsts, lengths, strict=True))]
-            padded = torch.stack([F.pad(r, (0, 0, 0, -r.size(1) % self.block_size)) for r in _level(rows)])
-            self._build(padded)
-        self.firsts, self.lengths = firsts, lengths
-        self.last = self._ends(k, firsts, lengths)
+            room = -(-max(lengths) // self.block_size) * self.block_size
+            rows = (k[b, :, f : f + n] for b, (f, n) in enumerate(zip(firsts, lengths, strict=True)))
+            self._build(torch.stack([F.pad(r, (0, 0, 0, room - r.size(1))) for r in rows]))
+        self.firsts, self.lengths, self.last = firsts, lengths, last
         return self._rank(q.unflatten(1, (k.size(1), -1)), scale)
 
     def forget(self) -> None:
@@ -162,12 +160,6 @@ class HashedKeys(KeyIndex):
         """[B, KV, n, D] to words [B, KV, n, 2]."""
         signs = (x.float() @ self.projection > 0).unflatten(-1, (2, 64))
         return (signs.long() << torch.arange(64, device=x.device)).sum(-1)
-
-
-def _level(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros at the end of each, to the length of the longest."""
-    longest = max(r.size(1) for r in rows)
-    return [F.pad(r, (0, 0, 0, longest - r.size(1))) for r in rows]
 
 
 def _grown(x: Tensor, blocks: int, each: int) -> Tensor:
