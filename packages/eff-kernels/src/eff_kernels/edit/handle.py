@@ -1,0 +1,65 @@
+"""A handle remembers how to undo each change to a model, and what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from eff_kernels.edit.report import Report
+from eff_kernels.edit.select import inner_module, places
+
+
+class Handle:
+    """Undoes changes to a model: latest first, once.
+
+    Use it as a context manager for a change that lasts one block. `remove` may be called again without effect.
+
+    Attributes:
+        report: What was changed and what was skipped; empty unless the maker of the handle passed one.
+    """
+
+    def __init__(self, report: Report | None = None) -> None:
+        self.report = Report("edit") if report is None else report
+        self._undo: list[Callable[[], object]] = []
+
+    def on_remove(self, undo: Callable[[], object]) -> None:
+        """Add a function that takes one change back."""
+        self._undo.append(undo)
+
+    def replace(self, model: nn.Module, name: str, new: nn.Module) -> None:
+        """Replace the module ``name`` as `replace_module` does; `remove` puts the old one back.
+
+        `remove` raises RuntimeError if something else has been put there since: later changes are to be removed first.
+        """
+        old = inner_module(model, name)
+        held = places(model, old)
+
+        def put_back() -> None:
+            if any(parent._modules.get(leaf) is not new for parent, leaf in held):
+                raise RuntimeError(f"{name!r} was changed again after this change; remove the later change first")
+            for parent, leaf in held:
+                setattr(parent, leaf, old)
+
+        for parent, leaf in held:
+            setattr(parent, leaf, new)
+        self.on_remove(put_back)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is something left to undo."""
+        return bool(self._undo)
+
+    def remove(self) -> None:
+        """Take all changes back, latest first; if one raises, it and the earlier ones stay, to be tried again."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.remove()
