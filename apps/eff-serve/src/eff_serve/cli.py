@@ -54,6 +54,7 @@ class Serve:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         api_key_file: File with one API key a line; requests need one of them then.
+        cors_origins: Origins whose pages may call the server from a browser, such as https://app.example; "*" is all.
         max_waiting: Most requests in line; more are answered with 429.
         grace: Seconds that running answers get after SIGTERM.
         log_requests: Write a line to standard error for each request that ends.
@@ -63,6 +64,7 @@ class Serve:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
+    cors_origins: tuple[str, ...] = ()
     max_waiting: int = 64
     grace: float = 20.0
     log_requests: bool = True

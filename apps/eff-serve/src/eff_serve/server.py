@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
-import uvicorn
+from eff_http import LOOPBACK_HOSTS, DrainingServer, log_to_stderr
 from rich.console import Console
 
 from eff_serve.api import Settings, create_app
@@ -19,56 +20,42 @@ if TYPE_CHECKING:
 
 def serve(config: Serve, loaded: LoadedModel) -> int:
     """Serve until SIGTERM or Ctrl-C; running answers get ``config.grace`` seconds to end. Returns the exit status."""
-    keys: tuple[str, ...] = ()
-    if config.api_key_file is not None:
-        try:
-            keys = tuple(line.strip() for line in config.api_key_file.read_text("ascii").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            sys.exit(f"eff-serve: the key file cannot be read: {error}")
-        if not keys:
-            sys.exit(f"eff-serve: {config.api_key_file} holds no key")
-    _log_to_stderr(logging.INFO if config.log_requests else logging.WARNING)
+    keys = _read_keys(config)
+    log_to_stderr(logging.INFO if config.log_requests else logging.WARNING, "eff_serve", "eff_http")
     loaded.engine.start()
     eos = loaded.engine.decoder.config.eos_token_ids
-    app = create_app(
-        loaded.engine, ServedTokenizer(loaded.tokenizer, eos), Settings(model_id=loaded.name, api_keys=keys)
+    settings = Settings(
+        model_id=loaded.name,
+        fingerprint=loaded.fingerprint,
+        api_keys=keys,
+        hosts=LOOPBACK_HOSTS if config.host in LOOPBACK_HOSTS and not keys else None,
+        cors_origins=tuple(config.cors_origins),
     )
-    uvicorn_config = uvicorn.Config(
-        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=int(config.grace) + 1
+    app = create_app(loaded.engine, ServedTokenizer(loaded.tokenizer, eos), settings)
+    server = DrainingServer(
+        app,
+        host=config.host,
+        port=config.port,
+        grace=config.grace,
+        on_open=partial(_banner, loaded, config),
+        on_drain=app.state.serving.drain,
+        on_cut=partial(loaded.engine.stop, 0),
     )
-    server = _Server(uvicorn_config, app, loaded, config)
     server.run()
     loaded.engine.stop(0)
     return 0
 
 
-class _Server(uvicorn.Server):
-    """Prints the banner once the port is open; from the first signal on refuses new requests, to end with status 0."""
-
-    def __init__(self, uvicorn_config: uvicorn.Config, app: object, loaded: LoadedModel, config: Serve) -> None:
-        super().__init__(uvicorn_config)
-        self._app, self._loaded, self._settings = app, loaded, config
-
-    async def startup(self, sockets: object = None) -> None:
-        """Open the port, then say where."""
-        await super().startup(sockets)  # type: ignore[arg-type]
-        if self.started:
-            _banner(self._loaded, self._settings, self.servers[0].sockets[0].getsockname()[1])
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        """Begin to drain."""
-        self._app.state.serving.drain()  # type: ignore[attr-defined]
-        super().handle_exit(sig, frame)  # type: ignore[arg-type]
-        self._captured_signals.clear()  # uvicorn would raise the signal once more at the end, and the process die of it
-
-
-def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("eff_serve")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
+def _read_keys(config: Serve) -> tuple[str, ...]:
+    if config.api_key_file is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in config.api_key_file.read_text("ascii").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"eff-serve: the key file cannot be read: {error}")
+    if not keys:
+        sys.exit(f"eff-serve: {config.api_key_file} holds no key")
+    return keys
 
 
 def _banner(loaded: LoadedModel, config: Serve, port: int) -> None:

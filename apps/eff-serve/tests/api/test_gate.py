@@ -182,7 +182,7 @@ def test_states(engine, tokenizer):
 def test_keys(make_client):
     client = make_client(api_keys=("one", "two"))
     ask = {"json": {"prompt": "a"}}
-    for header in (None, "Bearer three", "Bearer ", "Bearer on", "Bearer onee"):
+    for header in (None, "Bearer three", "Bearer ", "Bearer on", "Bearer onee", "one", "Basic one"):
         headers = {} if header is None else {"authorization": header}
         response = client.post("/v1/completions", headers=headers, **ask)
         assert response.status_code == 401
@@ -190,7 +190,9 @@ def test_keys(make_client):
         assert response.json()["error"]["code"] == "invalid_api_key"
     for key in ("one", "two"):
         assert client.post("/v1/completions", headers={"authorization": f"Bearer {key}"}, **ask).status_code == 200
+    assert client.post("/v1/completions", headers={"authorization": "bearer one"}, **ask).status_code == 200
     assert client.get("/health").status_code == 200
+    assert client.head("/health").status_code == 200
     assert client.get("/v1/models").status_code == 401
     assert client.get("/metrics").status_code == 200
     assert make_client(api_keys=("one",), protect_metrics=True).get("/metrics").status_code == 401
@@ -198,7 +200,7 @@ def test_keys(make_client):
 
 def test_every_key_is_compared_in_constant_time(make_client, monkeypatch):
     seen = []
-    monkeypatch.setattr("eff_serve.api.app.secrets.compare_digest", lambda a, b: seen.append(b) or a == b)
+    monkeypatch.setattr("eff_http.gate.secrets.compare_digest", lambda a, b: seen.append(b) or a == b)
     make_client(api_keys=("one", "two")).get("/v1/models", headers={"authorization": "Bearer one"})
     assert seen == [b"one", b"two"]
 
@@ -209,6 +211,30 @@ def test_cors_only_where_allowed(make_client):
     allowed = make_client(cors_origins=("http://a.test",))
     assert allowed.get("/health", headers=origin).headers["access-control-allow-origin"] == "http://a.test"
     assert "access-control-allow-origin" not in allowed.get("/health", headers={"origin": "http://b.test"}).headers
+
+
+def test_a_preflight_is_answered(make_client):
+    asks = {"origin": "http://a.test", "access-control-request-method": "POST"}
+    response = make_client(cors_origins=("http://a.test",)).options("/v1/chat/completions", headers=asks)
+    assert response.status_code == 200
+
+
+def test_a_foreign_host_is_turned_away(make_client):
+    client = make_client(hosts=("127.0.0.1", "localhost", "::1"))
+    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "LOCALHOST"):
+        assert client.get("/health", headers={"host": host}).status_code == 200
+    for host in ("evil.example", "localhost.evil.example:8000", "", "[::2]"):
+        response = client.get("/health", headers={"host": host})
+        assert response.status_code == 421
+        assert response.json()["error"]["code"] == "wrong_host"
+
+
+def test_an_unexpected_error_closes_the_connection(client, engine):
+    engine.refusal = RuntimeError("boom")
+    response = client.post("/v1/completions", json={"prompt": "a"})
+    assert response.status_code == 500
+    assert response.headers["connection"] == "close"
+    assert "boom" not in response.text
 
 
 def test_tokens_round_trip(client):

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from eff_http import ClientGoneError, EventStream, SendEvent, unless_disconnected
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from eff_serve.api.disconnect import ClientGoneError, unless_disconnected
 from eff_serve.api.generation import EndReason, Generation, Piece
 from eff_serve.api.logprobs import PlacedScore
 from eff_serve.api.schema.common import Usage
 from eff_serve.api.schema.sampling import SamplingFields
 from eff_serve.api.serving import Serving
-from eff_serve.api.sse import EventStream, SendEvent
 from eff_serve.api.tokenizer import Tokenizer
 from eff_serve.text import TextAssembler
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from eff_serve.api.answer import Answer, Frame, assembler_for, includes_usage, respond
 from eff_serve.api.documented import json_or_events
-from eff_serve.api.errors import bad_request
 from eff_serve.api.generation import EndReason, Generation, Job, Piece
-from eff_serve.api.jsonbody import JsonRoute
 from eff_serve.api.logprobs import PlacedScore, chat_logprobs, prompt_logprobs
 from eff_serve.api.sampling import for_choice, sampling_for, token_limit
 from eff_serve.api.schema.chat import (

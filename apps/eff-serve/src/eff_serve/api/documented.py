@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from eff_http import ErrorResponse
 from pydantic import BaseModel
-
-from eff_serve.api.schema.common import ErrorResponse
 
 _MEANING = {
     400: "A field is unknown, not supported or has a bad value; ``error.param`` names it.",

@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eff_serve.api.errors import ApiError, bad_request, draining, internal_error, queue_full, retry_later
+from eff_http import ApiError, bad_request, internal_error, retry_later
+
+from eff_serve.api.errors import draining, queue_full
 from eff_serve.api.logprobs import PlacedScore
 from eff_serve.api.metrics import SequenceMetrics
 from eff_serve.api.schema.common import Usage

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from eff_http import bad_request
 from llguidance import LLMatcher
 
-from eff_serve.api.errors import bad_request
 from eff_serve.api.schema.sampling import MAX_GRAMMAR_CHARS, SamplingFields
 
 # JSON as Python's json.dumps writes it. Free white space would let a small model write blanks until its tokens are

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from eff_serve.api.errors import ApiError, bad_request
+from eff_http import ApiError, bad_request
+
 from eff_serve.api.grammar import grammar_for
 from eff_serve.api.schema.sampling import SamplingFields
 from eff_serve.engine.types import Sampling

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from eff_serve.api.errors import ApiError, retry_later
+from eff_http import ApiError, retry_later
+
 from eff_serve.api.metrics import Metrics
 from eff_serve.api.settings import Settings
 from eff_serve.api.tokenizer import Tokenizer

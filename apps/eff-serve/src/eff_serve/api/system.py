@@ -33,6 +33,7 @@ async def model(name: str, request: Request) -> ModelCard:
     return _card(serving)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=errors(503))
 async def health(request: Request) -> Health:
     """200 while the server takes requests, 503 while it loads or shuts down."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request
 
 from eff_serve.api.chat import chat_prompt
 from eff_serve.api.documented import errors
-from eff_serve.api.errors import bad_request
-from eff_serve.api.jsonbody import JsonRoute
 from eff_serve.api.schema.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from eff_serve.api.serving import Serving
 

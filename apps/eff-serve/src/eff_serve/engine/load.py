@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from eff_attention.layer_reuse import Selector
@@ -29,6 +31,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     name: str
     description: str
+    fingerprint: str
 
 
 def load_engine(
@@ -117,7 +120,14 @@ def load_engine(
     weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     if isinstance(decoder, Decoder) and decoder.reuse is not None:
         weights += f", {decoder.reuse}"
-    return LoadedModel(engine, Tokenizer(folder), name, f"{name} ({weights}, up to {engine.max_model_len} tokens)")
+    description = f"{name} ({weights}, up to {engine.max_model_len} tokens)"
+    return LoadedModel(engine, Tokenizer(folder), name, description, _fingerprint(folder, description))
+
+
+def _fingerprint(folder: Path, description: str) -> str:
+    """A short name for what decides the answers: our version, the model's config, and the format of its weights."""
+    facts = (metadata.version("eff-serve"), description, (folder / "config.json").read_text(encoding="utf-8"))
+    return "eff-" + hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def _config(folder: Path, quantize: str | None) -> DecoderConfig | HFConfig:

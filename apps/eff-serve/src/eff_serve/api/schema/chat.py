@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from eff_http import Int, RequestModel, refuse
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from eff_serve.api.schema.common import Int, PromptLogprobs, RequestModel, Usage, refuse
+from eff_serve.api.schema.common import PromptLogprobs, Usage
 from eff_serve.api.schema.sampling import MAX_TOP, SamplingFields
 
 ChatFinishReason = Literal["stop", "length"]

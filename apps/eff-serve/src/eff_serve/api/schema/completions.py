@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from eff_http import MAX_INT, Int, refuse
 from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 from pydantic.functional_validators import BeforeValidator
 
-from eff_serve.api.schema.common import MAX_INT, Int, PromptLogprobs, Usage, refuse
+from eff_serve.api.schema.common import PromptLogprobs, Usage
 from eff_serve.api.schema.sampling import MAX_TOP, SamplingFields
 
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}

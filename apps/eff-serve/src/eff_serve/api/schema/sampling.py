@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from eff_http import Int, RequestModel, refuse
 from pydantic import Field, field_validator, model_validator
 
-from eff_serve.api.schema.common import Int, RequestId, RequestModel, Seed, Token, refuse
+from eff_serve.api.schema.common import RequestId, Seed, Token
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256

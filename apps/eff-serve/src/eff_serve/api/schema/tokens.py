@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from eff_http import RequestModel, refuse
 from pydantic import BaseModel, Field, model_validator
 
 from eff_serve.api.schema.chat import Message, TemplateFields
-from eff_serve.api.schema.common import RequestModel, Token, refuse
+from eff_serve.api.schema.common import Token
 
 
 class TokenizeRequest(TemplateFields):

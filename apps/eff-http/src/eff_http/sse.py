@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from eff_serve.api.disconnect import ClientGoneError, unless_disconnected
-from eff_serve.api.errors import ApiError, internal_error
-from eff_serve.api.schema.common import ErrorResponse
+from eff_http.disconnect import ClientGoneError, unless_disconnected
+from eff_http.errors import ApiError, internal_error
+from eff_http.schema import ErrorResponse
 
-log = logging.getLogger("eff_serve")
+log = logging.getLogger("eff_http")
 SendEvent = Callable[[BaseModel], Awaitable[None]]
 DONE = b"data: [DONE]\n\n"
 

@@ -7,17 +7,38 @@ import json
 import math
 import re
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from eff_serve.api.errors import ApiError, bad_request
+from eff_http.errors import ApiError, bad_request
 
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_DIGITS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BodyLimits:
+    """Limits of request bodies; an app keeps its own in ``app.state.limits``.
+
+    Attributes:
+        max_bytes: Longest body.
+        max_seconds: Time within which a body must arrive.
+        max_depth: Deepest nesting.
+    """
+
+    max_bytes: int = 4 * 2**20
+    max_seconds: float = 30.0
+    max_depth: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_seconds", "max_depth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
 
 def parse_json(body: bytes, max_depth: int) -> Any:
@@ -91,9 +112,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _StrictRequest(Request):
     """A request whose body is read within limits."""
 
-    max_bytes: int
-    max_seconds: float
-    max_depth: int
+    limits: BodyLimits
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
@@ -103,24 +122,24 @@ class _StrictRequest(Request):
     async def _read(self) -> bytes:
         too_large = ApiError(
             413,
-            f"the body is longer than {self.max_bytes} bytes",
+            f"the body is longer than {self.limits.max_bytes} bytes",
             code="body_too_large",
             headers={"connection": "close"},
         )
         announced = self.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > self.max_bytes:
+        if announced.isdecimal() and int(announced[:20]) > self.limits.max_bytes:
             raise too_large
         chunks: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(self.max_seconds):
+            async with asyncio.timeout(self.limits.max_seconds):
                 async for chunk in self.stream():
                     size += len(chunk)
-                    if size > self.max_bytes:
+                    if size > self.limits.max_bytes:
                         raise too_large
                     chunks.append(chunk)
         except TimeoutError:
-            message = f"the body was not complete after {self.max_seconds:g} s"
+            message = f"the body was not complete after {self.limits.max_seconds:g} s"
             raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
         kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
@@ -129,23 +148,20 @@ class _StrictRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = parse_json(await self.body(), self.max_depth)
+            self._json = parse_json(await self.body(), self.limits.max_depth)
         return self._json
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body by the rules of this module; the limits come from the app's settings."""
+    """A route that reads its body by the rules of this module; the limits are ``app.state.limits``."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler so that it sees the strict request."""
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            settings = request.app.state.serving.settings
             strict_request = _StrictRequest(request.scope, request.receive)
-            strict_request.max_bytes = settings.max_body_bytes
-            strict_request.max_seconds = settings.body_timeout
-            strict_request.max_depth = settings.max_json_depth
+            strict_request.limits = request.app.state.limits
             return await handle(strict_request)
 
         return strict
