@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -47,6 +47,13 @@ class Handle:
             setattr(parent, leaf, new)
         self.on_remove(put_back)
 
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call ``hook(module, args, kwargs, output)`` after each forward of a module, until `remove`.
+
+        What it returns, unless None, takes the place of the output. Copies and pickles of the module do not carry it.
+        """
+        self.on_remove(module.register_forward_hook(_Hook(hook), with_kwargs=True).remove)
+
     @property
     def active(self) -> bool:
         """Whether there is something left to undo."""
@@ -63,3 +70,24 @@ class Handle:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.remove()
+
+
+class _Hook:
+    """A hook that stays with its module: copies and pickles have `_nothing` in its place."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return self.function(module, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _get_nothing, ()
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """What a copy has in the place of a hook."""
+
+
+def _get_nothing() -> Callable[..., None]:
+    return _nothing
