@@ -1,0 +1,20 @@
+"""The parts of a training: a recipe, its config, the loop and a run's folder. Each is small and usable alone."""
+
+from eff_train.frame.data import generator, shuffled, torch_generator
+from eff_train.frame.loop import train
+from eff_train.frame.options import TrainConfig
+from eff_train.frame.parallel import Workers, workers
+from eff_train.frame.recipe import Recipe
+from eff_train.frame.training import Training
+
+__all__ = [
+    "Recipe",
+    "TrainConfig",
+    "Training",
+    "Workers",
+    "generator",
+    "shuffled",
+    "torch_generator",
+    "train",
+    "workers",
+]

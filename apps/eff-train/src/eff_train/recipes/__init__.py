@@ -1,0 +1,1 @@
+"""One readable file per recipe; each assigns its class to ``RECIPE``."""
