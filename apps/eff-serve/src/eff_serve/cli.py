@@ -165,6 +165,9 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
         )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"eff-serve: {error}")
+    except Exception as error:  # what libraries raise over a strange folder; the person wants the reason, in one line
+        first = str(error).strip().partition("\n")[0]
+        sys.exit(f"eff-serve: {model.model or 'the embedded model'} cannot be loaded: {type(error).__name__}: {first}")
 
 
 def _at_least(least: int, **given: float) -> None:

@@ -24,9 +24,10 @@ HELP = "/reset starts anew, /system TEXT too, /save FILE keeps the talk, /quit l
 def generate(loaded: LoadedModel, prompt: str, max_tokens: int, temperature: float, *, raw: bool) -> int:
     """Print the answer to one prompt as it comes. Returns the exit status."""
     loaded.engine.start()
-    text = prompt if raw else loaded.tokenizer.render_chat([{"role": "user", "content": prompt}])
+    tokenizer = loaded.tokenizer
     try:
-        asyncio.run(_answer(loaded, text, max_tokens, temperature))
+        ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        asyncio.run(_answer(loaded, ids, max_tokens, temperature))
     except ValueError as error:
         sys.exit(f"eff-serve: {error}")
     finally:
@@ -50,7 +51,7 @@ def chat(loaded: LoadedModel, system: str | None, max_tokens: int, temperature: 
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                text = asyncio.run(_answer(loaded, loaded.tokenizer.render_chat(messages), max_tokens, temperature))
+                text = asyncio.run(_answer(loaded, loaded.tokenizer.encode_chat(messages), max_tokens, temperature))
             except KeyboardInterrupt:
                 console.print("\n(stopped)")
                 text = ""
@@ -85,8 +86,7 @@ def _command(line: str, start: Messages, messages: Messages, console: Console) -
     return start, messages
 
 
-async def _answer(loaded: LoadedModel, text: str, max_tokens: int, temperature: float) -> str:
-    prompt = loaded.tokenizer.encode(text)
+async def _answer(loaded: LoadedModel, prompt: list[int], max_tokens: int, temperature: float) -> str:
     room = loaded.engine.max_model_len - len(prompt)
     stream = loaded.engine.submit(prompt, Sampling(max_tokens=max(1, min(max_tokens, room)), temperature=temperature))
     decoder = IncrementalDecoder(loaded.tokenizer)

@@ -40,9 +40,11 @@ class BytesTokenizer:
     def token_bytes(self, token):
         return bytes([token]) if token < 256 else b""
 
-    def render_chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, **kwargs):
+    def encode_chat(
+        self, messages, *, add_special_tokens=False, add_generation_prompt=True, continue_final_message=False, more=None
+    ):
         text = "|".join(f"{m['role']}:{m['content']}" for m in messages)
-        return text + ("|assistant:" if add_generation_prompt else "")
+        return self.encode(text + ("|assistant:" if add_generation_prompt else ""))
 
     def decoder(self, *, skip_special_tokens=True):
         return BytesDecoder(skip_special_tokens)

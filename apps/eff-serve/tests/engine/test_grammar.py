@@ -102,3 +102,10 @@ def test_an_error_while_choosing_ends_one_sequence_of_the_batch(hash_decoder, ma
     assert len([s for s in good if s.token is not None]) == 9
     assert "this one fails" in bad[-1].error
     assert engine.stats().kv_usage == 0
+
+
+@pytest.mark.parametrize("pattern", [r"[^\s\S]", r"[0-9&&a]"])
+def test_a_grammar_that_nothing_satisfies_is_refused(smollm2, pattern):
+    grammar = regex(pattern)
+    with pytest.raises(ValueError, match="no text satisfies"):
+        GrammarMatcher(grammar, smollm2 / "tokenizer.json", 49152, 2)

@@ -115,3 +115,9 @@ def test_score_is_log_softmax():
     assert [t for t, _ in got.top] == [0, 1]
     assert [p for _, p in got.top] == pytest.approx(truth[:2].tolist(), abs=1e-6)
     assert score(LOGITS, 3, 0).top == ()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-20, 1e-6])
+def test_tiny_temperatures_are_greedy(temperature):
+    sampler = Sampler(Sampling(max_tokens=1, temperature=temperature, top_p=0.9, seed=1), frozenset())
+    assert {sampler.choose(LOGITS * 1000, [], []) for _ in range(5)} == {0}

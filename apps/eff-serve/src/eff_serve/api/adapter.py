@@ -41,9 +41,9 @@ class ServedTokenizer:
             return self._tokenizer.token_text(token).encode()
         return bytes(bytes_of[c] for c in piece)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> str:
-        """The prompt that the chat template makes of messages."""
-        return self._tokenizer.render_chat(messages, **kwargs)
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
+        """Token ids of the prompt that the chat template makes of messages."""
+        return self._tokenizer.encode_chat(messages, **kwargs)
 
     def decoder(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
         """Fresh incremental decoder."""

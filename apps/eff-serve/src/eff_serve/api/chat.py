@@ -64,17 +64,17 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> li
     Raises:
         ApiError: 400 when the template refuses the messages.
     """
+    extra = isinstance(body, TokenizeRequest) and bool(body.add_special_tokens)
     try:
-        text = tokenizer.render_chat(
+        return tokenizer.encode_chat(
             [message.as_template_input() for message in body.messages or ()],
+            add_special_tokens=extra,
             add_generation_prompt=body.opens_answer,
             continue_final_message=bool(body.continue_final_message),
-            **(body.chat_template_kwargs or {}),
+            more=body.chat_template_kwargs,
         )
     except ValueError as error:
         raise bad_request(f"the model's chat template refuses these messages: {error}", "messages") from None
-    extra = isinstance(body, TokenizeRequest) and bool(body.add_special_tokens)
-    return tokenizer.encode(text, add_special_tokens=extra)
 
 
 class _ChatFormat:

@@ -8,6 +8,7 @@ from typing import Any
 from eff_http import bad_request
 from llguidance import LLMatcher
 
+from eff_serve.api.ecma import as_read_by_clients, ascii_classes
 from eff_serve.api.schema.sampling import MAX_GRAMMAR_CHARS, SamplingFields
 
 # JSON as Python's json.dumps writes it. Free white space would let a small model write blanks until its tokens are
@@ -38,7 +39,7 @@ def _source(request: SamplingFields) -> tuple[str, str] | None:
         if shape.json_ is not None:
             return "structured_outputs.json", _json(shape.json_, "structured_outputs.json")
         if shape.regex is not None:
-            return "structured_outputs.regex", LLMatcher.grammar_from_regex(shape.regex)
+            return "structured_outputs.regex", LLMatcher.grammar_from_regex(ascii_classes(shape.regex))
         if shape.choice is not None:
             choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in shape.choice)
             return "structured_outputs.choice", LLMatcher.grammar_from_lark(f"start: {choices}")
@@ -58,6 +59,7 @@ def _json(schema: Any, param: str) -> str:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"{len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+        text = json.dumps(as_read_by_clients(json.loads(text)))
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
     except ValueError as error:
         raise bad_request(f"{param} cannot be used as a JSON schema: {error}", param, "invalid_grammar") from None

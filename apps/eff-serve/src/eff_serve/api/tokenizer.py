@@ -26,15 +26,16 @@ class Tokenizer(Protocol):
         """The bytes that one token stands for."""
         ...
 
-    def render_chat(
+    def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
+        add_special_tokens: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **template_kwargs: Any,
-    ) -> str:
-        """The prompt that the chat template makes of messages; ValueError when it refuses them."""
+        more: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of the prompt that the chat template makes of messages; ValueError when it refuses them."""
         ...
 
     def decoder(self, *, skip_special_tokens: bool = True) -> Decoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from eff_quant import MixedConfig
 from torch import Tensor
 
 from eff_serve.engine.quantization import stored_settings
+from eff_serve.models.files import read_json
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -58,11 +58,19 @@ class DecoderConfig:
         Raises:
             FileNotFoundError: there is no config.json.
             UnsupportedModelError: the architecture, one of its settings or its quantisation is not supported.
+            ValueError: the file is no JSON object, or lacks an entry.
         """
         path = folder / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
+        try:
+            return cls._from_config(folder, config)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error.args[0]!r}") from error
+
+    @classmethod
+    def _from_config(cls, folder: Path, config: dict[str, Any]) -> DecoderConfig:
         architecture = (config.get("architectures") or ["none"])[0]
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(f"architecture {architecture} is not one of {', '.join(ARCHITECTURES)}")
@@ -133,7 +141,7 @@ def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
 def _eos(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     ids: set[int] = set()
     path = folder / "generation_config.json"
-    for source in (config, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}):
+    for source in (config, read_json(path)):
         value = source.get("eos_token_id")
         ids.update([value] if isinstance(value, int) else value or [])
     return frozenset(ids)

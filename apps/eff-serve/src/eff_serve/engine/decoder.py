@@ -104,6 +104,7 @@ class Decoder:
         self.embedding = checkpoint.get("model.embed_tokens.weight", (c.vocab_size, h))
         head = self.embedding if c.tie_word_embeddings else checkpoint.get("lm_head.weight", (c.vocab_size, h))
         self.head = FloatLinear(head)
+        checkpoint.check_all_read("lm_head.weight")  # tied models may store it all the same
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
         self.reuse: LayerReuse | None = None

@@ -14,7 +14,7 @@ class GrammarMatcher:
     """State of one output within its grammar.
 
     Raises:
-        ValueError: the grammar is not valid.
+        ValueError: the grammar is not valid, or no text satisfies it.
     """
 
     def __init__(self, grammar: str, tokenizer_file: Path, vocab_size: int, eos: int) -> None:
@@ -24,9 +24,16 @@ class GrammarMatcher:
         self._matcher = llguidance.LLMatcher(_tokenizer(tokenizer_file, vocab_size, eos), grammar)
         if self._matcher.is_error():
             raise ValueError(f"invalid grammar: {self._matcher.get_error()}")
+        self._first: Tensor | None = self._mask()
+        if self._matcher.is_error():
+            raise ValueError("no text satisfies the grammar")
 
     def allowed(self) -> Tensor:
         """Tokens that may come next, bool [vocab]."""
+        mask, self._first = self._first, None
+        return self._mask() if mask is None else mask
+
+    def _mask(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool))
 

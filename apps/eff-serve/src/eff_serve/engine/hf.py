@@ -7,7 +7,6 @@ sequence is known by its first page, which no other sequence holds at the same t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from eff_attention.caches import cache_name
 from torch import Tensor
+
+from eff_serve.models.files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,14 @@ class HFDecoder:
 
         self.config = hf_config(folder)
         self.num_pages = num_pages
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+        model, info = loaded
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found := sorted(map(str, info.get(kind) or ())):
+                raise ValueError(f"the weights in {folder} are not those of its config: {kind} {', '.join(found[:3])}")
+        self._model: Any = model.eval()
         self._cache_name = cache_name(self._model)
         self._caches: dict[int, tuple[Any, int]] = {}  # first page -> cache and its length
 
@@ -90,7 +98,7 @@ def hf_config(folder: Path) -> HFConfig:
     """
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     length = next(
         (n for k in ("max_position_embeddings", "n_positions", "max_seq_len") if (n := getattr(config, k, None))), None
     )
@@ -99,8 +107,7 @@ def hf_config(folder: Path) -> HFConfig:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    generation = folder / "generation_config.json"
-    eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    eos = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = {i for v in (eos, config.eos_token_id) for i in ([v] if isinstance(v, int) else v or [])}
     return HFConfig(
         architecture=(config.architectures or [config.model_type])[0],

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from eff_serve.engine.types import Sampling, TokenScore
 
+TINY = torch.finfo(torch.float32).tiny  # smaller temperatures are zero in float32, and so greedy
+
 
 class Sampler:
     """Draws the tokens of one request.
@@ -33,7 +35,7 @@ class Sampler:
         """Whether the choice is the largest raw logit, which a batch can compute at once."""
         s = self.sampling
         plain = s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0
-        return s.temperature == 0 and plain and not s.logit_bias and s.min_tokens == 0 and s.grammar is None
+        return s.temperature < TINY and plain and not s.logit_bias and s.min_tokens == 0 and s.grammar is None
 
     def choose(
         self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], allowed: Tensor | None = None
@@ -55,9 +57,10 @@ class Sampler:
             longer[[t for t in self._ends if t < logits.numel()]] = -torch.inf
             if longer.max() > -torch.inf:  # a grammar that is at its end goes before min_tokens
                 logits = longer
-        if s.temperature == 0:
+        if s.temperature < TINY:
             return int(logits.argmax())
-        probabilities = truncated(logits / s.temperature, s)
+        # Below the largest logit all differences are negative: dividing by a tiny temperature gives -inf, never NaN.
+        probabilities = truncated((logits - logits.max()) / s.temperature, s)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 

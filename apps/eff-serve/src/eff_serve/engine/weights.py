@@ -23,6 +23,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._read: set[str] = set()
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -50,6 +51,7 @@ class Checkpoint:
         """
         if name not in self._files:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
+        self._read.add(name)
         tensor: Tensor = self._files[name].get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{name} in {self.folder} must have shape {list(shape)}, got {list(tensor.shape)}")
@@ -58,3 +60,18 @@ class Checkpoint:
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The same in float32."""
         return self.get(name, shape).to(torch.float32)
+
+    def check_all_read(self, *ignored: str) -> None:
+        """Raise where weights were left over: the config describes a smaller model than the file holds.
+
+        Args:
+            ignored: Names that may stay unread.
+
+        Raises:
+            CheckpointError: naming some of them.
+        """
+        weights = {n for n in self._files if n.endswith((".weight", ".bias", ".weight_packed"))}
+        if left := sorted(weights - self._read - set(ignored)):
+            raise CheckpointError(
+                f"{self.folder}: {len(left)} tensors belong to no layer of its config.json, such as {left[0]}"
+            )

@@ -78,7 +78,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        more: Mapping[str, Any] | None = None,
     ) -> str:
         """Turn messages into a prompt.
 
@@ -87,25 +87,29 @@ class ChatTemplate:
             add_generation_prompt: End with what opens the assistant's answer.
             continue_final_message: End inside the last message, so that the model goes on with it.
             tools: JSON descriptions of functions.
-            kwargs: More names for the template (``chat_template_kwargs``); they may not hide the names above.
+            more: More names for the template (``chat_template_kwargs``); they may not hide the names above.
 
         Raises:
             ChatTemplateError: the template raised, has no place for ``tools``, or drops the message to continue.
         """
         if tools and not self.takes_tools:
             raise ChatTemplateError("the model's chat template has no place for tools; send the request without tools")
-        if taken := {"messages"} & kwargs.keys():
+        if taken := {"messages", "tools", "add_generation_prompt"} & (more or {}).keys():
             raise ChatTemplateError(f"chat template arguments must not contain {sorted(taken)}")
         if continue_final_message:
             if add_generation_prompt:
                 raise ChatTemplateError("add_generation_prompt and continue_final_message exclude each other")
             messages = _mark_end(messages)
         try:
+            # One mapping: as keyword arguments, a name such as "self" would be taken for one of jinja's own.
             text = self._template.render(
-                **{**self._special_tokens, **kwargs},
-                messages=[dict(m) for m in messages],
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
+                {
+                    **self._special_tokens,
+                    **(more or {}),
+                    "messages": [dict(m) for m in messages],
+                    "tools": list(tools) if tools else None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as e:
             raise ChatTemplateError(f"the model's chat template refused the messages: {e}") from e

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from eff_serve.models.chat_template import ChatTemplate, ChatTemplateError
+from eff_serve.models.files import read_json
+from eff_serve.models.special_tokens import SpecialTokenGuard
 
 __all__ = ["ChatTemplateError", "IncrementalDecoder", "Tokenizer"]
 
@@ -26,7 +28,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
+        self._path = path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
         try:
@@ -35,7 +37,7 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
         self.backend.no_padding()
         self.backend.no_truncation()
-        self._config = _read_json(folder / "tokenizer_config.json")
+        self._config = read_json(folder / "tokenizer_config.json")
         special = {name: _content(v) or "" for name, v in self._config.items() if name.endswith("_token")}
         source = _chat_template(folder, self._config)
         self._template = None if source is None else ChatTemplate(source, {"bos_token": "", "eos_token": "", **special})
@@ -71,8 +73,43 @@ class Tokenizer:
             ChatTemplateError: there is no template, or it refuses the messages or the arguments.
         """
         if self._template is None:
-            raise ChatTemplateError("this model has no chat template; use the completions endpoint")
+            raise ChatTemplateError("this model has no chat template; use the completions endpoint, or generate --raw")
         return self._template.render(messages, **kwargs)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation; arguments as for `ChatTemplate.render`.
+
+        Only the template writes special tokens. Where a message spells one, it is read as plain text, so that nobody
+        can end their turn and open one of the system inside their own.
+
+        Raises:
+            ChatTemplateError: as for `render_chat`.
+        """
+        guard = SpecialTokenGuard(self.special_tokens)
+        text = self.render_chat(guard.hide(messages), **kwargs)
+        ids: list[int] = []
+        for piece, plain in guard.pieces(text):
+            if plain:
+                ids += self._plain.encode(piece, add_special_tokens=False).ids
+            else:
+                ids += self.encode(piece, add_special_tokens=add_special_tokens and not ids)
+        return ids
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts that stand for special tokens."""
+        return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
+
+    @functools.cached_property
+    def _plain(self) -> Backend:
+        """A second backend, which reads special tokens as text; made when a message spells one."""
+        backend = Backend.from_file(str(self._path))
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        return backend
 
 
 class IncrementalDecoder:
@@ -101,18 +138,6 @@ class IncrementalDecoder:
             return ""
         self._context, self._shown = self._shown, len(self._ids)
         return after[len(before) :]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _content(token: Any) -> str | None:

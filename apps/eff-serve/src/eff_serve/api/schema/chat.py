@@ -32,15 +32,16 @@ class TextPart(RequestModel):
 
 
 class Message(RequestModel):
-    """One message. ``developer`` is read as ``system``. Null fields are those that clients send back."""
+    """One message. ``developer`` is read as ``system``. Null and empty fields are those that clients send back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Annotated[str, Field(max_length=64)] | None = None
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     audio: None = None
-    annotations: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @field_validator("role", mode="before")
     @classmethod
@@ -52,7 +53,7 @@ class Message(RequestModel):
     @field_validator("tool_calls", "function_call", mode="before")
     @classmethod
     def _no_tool_calls(cls, value: Any) -> Any:
-        if value is not None:
+        if value:
             raise refuse("tool calls in messages are not supported: this server has no tool calling")
         return value
 
@@ -60,7 +61,8 @@ class Message(RequestModel):
         """Role and text as a chat template reads them; parts are joined by line breaks."""
         role = "system" if self.role == "developer" else self.role
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": role, "content": text}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": text, **named}
 
 
 class TemplateFields(RequestModel):
@@ -110,6 +112,7 @@ class ChatRequest(SamplingFields, TemplateFields):
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP)] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None  # says how tools are called, and there are none
 
     @field_validator("tools")
     @classmethod

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from eff_http import Int, RequestModel, refuse
 from pydantic import Field, field_validator, model_validator
 
+from eff_serve.api.schema.accepted import AcceptedFields
 from eff_serve.api.schema.common import RequestId, Seed, Token
 
 MAX_STOPS = 16
@@ -25,25 +26,19 @@ class StreamOptions(RequestModel):
     """Options of a streamed response."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(RequestModel):
-    """A named JSON schema that the answer follows; ``strict`` makes no difference, for it is always enforced."""
+    """A named JSON schema that the answer follows.
+
+    ``strict`` makes no difference, for it is always enforced; ``description`` is a note that no model is shown.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]{1,64}$")]
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
-
-    @field_validator("description")
-    @classmethod
-    def _no_description(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise refuse(
-                "response_format.json_schema.description is not supported: the model would not see it; "
-                "say in a message what the fields mean"
-            )
-        return value
 
 
 class ResponseFormat(RequestModel):
@@ -89,7 +84,7 @@ class StructuredOutputs(RequestModel):
         return self
 
 
-class SamplingFields(RequestModel):
+class SamplingFields(AcceptedFields):
     """What chat and text completions have in common. Null means the default everywhere."""
 
     model: str | None = None
@@ -100,7 +95,7 @@ class SamplingFields(RequestModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[Int, Field(ge=-1, le=2**31)] | None = 0
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0  # smaller ones overflow float32
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     logit_bias: (
@@ -135,8 +130,8 @@ class SamplingFields(RequestModel):
 
     @model_validator(mode="after")
     def _sampling_fits(self) -> SamplingFields:
-        if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options needs stream=true", "stream_options")
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise refuse("stream_options.include_usage needs stream=true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise refuse("prompt_logprobs cannot be streamed; use stream=false", "prompt_logprobs")
         if (

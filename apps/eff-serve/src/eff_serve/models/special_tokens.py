@@ -1,0 +1,49 @@
+"""Keeping text and control apart: special tokens that a message spells are read as text."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+class SpecialTokenGuard:
+    """Hides the special tokens in the messages of one conversation, and finds them again in the rendered prompt.
+
+    Args:
+        special_tokens: Texts that the tokenizer reads as special tokens.
+    """
+
+    def __init__(self, special_tokens: Sequence[str]) -> None:
+        longest_first = sorted((t for t in special_tokens if t), key=len, reverse=True)
+        self._spelt = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._nonce = secrets.token_hex(8)  # nobody can write a place-holder of their own
+        self._hidden: list[str] = []
+
+    def hide(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages, with a place-holder for each special token in any of their texts."""
+        return [{k: v if k == "role" else self._hide(v) for k, v in message.items()} for message in messages]
+
+    def _hide(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value if self._spelt is None else self._spelt.sub(self._place_holder, value)
+        if isinstance(value, Mapping):
+            return {k: self._hide(v) for k, v in value.items()}
+        return [self._hide(v) for v in value] if isinstance(value, list | tuple) else value
+
+    def _place_holder(self, match: re.Match[str]) -> str:
+        self._hidden.append(match[0])
+        return f"\x02{self._nonce}:{len(self._hidden) - 1}\x03"
+
+    def pieces(self, prompt: str) -> Iterator[tuple[str, bool]]:
+        """Yield ``(text, plain)``: the prompt in pieces, those that are to be read as plain text marked."""
+        if not self._hidden:
+            yield prompt, False
+            return
+        parts = re.split(f"\x02{self._nonce}:(\\d+)\x03", prompt)
+        for i, part in enumerate(parts):
+            if i % 2:
+                yield self._hidden[int(part)], True
+            elif part:
+                yield part, False
