@@ -1,0 +1,33 @@
+"""The one way to read and change the attention of a model, whatever library it comes from.
+
+`intercept_attention` puts a rule in: ``rule(call, attend) -> output``. `observe_attention` looks on. `rows`, `columns`,
+`masses`, `column_sums`, `entropy` and `log_sum_exp` tell about a call without a whole map in memory.
+"""
+
+from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, Part, head_indices
+from eff_kernels.edit.attention.explicit import attend_explicit, dense
+from eff_kernels.edit.attention.intercept import Found, find_attention, intercept_attention, observe_attention
+from eff_kernels.edit.attention.measure import column_sums, columns, entropy, log_sum_exp, masses, rows
+from eff_kernels.edit.attention.stack import Attend, Rule
+
+__all__ = [
+    "Attend",
+    "AttentionCall",
+    "AttentionOutput",
+    "Edit",
+    "Found",
+    "Part",
+    "Rule",
+    "attend_explicit",
+    "column_sums",
+    "columns",
+    "dense",
+    "entropy",
+    "find_attention",
+    "head_indices",
+    "intercept_attention",
+    "log_sum_exp",
+    "masses",
+    "observe_attention",
+    "rows",
+]

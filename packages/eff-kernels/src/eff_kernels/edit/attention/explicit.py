@@ -1,0 +1,202 @@
+"""Attention computed in the open: float32 logits and weights in blocks of queries, and the edits that rules ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, EditBlock, Part, head_indices
+
+_BLOCK = 2**24  # entries of a block of logits: 64 MiB in float32
+
+
+def attend_explicit(
+    call: AttentionCall,
+    *,
+    edit_logits: EditBlock | None = None,
+    edit_weights: EditBlock | None = None,
+    heads: Sequence[int] | Tensor | None = None,
+    rows: slice | None = None,
+    weights: bool = False,
+    lse: bool = False,
+) -> AttentionOutput:
+    """Attention without the host's kernel: softmax in float32 (float64 for float64 calls), then the values.
+
+    Scale, softcap, position bias, mask, causality, window and learnt sinks are those of the call, and so are edits that
+    it carries; the ones given here come after them. A query that sees nothing gets 0. Memory is bounded: queries
+    are taken in blocks, unless ``weights`` are asked for.
+
+    Args:
+        call: The call.
+        edit_logits: Changes blocks of logits, see `Edit.logits`.
+        edit_weights: Changes blocks of weights, see `Edit.weights`.
+        heads: Query heads to compute, as indices or boolean mask [H]; None for all.
+        rows: Queries to compute; None for all.
+        weights: Whether to return the weights, float32.
+        lse: Whether to return the log-sum-exp of the (edited) logits, float32.
+
+    Returns:
+        Outputs [B, h, q, Dv] of the asked heads and rows, in the call's dtype.
+    """
+    if edit_logits is not None or edit_weights is not None:
+        call = call.edited(logits=edit_logits, weights=edit_weights)
+    chosen = None if heads is None else head_indices(heads, call.num_heads)
+    value = _of_heads(call.v.to(_precise(call)), chosen, call.num_heads)
+    outs, maps, sums = [], [], []
+    for part, block in logits(call, chosen, rows):
+        prob = softmax(call, part, block)
+        kept = F.dropout(prob, call.dropout) if call.dropout else prob
+        with _no_autocast(call):
+            outs.append(_mix(kept, value).to(call.dtype))
+        if weights:
+            maps.append(prob)
+        if lse:
+            sums.append(log_sum_exp_of(call, part, block))
+    return AttentionOutput(_join(outs), _join(maps) if weights else None, torch.cat(sums, 2) if lse and sums else None)
+
+
+def logits(
+    call: AttentionCall, heads: tuple[int, ...] | None = None, rows: slice | Sequence[int] | None = None
+) -> Iterator[tuple[Part, Tensor]]:
+    """Blocks of edited logits [B, h, q, Sk], hidden entries -inf, with the part of the matrix that each is."""
+    device = call.q.device
+    index = range(call.num_queries)[rows] if isinstance(rows, slice) else rows
+    index = range(call.num_queries) if index is None else index
+    width = call.num_heads if heads is None else len(heads)
+    which = torch.arange(width, device=device) if heads is None else torch.tensor(heads, device=device)
+    step = max(1, _BLOCK // max(1, call.k.shape[0] * width * call.num_keys))
+    query, key = (t.to(call.dtype).to(_precise(call)) for t in (call.q, call.k))
+    if heads is not None:
+        query = query[:, list(heads)]
+    key = _of_heads(key, heads, call.num_heads)
+    sinks = _of_sinks(call, heads)
+    for start in range(0, len(index), step):
+        at = index[start : start + step]
+        line = torch.tensor(at, device=device) if not isinstance(at, range) else torch.arange(*_ends(at), device=device)
+        keep = call.keep_mask(line)
+        with _no_autocast(call):
+            block = _scores(query[:, :, line], key) * call.scale
+            if call.softcap is not None:
+                block = call.softcap * torch.tanh(block / call.softcap)
+            block = block + _pick(call.additive_mask(line), heads).to(block.dtype)
+        part = Part(line, which, _pick(keep, heads))
+        for edit in call.edits:
+            if edit.logits is not None:
+                block = _edited(block, part, edit, edit.logits).masked_fill(~part.keep, -torch.inf)
+        yield part, block if sinks is None else torch.cat([block, sinks.expand(*block.shape[:-1], 1)], -1)
+
+
+def softmax(call: AttentionCall, part: Part, block: Tensor) -> Tensor:
+    """Edited weights [B, h, q, Sk] of a block of logits, which may carry the sink as a last column."""
+    empty = ~(block > -torch.inf).any(-1, keepdim=True)
+    # A row of nothing but -inf has no softmax, and its gradient would be NaN even where it is not used.
+    prob = block.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., : call.num_keys]
+    for edit in call.edits:
+        if edit.weights is not None:
+            prob = _edited(prob, part, edit, edit.weights)
+    return prob
+
+
+def log_sum_exp_of(call: AttentionCall, part: Part, block: Tensor) -> Tensor:
+    """Log-sum-exp [B, h, q] of a block of logits, the sink included; -inf where nothing is to be seen."""
+    empty = ~(block > -torch.inf).any(-1)
+    return block.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, -torch.inf)
+
+
+def dense(call: AttentionCall) -> AttentionOutput:
+    """The call by PyTorch's kernel where that can do it, else `attend_explicit`."""
+    if call.edits or call.softcap is not None or call.sinks is not None or call.wants_weights:
+        return attend_explicit(call, weights=call.wants_weights)
+    query, key, value = (t.to(call.dtype) for t in (call.q, call.k, call.v))
+    grouped = key.shape[1] != query.shape[1]
+    mask: Tensor | None = None
+    if call.bias is not None or (isinstance(call.mask, Tensor) and call.mask.is_floating_point()):
+        mask = call.additive_mask().to(call.dtype)
+    elif call.mask is not None or call.causal or call.window is not None:
+        mask = call.keep_mask()
+    return AttentionOutput(
+        F.scaled_dot_product_attention(query, key, value, mask, call.dropout, scale=call.scale, enable_gqa=grouped)
+    )
+
+
+def _precise(call: AttentionCall) -> torch.dtype:
+    return torch.float64 if call.dtype == torch.float64 else torch.float32
+
+
+def _no_autocast(call: AttentionCall) -> AbstractContextManager[object]:
+    return torch.autocast(call.q.device.type, enabled=False)
+
+
+def _ends(at: range) -> tuple[int, int, int]:
+    return at.start, at.stop, at.step
+
+
+def _of_heads(x: Tensor, heads: tuple[int, ...] | None, count: int) -> Tensor:
+    """Keys or values of the given query heads; all heads keep their groups, to be multiplied without copies."""
+    if heads is None:
+        return x
+    group = count // x.shape[1]
+    return x[:, [h // group for h in heads]]
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    if query.shape[1] == key.shape[1]:
+        return query @ key.mT
+    return (query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT).flatten(1, 2)
+
+
+def _mix(weights: Tensor, value: Tensor) -> Tensor:
+    if weights.shape[1] == value.shape[1]:
+        return weights @ value
+    return (weights.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]).flatten(1, 2)
+
+
+def _of_sinks(call: AttentionCall, heads: tuple[int, ...] | None) -> Tensor | None:
+    if call.sinks is None:
+        return None
+    sinks = call.sinks.to(_precise(call)).reshape(1, -1, 1, 1)
+    return sinks if heads is None else sinks[:, list(heads)]
+
+
+def _pick(mask: Tensor, heads: tuple[int, ...] | None) -> Tensor:
+    return mask if heads is None or mask.shape[1] == 1 else mask[:, list(heads)]
+
+
+def _edited(block: Tensor, part: Part, edit: Edit, change: EditBlock) -> Tensor:
+    """A block with the heads and rows of an edit changed; the rest is the same numbers."""
+    heads = part.heads if edit.heads is None else _common(part.heads, torch.tensor(edit.heads, device=block.device))
+    rows = part.rows
+    if edit.rows is not None:
+        begin, end, _ = edit.rows.indices(2**62)
+        rows = rows[(rows >= begin) & (rows < end)] if edit.rows.step in (None, 1) else rows
+    if heads.shape == part.heads.shape and rows.shape == part.rows.shape:
+        return _checked(change(block, part), block)
+    if not heads.numel() or not rows.numel():
+        return block
+    h, r = (torch.isin(whole, some).nonzero()[:, 0] for whole, some in ((part.heads, heads), (part.rows, rows)))
+    keep = part.keep if part.keep.shape[1] == 1 else part.keep[:, h]
+    keep = keep if keep.shape[2] == 1 else keep[:, :, r]
+    old = block[:, h][:, :, r]
+    new = _checked(change(old, Part(rows, heads, keep)), old)
+    out = block.clone()
+    out[:, h[:, None], r] = new
+    return out
+
+
+def _checked(new: Tensor, old: Tensor) -> Tensor:
+    if not isinstance(new, Tensor) or new.shape != old.shape:
+        got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise ValueError(f"an edit of attention must return a tensor of the shape it got, {list(old.shape)}, not {got}")
+    return new.to(old.dtype)
+
+
+def _common(whole: Tensor, some: Tensor) -> Tensor:
+    return whole[torch.isin(whole, some)]
+
+
+def _join(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
