@@ -164,10 +164,14 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             max_waiting=max_waiting,
         )
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"eff-serve: {error}")
-    except Exception as error:  # what libraries raise over a strange folder; the person wants the reason, in one line
-        first = str(error).strip().partition("\n")[0]
-        sys.exit(f"eff-serve: {model.model or 'the embedded model'} cannot be loaded: {type(error).__name__}: {first}")
+        sys.exit(f"eff-serve: {_one_line(error)}")
+    except Exception as error:  # what libraries raise over a strange folder; the person wants the reason
+        name = model.model or "the embedded model"
+        sys.exit(f"eff-serve: {name} cannot be loaded: {type(error).__name__}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _at_least(least: int, **given: float) -> None:

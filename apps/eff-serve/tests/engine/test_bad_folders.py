@@ -62,7 +62,7 @@ CASES = {
             model_type="mine",
             auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"},
         ),
-        "mine",
+        "custom code",
     ),
 }
 
