@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -34,6 +35,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 _autocasts = torch._C._is_any_autocast_enabled
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})  # isinstance(a, Tensor) is dear
+_TENSORS = frozenset({Tensor, Parameter})
 
 
 class BackendError(RuntimeError):
@@ -91,13 +93,19 @@ class Op:
     ) -> None:
         self.name = name
         self.backends = tuple(backends)
+        self._arguments = re.findall(r"(\w+)[,)=]", schema.partition(" ->")[0])
         self._registered = torch.library.custom_op(
             f"eff_kernels::{name}",
             self._run_with_backend_last,
             mutates_args=(),
             schema=schema.replace(") ->", ", str backend) ->", 1),
         )
-        self._registered.register_fake(lambda *args: fake(*args[:-1]))
+
+        def fake_on_one_device(*args: Any) -> Any:
+            self._check_devices(args)
+            return fake(*args[:-1])
+
+        self._registered.register_fake(fake_on_one_device)
         if backward is not None:
 
             def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -110,11 +118,17 @@ class Op:
             )
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
-        """Run on the chosen backend; ``args`` are those of the schema, in order and complete."""
+        """Run on the chosen backend; ``args`` are those of the schema, in order and complete.
+
+        Raises:
+            ValueError: tensors on different devices; or as `choose`.
+            BackendError: as `choose`.
+        """
         if _is_compiling() or _needs_torch_dispatch(args):
             if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
                 raise NotImplementedError(f"{self.name} has no forward-mode derivative; use reverse mode")
             return self._registered(*args, backend)
+        self._check_devices(args)
         if backend == "auto":  # as in `choose`, without the calls that are dear beside a small kernel
             for candidate in self.backends:
                 if candidate.reject(*args) is None:
@@ -125,9 +139,10 @@ class Op:
         """Return the backend that runs this call.
 
         Raises:
-            ValueError: no backend of that name.
+            ValueError: no backend of that name, or tensors on different devices.
             BackendError: the named backend, or with ``"auto"`` every backend, refuses.
         """
+        self._check_devices(args)
         if backend == "auto":
             for candidate in self.backends:
                 if candidate.reject(*args) is None:
@@ -143,7 +158,12 @@ class Op:
         raise ValueError(f"{self.name}: unknown backend {backend!r}; use 'auto', {names}")
 
     def explain(self, *args: Any) -> Explanation:
-        """Say for each backend whether it would run this call, and if not, why."""
+        """Say for each backend whether it would run this call, and if not, why.
+
+        Raises:
+            ValueError: tensors on different devices.
+        """
+        self._check_devices(args)
         reasons = {b.name: b.reject(*args) for b in self.backends}
         chosen = next((name for name, reason in reasons.items() if reason is None), None)
         return Explanation(self.name, chosen, reasons)
@@ -152,6 +172,19 @@ class Op:
     def registered(self) -> Any:
         """The op as torch.library knows it; its arguments are those of the schema and the backend's name."""
         return self._registered
+
+    def _check_devices(self, args: tuple[Any, ...]) -> None:
+        """Raise ValueError unless all tensors are on one device: backends take the address of each for granted."""
+        for a in args:
+            kind = type(a)
+            if kind not in _PLAIN and not (kind in _TENSORS and a.is_cpu):  # else nothing is to be said, and quickly
+                break
+        else:
+            return
+        tensors = {n: a for n, a in zip(self._arguments, args, strict=False) if isinstance(a, Tensor)}
+        if len({a.device for a in tensors.values()}) > 1:
+            where = ", ".join(f"{name} on {a.device}" for name, a in tensors.items())
+            raise ValueError(f"{self.name}: all tensors must be on one device, got {where}")
 
     def _run_with_backend_last(self, *args: Any) -> Any:
         return _without_autocast(self.choose(*args[:-1], backend=args[-1]).run, args[:-1])

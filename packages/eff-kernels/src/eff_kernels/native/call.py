@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from eff_kernels.native.build import library
+from eff_kernels.native.build import NativeBuildError, library
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of ``eff_dtype`` in eff.h."""
@@ -33,19 +34,36 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def fallible(kernel: Any) -> Callable[[bytes], int]:
-    """A kernel of the library that takes a pointer to one struct and returns 0, or another number when it failed."""
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], ctypes.c_int
+def fallible(name: str, fields: struct.Struct) -> Callable[[bytes], int]:
+    """A kernel that takes a pointer to one struct and returns 0, or another number when it failed.
+
+    Args:
+        name: Name of the exported function.
+        fields: The packing of the struct that it reads.
+
+    Raises:
+        NativeBuildError: the struct in C is not as long as what is packed.
+    """
+    kernel = _kernel(name, fields)
+    kernel.restype = ctypes.c_int
     run: Callable[[bytes], int] = kernel
     return run
 
 
-def struct_kernel(name: str) -> Callable[[bytes], None]:
-    """A kernel that takes a pointer to one struct, called with the bytes of ``struct.pack``.
+def struct_kernel(name: str, fields: struct.Struct) -> Callable[[bytes], None]:
+    """The same for a kernel that cannot fail.
 
     ctypes passes one argument in a third of the time of twelve, which shows in ops on a single short row.
     """
-    kernel = getattr(library(), name)
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], None
+    kernel = _kernel(name, fields)
+    kernel.restype = None
     run: Callable[[bytes], None] = kernel
     return run
+
+
+def _kernel(name: str, fields: struct.Struct) -> Any:
+    kernel, size = getattr(library(), name), ctypes.c_int64.in_dll(library(), f"{name}_takes").value
+    if size != fields.size:
+        raise NativeBuildError(f"{name} reads a struct of {size} bytes, its launcher packs {fields.size}")
+    kernel.argtypes = [ctypes.c_char_p]
+    return kernel

@@ -16,6 +16,7 @@ This module imports pytest; nothing else in eff_kernels does.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import warnings
@@ -27,6 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eff_kernels import native
 from eff_kernels.op import BackendError, Op, triton_interprets
 from eff_kernels.testing.budget import to_float64, within_budget
 from eff_kernels.testing.specs import NON_CONTIGUOUS, Spec
@@ -231,6 +233,45 @@ class OpTests:
         assert reason
         with pytest.raises(BackendError, match=re.escape(reason)):
             self.function(*args, **one_spec.kwargs, backend=backend)
+
+    def test_tensors_on_two_devices_are_refused(self, one_spec: Spec) -> None:
+        """Whichever tensor lies elsewhere, no backend is given addresses that it cannot read."""
+        args = self.schema_args(one_spec, one_spec.args(self.dtypes[0]))
+        places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        for i in places if len(places) > 1 else []:
+            mixed = [a.to("meta") if i == n else a for n, a in enumerate(args)]
+            for backend in ("auto", *(b.name for b in self.op.backends)):
+                with pytest.raises(ValueError, match=r"must be on one device, got .* on meta"):
+                    self.op(*mixed, backend=backend)
+            with pytest.raises((ValueError, RuntimeError), match="device"):
+                self.op.registered(*mixed, "auto")
+
+    def test_memory_that_runs_out_is_an_error(self, leading_spec: Spec) -> None:
+        """Whichever request for scratch memory fails, the compiled code says so; nothing crashes, nothing is wrong."""
+        if self.op.backends[0].name != "cpu":
+            pytest.skip("no compiled code")
+        args = self._args(leading_spec, self.dtypes[-1], "cpu")
+        limit = native.library().eff_limit_scratch
+        limit.argtypes, limit.restype = [ctypes.c_int64], None
+
+        def run() -> list[Any]:
+            leaves, wanted = self._with_leaves(self.schema_args(leading_spec, args))
+            output = self.op(*leaves, backend="cpu")
+            return [output, *(_gradients(output, wanted, _cotangents(output)) if wanted else [])]
+
+        whole = run()
+        try:
+            for requests in (*range(16), 24, 60, 250, 1000, 4000):
+                limit(requests)
+                try:
+                    found = run()
+                except MemoryError:
+                    continue
+                torch.testing.assert_close(found, whole, rtol=0, atol=0, equal_nan=True)
+                return
+        finally:
+            limit(-1)
+        pytest.fail("4000 requests for memory are not enough for one small call")
 
     def test_unknown_backend(self, one_spec: Spec) -> None:
         """An unknown name is an error that lists the known ones."""

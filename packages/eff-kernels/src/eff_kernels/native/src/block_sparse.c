@@ -181,7 +181,7 @@ static void forward_item(void *ctx, int64_t item) {
 }
 
 /* Returns 0, or 1 when memory ran out. */
-EXPORT int eff_block_sparse(const args *a) {
+KERNEL(int, eff_block_sparse, args) {
   job j;
   if (job_new(&j, a)) return 1;
   eff_parallel_for(a->batch * a->kv_heads * (j.tn - j.direct), (int)a->threads, pack_item, &j);
@@ -282,7 +282,7 @@ static void backward_item(void *ctx, int64_t kv) {
 }
 
 /* Gradients to q, k and v. Returns 0, or 1 when memory ran out. */
-EXPORT int eff_block_sparse_backward(const args *a) {
+KERNEL(int, eff_block_sparse_backward, args) {
   job j;
   if (job_new(&j, a)) return 1;
   eff_parallel_for(a->batch * a->kv_heads * (j.tn - j.direct), (int)a->threads, pack_item, &j);

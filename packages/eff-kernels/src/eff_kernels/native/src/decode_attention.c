@@ -168,7 +168,7 @@ static int inside(const args *a) {
 
 /* out[batch, heads, d] (contiguous) for q of the same shape; d a multiple of 8. Keys and values share dtype and strides; the
  * last dimension is contiguous. Returns 0, 1 when memory ran out, 2 when a length or an entry lies outside the cache. */
-EXPORT int eff_decode_attention(const args *a) {
+KERNEL(int, eff_decode_attention, args) {
   const int64_t batch = a->batch, heads = a->heads, kv_heads = a->kv_heads, d = a->d;
   const int32_t *lengths = a->lengths;
   int threads = (int)a->threads;

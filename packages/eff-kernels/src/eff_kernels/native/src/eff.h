@@ -15,6 +15,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
+/* Head of an exported function of one struct `a`, whose size the launcher compares with what it packs. */
+#define KERNEL(result, name, struct_type) \
+  EXPORT const int64_t name##_takes = sizeof(struct_type); \
+  EXPORT result name(const struct_type *a)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -122,8 +126,8 @@ INLINE void eff_store_row(eff_dtype dtype, const float *restrict src, void *rest
 INLINE const void *eff_at(const void *base, eff_dtype dtype, int64_t i) { return (const char *)base + i * (int64_t)eff_size(dtype); }
 INLINE void *eff_at_mut(void *base, eff_dtype dtype, int64_t i) { return (char *)base + i * (int64_t)eff_size(dtype); }
 
-/* Scratch memory aligned for any vector. */
-INLINE void *eff_scratch(size_t bytes) { return aligned_alloc(64, (MAX(bytes, 1) + 63) / 64 * 64); }
+/* Scratch memory aligned for any vector, to be freed; NULL when there is no more, which every caller reports. */
+void *eff_scratch(size_t bytes);
 
 /* The next `bytes` of scratch memory, aligned for any vector. */
 INLINE void *eff_take(char **scratch, size_t bytes) {

@@ -218,7 +218,7 @@ static void panel_item(void *ctx, int64_t item) {
   finish(j, m0, n0, rows, columns, sums, COLUMNS);
 }
 
-EXPORT int eff_fp4_linear(const args *a) {
+KERNEL(int, eff_fp4_linear, args) {
   job j = {.a = a, .steps = (a->k + FP4_STEP - 1) / FP4_STEP, .factor = a->format == EFF_NVFP4 ? EFF_E4M3_FACTOR : 1.0f};
   for (int i = 0; i < 2; i++) j.factor *= a->factors[i] ? *a->factors[i] : 1.0f;
   j.x_row = j.steps * FP4_STEP;

@@ -133,7 +133,7 @@ static void quantize_item(void *ctx, int64_t item) {
     }
 }
 
-EXPORT void eff_fp4_quantize(const args *a) {
+KERNEL(void, eff_fp4_quantize, args) {
   eff_parallel_for((a->rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM, (int)a->threads, quantize_item, (void *)a);
 }
 
@@ -167,6 +167,6 @@ static void dequantize_item(void *ctx, int64_t item) {
     }
 }
 
-EXPORT void eff_fp4_dequantize(const back_args *a) {
+KERNEL(void, eff_fp4_dequantize, back_args) {
   eff_parallel_for((a->rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM, (int)a->threads, dequantize_item, (void *)a);
 }

@@ -179,7 +179,7 @@ static void product_item(void *ctx, int64_t item) {
 }
 
 /* y[m, n] (contiguous, of y_dtype). Returns 0, or 1 when memory ran out. */
-EXPORT int eff_fp8_linear(const args *a) {
+KERNEL(int, eff_fp8_linear, args) {
   const int64_t padded = (a->k + STEP - 1) / STEP * STEP;
   const fp8_table table = fp8_make_table((eff_fp8)a->format);
   float *x = eff_scratch((size_t)(a->m * (padded + 1)) * 4);

@@ -100,7 +100,7 @@ static void rows_item(void *ctx, int64_t item) {
 }
 
 /* Returns 0, or 1 when memory ran out. */
-EXPORT int eff_fp8_quantize(const args *a) {
+KERNEL(int, eff_fp8_quantize, args) {
   job j = {a, 0};
   const int64_t rows = eff_rows_per_item(a->n);
   eff_parallel_for((a->rows + rows - 1) / rows, (int)a->threads, rows_item, &j);

@@ -126,7 +126,7 @@ static void product_run(void *ctx, int64_t run) {
   for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(j, i);
 }
 
-int eff_int4_linear(const args *a) {
+KERNEL(int, eff_int4_linear, args) {
   const int64_t m = a->m, k = a->k;
   const int few = m <= FEW && a->packed;
   job j = {.a = a};

@@ -68,6 +68,6 @@ static void strip(void *ctx, int64_t item) {
   }
 }
 
-EXPORT void eff_int8_quantize_columns(const args *a) {
+KERNEL(void, eff_int8_quantize_columns, args) {
   eff_parallel_for((a->n + CHUNK - 1) / CHUNK, (int)a->threads, strip, (void *)a);
 }

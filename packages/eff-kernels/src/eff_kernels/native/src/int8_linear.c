@@ -17,6 +17,7 @@ typedef struct {
   int32_t *outlier_index; /* [outliers] */
   float *outlier_x;       /* [m, outliers] */
   int64_t items, run;
+  int failed;
 } job;
 
 static void scan_rows(void *ctx, int64_t r) {
@@ -24,6 +25,10 @@ static void scan_rows(void *ctx, int64_t r) {
   const tile_rows *t = &j->t;
   const void *source = eff_at(j->a->x, j->x_dtype, r * j->a->x_stride);
   float *row = j->x_dtype == EFF_F32 ? (float *)source : eff_scratch((size_t)t->k * 4);
+  if (!row) {
+    j->failed = 1;
+    return;
+  }
   if (j->x_dtype != EFF_F32) eff_load_row(j->x_dtype, source, row, t->k);
   eff_act *codes = t->codes + r * t->padded;
   for (int64_t g = 0; g < t->groups; g++) {
@@ -119,7 +124,7 @@ static void product_run(void *ctx, int64_t run) {
   for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(ctx, i);
 }
 
-int eff_int8_linear(const eff_int8_linear_args *a) {
+KERNEL(int, eff_int8_linear, eff_int8_linear_args) {
   const int64_t m = a->m, n = a->n, k = a->k;
   const int threads = (int)a->threads, row_threads = m * k < 65536 ? 1 : threads;
   job j = {.a = a, .x_dtype = (eff_dtype)a->x_dtype, .threshold = (float)a->threshold};
@@ -136,6 +141,7 @@ int eff_int8_linear(const eff_int8_linear_args *a) {
   t->row = eff_take(&free_part, row), j.columns = eff_take(&free_part, flags);
   memset(j.columns, 0, flags);
   eff_parallel_for(m, row_threads, scan_rows, &j);
+  if (j.failed) return free(scratch), 1;
   if (j.found) {
     for (int64_t i = 0; i < k; i++) j.outliers += j.columns[i];
     outliers = eff_scratch((size_t)(j.outliers * (m + 1)) * 4);

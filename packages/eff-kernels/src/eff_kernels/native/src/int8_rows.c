@@ -102,7 +102,7 @@ static void clear_item(void *ctx, int64_t item) {
 }
 
 /* Returns 0, or 1 when memory ran out. */
-EXPORT int eff_int8_quantize_rows(const args *a) {
+KERNEL(int, eff_int8_quantize_rows, args) {
   rows_job j = {a, 0, 0};
   const int64_t items = (a->rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
   eff_parallel_for(items, (int)a->threads, rows_item, &j);

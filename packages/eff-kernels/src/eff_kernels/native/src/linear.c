@@ -173,7 +173,7 @@ static void widen_row(void *ctx, int64_t m) {
 }
 
 /* y[m, n] (contiguous, of y_dtype) = x[m, k] w[n, k]^T + bias. Returns 0, or 1 when memory ran out. */
-EXPORT int eff_linear(const args *a) {
+KERNEL(int, eff_linear, args) {
   job j = {a, a->x, a->x_stride};
   float *wide = NULL;
   if (a->x_dtype != EFF_F32) {

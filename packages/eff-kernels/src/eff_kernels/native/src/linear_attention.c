@@ -201,7 +201,7 @@ static void query_item(void *ctx, int64_t item) {
 }
 
 /* Returns 0, or 1 when memory ran out. */
-EXPORT int eff_linear_attention(const args *a) {
+KERNEL(int, eff_linear_attention, args) {
   job j = {.a = a, .dtype = (eff_dtype)a->dtype, .dp = eff_round_up(a->d, AT_LANES), .dvp = eff_round_up(a->dv, AT_LANES)};
   j.size = j.dp * j.dvp + j.dp;
   j.tm = (a->lq + a->block_q - 1) / a->block_q, j.tn = (a->lk + a->block_k - 1) / a->block_k;

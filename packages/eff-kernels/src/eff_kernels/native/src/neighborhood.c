@@ -80,7 +80,7 @@ static void forward_item(void *ctx, int64_t item) {
 }
 
 /* Returns 0, or 1 when memory ran out. */
-EXPORT int eff_neighborhood(const na_args *a) {
+KERNEL(int, eff_neighborhood, na_args) {
   job j = {.failed = 0};
   if (na_plan_make(&j.plan, a)) {
     na_plan_free(&j.plan);

@@ -163,7 +163,7 @@ static void store_item(void *ctx, int64_t item) {
 }
 
 /* All gradients, contiguous. Returns 0, or 1 when memory ran out. */
-EXPORT int eff_neighborhood_backward(const na_args *a) {
+KERNEL(int, eff_neighborhood_backward, na_args) {
   job j = {.failed = 0, .tokens = a->length[0] * a->length[1] * a->length[2]};
   const int64_t heads = a->batch * a->kv_heads;
   if (heads == 0) return 0;

@@ -111,14 +111,14 @@ static void inverse_item(void *ctx, int64_t head) {
   }
 }
 
-EXPORT void eff_neighborhood_qk(const nu_args *a) {
+KERNEL(void, eff_neighborhood_qk, nu_args) {
   eff_parallel_for(a->batch * a->heads * ((a->tokens + QUERIES - 1) / QUERIES), (int)a->threads, qk_item, (void *)a);
 }
 
-EXPORT void eff_neighborhood_av(const nu_args *a) {
+KERNEL(void, eff_neighborhood_av, nu_args) {
   eff_parallel_for(a->batch * a->heads * ((a->tokens + QUERIES - 1) / QUERIES), (int)a->threads, av_item, (void *)a);
 }
 
-EXPORT void eff_neighborhood_inverse(const nu_args *a) {
+KERNEL(void, eff_neighborhood_inverse, nu_args) {
   eff_parallel_for(a->batch * a->heads, (int)a->threads, inverse_item, (void *)a);
 }

@@ -79,7 +79,7 @@ static void forward_item(void *ctx, int64_t item) {
 #undef CALL
 }
 
-EXPORT void eff_rms_norm(const forward_args *a) {
+KERNEL(void, eff_rms_norm, forward_args) {
   const int64_t step = eff_rows_per_item(a->d);
   eff_parallel_for((a->rows + step - 1) / step, (int)a->threads, forward_item, (void *)a);
 }
@@ -146,6 +146,6 @@ static void backward_item(void *ctx, int64_t part) {
 #undef CALL
 }
 
-EXPORT void eff_rms_norm_backward(const backward_args *a) {
+KERNEL(void, eff_rms_norm_backward, backward_args) {
   eff_parallel_for((a->rows + a->rows_per_part - 1) / a->rows_per_part, (int)a->threads, backward_item, (void *)a);
 }

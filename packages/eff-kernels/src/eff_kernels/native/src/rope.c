@@ -66,7 +66,7 @@ static void item(void *ctx, int64_t index) {
 #undef CALL
 }
 
-EXPORT void eff_rope(const args *a) {
+KERNEL(void, eff_rope, args) {
   const int64_t step = eff_rows_per_item(a->d), rows = a->batch * a->heads * a->tokens;
   eff_parallel_for((rows + step - 1) / step, (int)a->threads, item, (void *)a);
 }

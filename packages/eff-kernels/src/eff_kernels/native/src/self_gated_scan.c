@@ -115,10 +115,10 @@ static void backward_item(void *ctx, int64_t item) {
 #undef CALL
 }
 
-EXPORT void eff_self_gated_scan(const scan_args *a) {
+KERNEL(void, eff_self_gated_scan, scan_args) {
   eff_parallel_for(a->batch * a->heads, (int)a->threads, forward_item, (void *)a);
 }
 
-EXPORT void eff_self_gated_scan_backward(const scan_args *a) {
+KERNEL(void, eff_self_gated_scan_backward, scan_args) {
   eff_parallel_for(a->batch * a->heads, (int)a->threads, backward_item, (void *)a);
 }

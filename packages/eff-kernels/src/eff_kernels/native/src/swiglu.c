@@ -91,7 +91,7 @@ static void backward_item(void *ctx, int64_t item) {
 #undef CALL
 }
 
-EXPORT void eff_swiglu(const args *a) {
+KERNEL(void, eff_swiglu, args) {
   const int64_t step = eff_rows_per_item(a->d);
   eff_parallel_for((a->rows + step - 1) / step, (int)a->threads, a->grad ? backward_item : forward_item, (void *)a);
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 
-_ARGS = struct.Struct("9q4P9qd2q7P").pack  # the fields of args in block_sparse.c
+_ARGS = struct.Struct("9q4P9qd2q7P")  # the fields of args in block_sparse.c
 
 
 def reject(q: Tensor, *args: object) -> str | None:
@@ -72,7 +72,7 @@ def _call(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
     block_map = block_map.contiguous()
     pointers = [t.data_ptr() for t in (*given, *gradients)]
-    failed = _kernel(name)(_ARGS(
+    failed = _kernel(name)(_ARGS.pack(
         q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), block_q, block_k,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), block_map.data_ptr(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -85,4 +85,4 @@ def _call(
 
 @functools.cache
 def _kernel(name: str) -> Callable[[bytes], int]:
-    return native.fallible(getattr(native.library(), name))
+    return native.fallible(name, _ARGS)

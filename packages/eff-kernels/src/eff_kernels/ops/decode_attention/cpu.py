@@ -13,7 +13,7 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.ops.decode_attention.reference import check_cache, num_blocks
 
-_ARGS = struct.Struct("PqPPqqqqqqqqqqPqqqPdPPqqq").pack  # the fields of args in decode_attention.c
+_ARGS = struct.Struct("PqPPqqqqqqqqqqPqqqPdPPqqq")  # the fields of args in decode_attention.c
 
 
 def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, *options: float) -> str | None:
@@ -65,7 +65,7 @@ def _attend(
     if block_table is not None:
         block_table = block_table.contiguous()
         table, max_pages, per_head = block_table.data_ptr(), block_table.size(-1), block_table.dim() == 3
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         q.data_ptr(), DTYPE_CODES[q.dtype], k.data_ptr(), v.data_ptr(), DTYPE_CODES[k.dtype],
         batch, heads, kv_heads, d, pages, page, page_stride, head_stride, key_stride,
         table, max_pages, per_head, run, lengths.data_ptr(), scale, out.data_ptr(),
@@ -81,4 +81,4 @@ def _attend(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_decode_attention)
+    return native.fallible("eff_decode_attention", _ARGS)

@@ -99,9 +99,6 @@ def _join_chunks_kernel(
 
 
 def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, *options: float) -> str | None:
-    others = [k, v, lengths] if block_table is None else [k, v, lengths, block_table]
-    if any(t.device != q.device for t in others):
-        return f"needs all tensors on one device, got q on {q.device} and others on {[str(t.device) for t in others]}"
     if q.dtype not in _DTYPES or k.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got q {q.dtype} and cache {k.dtype}"
     if q.size(2) > _LONGEST_HEAD:

@@ -15,7 +15,7 @@ from eff_kernels.ops.fp4_quantize import cpu as fp4_cpu
 from eff_kernels.ops.fp4_quantize.cpu import FORMAT_CODES, address
 from eff_kernels.ops.fp4_quantize.reference import global_scale_of
 
-_ARGS = struct.Struct("PqqqqqPPPPPPqqq").pack  # the fields of args in fp4_linear.c
+_ARGS = struct.Struct("PqqqqqPPPPPPqqq")  # the fields of args in fp4_linear.c
 
 
 def reject(
@@ -31,8 +31,8 @@ def reject(
     out_dtype: torch.dtype,
 ) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not (x.is_cpu and packed.is_cpu):
-        return f"needs CPU tensors, got x on {x.device} and packed on {packed.device}"
+    if not x.is_cpu:
+        return f"needs CPU tensors, got x on {x.device}"
     if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
     return native.unavailable()
@@ -65,7 +65,7 @@ def fp4_linear(
         bias = bias.float().contiguous()
     (m, k), n = x.shape, packed.shape[0]
     y = x.new_empty(m, n, dtype=out_dtype)
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), packed.data_ptr(), scale.data_ptr(),
         address(global_scale), address(input_global_scale), address(bias), y.data_ptr(), DTYPE_CODES[out_dtype],
         FORMAT_CODES[format], native.threads_for(m * n * k),
@@ -77,4 +77,4 @@ def fp4_linear(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_fp4_linear)
+    return native.fallible("eff_fp4_linear", _ARGS)

@@ -143,7 +143,7 @@ def reject(
     """Why the kernels cannot run this call."""
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
-    return _elsewhere(x, packed, scale, global_scale, bias, input_global_scale)
+    return None
 
 
 def run(
@@ -181,7 +181,7 @@ def reject_backward(
     """Why the kernel cannot run this call."""
     if grad.dtype not in DTYPES or dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {grad.dtype} in and {dtype} out"
-    return _elsewhere(grad, packed, scale, global_scale)
+    return None
 
 
 def backward(
@@ -193,11 +193,6 @@ def backward(
         return out.zero_()
     packed, scale = packed.contiguous(), scale.contiguous().view(torch.uint8)
     return _launch(grad, packed, scale, global_scale, None, None, out, format, backward=True)
-
-
-def _elsewhere(*tensors: Tensor | None) -> str | None:
-    devices = {str(t.device) for t in tensors if t is not None}
-    return None if len(devices) == 1 else f"needs all tensors on one device, got them on {', '.join(sorted(devices))}"
 
 
 def _has_fp4_units(device: torch.device, format: str) -> bool:

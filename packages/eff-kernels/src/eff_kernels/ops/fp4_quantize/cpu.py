@@ -17,8 +17,8 @@ from eff_kernels.ops.fp4_quantize.reference import BLOCKS, SCALE_ROUNDINGS
 FORMAT_CODES: Final = {"nvfp4": 0, "mxfp4": 1}
 """Codes of fp4.h."""
 
-_ARGS = struct.Struct("PqqqqPqqPPq").pack  # the fields of args in fp4_quantize.c
-_BACK_ARGS = struct.Struct("PPPqqqPqq").pack  # those of back_args
+_ARGS = struct.Struct("PqqqqPqqPPq")  # the fields of args in fp4_quantize.c
+_BACK_ARGS = struct.Struct("PPPqqqPqq")  # those of back_args
 
 
 def address(tensor: Tensor | None) -> int:
@@ -42,7 +42,7 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, scale_rounding
     rows, k = x.shape
     packed = torch.empty(rows, k // 2, dtype=torch.uint8)
     scale = torch.empty(rows, k // BLOCKS[format], dtype=torch.uint8)
-    _kernel("eff_fp4_quantize")(_ARGS(
+    _kernel("eff_fp4_quantize")(_ARGS.pack(
         x.data_ptr(), DTYPE_CODES[x.dtype], rows, k, x.stride(0), address(global_scale), FORMAT_CODES[format],
         SCALE_ROUNDINGS.index(scale_rounding), packed.data_ptr(), scale.data_ptr(), native.threads_for(x.numel()),
     ))  # fmt: skip
@@ -65,7 +65,7 @@ def dequantize(packed: Tensor, scale: Tensor, global_scale: Tensor | None, forma
     packed, scale = packed.contiguous(), scale.contiguous()
     rows, k = packed.size(0), 2 * packed.size(1)
     out = torch.empty(rows, k, dtype=dtype)
-    _kernel("eff_fp4_dequantize")(_BACK_ARGS(
+    _kernel("eff_fp4_dequantize")(_BACK_ARGS.pack(
         packed.data_ptr(), scale.data_ptr(), address(global_scale), FORMAT_CODES[format], rows, k, out.data_ptr(),
         DTYPE_CODES[dtype], native.threads_for(out.numel()),
     ))  # fmt: skip
@@ -74,4 +74,4 @@ def dequantize(packed: Tensor, scale: Tensor, global_scale: Tensor | None, forma
 
 @functools.cache
 def _kernel(name: str) -> Callable[[bytes], None]:
-    return native.struct_kernel(name)
+    return native.struct_kernel(name, _ARGS if name == "eff_fp4_quantize" else _BACK_ARGS)

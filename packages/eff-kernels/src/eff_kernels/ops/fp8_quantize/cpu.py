@@ -15,7 +15,7 @@ from eff_kernels import native
 FORMATS: Final = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
 """Codes of ``eff_fp8`` in fp8.h."""
 
-_ARGS = struct.Struct("PqqqqqqPPPq").pack  # the fields of args in fp8_rows.c
+_ARGS = struct.Struct("PqqqqqqPPPq")  # the fields of args in fp8_rows.c
 
 
 def reject(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> str | None:
@@ -47,7 +47,7 @@ def _run(x: Tensor, dtype: torch.dtype, power_of_two: bool, codes: int, values: 
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, k = x.shape
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         x.data_ptr(), native.DTYPE_CODES[x.dtype], rows, k, x.stride(0), FORMATS[dtype], power_of_two, codes, values,
         scale, native.threads_for(x.numel()),
     ))  # fmt: skip
@@ -57,4 +57,4 @@ def _run(x: Tensor, dtype: torch.dtype, power_of_two: bool, codes: int, values: 
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_fp8_quantize)
+    return native.fallible("eff_fp8_quantize", _ARGS)

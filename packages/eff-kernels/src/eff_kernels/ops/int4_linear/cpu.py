@@ -11,8 +11,9 @@ from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.int8_linear.common import overflow
 
-_ARGS = struct.Struct("PqqqqqPqPPPqPqq").pack  # the fields of args in int4_linear.c
+_ARGS = struct.Struct("PqqqqqPqPPPqPqq")  # the fields of args in int4_linear.c
 
 
 def reject(
@@ -28,6 +29,8 @@ def reject(
         return f"needs CPU tensors, got x on {x.device}"
     if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if reason := overflow(x.size(1), 128 * (8 if weight.dtype is torch.uint8 else 128)):
+        return reason
     return native.unavailable()
 
 
@@ -55,7 +58,7 @@ def linear(
         input_scale_at = input_scale.data_ptr()
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out_dtype is x.dtype else torch.empty(m, n, dtype=out_dtype)
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, step, weight.data_ptr(), weight.dtype is torch.uint8,
         scale.data_ptr(), input_scale_at, bias_at, bias_code, y.data_ptr(), DTYPE_CODES[out_dtype],
         native.threads_for(m * n * k),
@@ -67,4 +70,4 @@ def linear(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_int4_linear)
+    return native.fallible("eff_int4_linear", _ARGS)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eff_kernels.autotune import CUDA_TARGETS, AotCase, on_hip
+from eff_kernels.ops.int8_linear.common import overflow
 from eff_kernels.ops.int8_linear.triton_float import place, store
 from eff_kernels.ops.int8_quantize import triton as int8_triton
 from eff_kernels.ops.int8_quantize.triton import DTYPES
@@ -108,11 +109,10 @@ def reject(
 ) -> str | None:
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if reason := overflow(x.size(1), 128 * (8 if weight.dtype is torch.uint8 else 128)):
+        return reason
     if bias is not None and bias.dtype not in DTYPES:
         return f"takes a bias of float32, bfloat16 or float16, got {bias.dtype}"
-    others = [t for t in (weight, scale, bias, input_scale) if t is not None]
-    if any(t.device != x.device for t in others):
-        return f"needs all tensors on one device, got x on {x.device} and others on {[str(t.device) for t in others]}"
     return None
 
 

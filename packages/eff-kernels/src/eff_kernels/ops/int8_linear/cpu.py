@@ -11,9 +11,10 @@ from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.int8_linear.common import LARGEST_PRODUCT, overflow
 from eff_kernels.ops.linear.cpu import product
 
-_ARGS = struct.Struct("PqqqqqPPPqdqqPqq").pack  # the fields of args in int8_linear.h
+_ARGS = struct.Struct("PqqqqqPPPqdqqPqq")  # the fields of args in int8_linear.h
 
 
 def reject(
@@ -32,6 +33,8 @@ def reject(
         return f"needs CPU tensors, got x on {x.device}"
     if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if activation == "dynamic" and (reason := overflow(activation_group or x.size(1), LARGEST_PRODUCT)):
+        return f"{reason}; use activation_group"
     return native.unavailable()
 
 
@@ -61,7 +64,7 @@ def int8_linear(
         bias_at, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if out_dtype is x.dtype else torch.empty(m, n, dtype=out_dtype)
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, step, weight.data_ptr(), absmax.data_ptr(), bias_at, bias_code,
         threshold, per_token_outliers, activation_group or 0, y.data_ptr(), DTYPE_CODES[out_dtype],
         native.threads_for(m * n * k),
@@ -73,4 +76,4 @@ def int8_linear(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_int8_linear)
+    return native.fallible("eff_int8_linear", _ARGS)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eff_kernels.autotune import CUDA_TARGETS, INTERPRET, AotCase, on_hip
 from eff_kernels.ops.int8_linear import triton_float
+from eff_kernels.ops.int8_linear.common import LARGEST_PRODUCT, overflow
 from eff_kernels.ops.int8_quantize.triton import DTYPES, quantize_for_product
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -98,11 +99,10 @@ def reject(
 ) -> str | None:
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if activation == "dynamic" and (reason := overflow(activation_group or x.size(1), LARGEST_PRODUCT)):
+        return f"{reason}; use activation_group"
     if bias is not None and bias.dtype not in DTYPES:
         return f"takes a bias of float32, bfloat16 or float16, got {bias.dtype}"
-    others = [absmax, weight] if bias is None else [absmax, weight, bias]
-    if any(t.device != x.device for t in others):
-        return f"needs all tensors on one device, got x on {x.device} and others on {[str(t.device) for t in others]}"
     return None
 
 

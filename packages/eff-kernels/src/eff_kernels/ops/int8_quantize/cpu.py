@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eff_kernels import native
 
-_ARGS = struct.Struct("PqqqqdPPPq").pack  # the fields of args in int8_rows.c and int8_columns.c
+_ARGS = struct.Struct("PqqqqdPPPq")  # the fields of args in int8_rows.c and int8_columns.c
 
 
 def reject(x: Tensor, threshold: float) -> str | None:
@@ -31,7 +31,7 @@ def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(rows, k, dtype=torch.int8)
     absmax = torch.empty(rows)
     columns = torch.zeros(k, dtype=torch.bool)
-    failed = _rows_kernel()(_ARGS(
+    failed = _rows_kernel()(_ARGS.pack(
         x.data_ptr(), native.DTYPE_CODES[x.dtype], rows, k, x.stride(0), threshold,
         codes.data_ptr(), absmax.data_ptr(), columns.data_ptr(), native.threads_for(x.numel()),
     ))  # fmt: skip
@@ -48,7 +48,7 @@ def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
     codes = torch.empty(rows, k, dtype=torch.int8)
     absmax = torch.empty(k)
     columns = torch.empty(k, dtype=torch.bool)
-    _columns_kernel()(_ARGS(
+    _columns_kernel()(_ARGS.pack(
         x.data_ptr(), native.DTYPE_CODES[x.dtype], rows, k, x.stride(0), threshold,
         codes.data_ptr(), absmax.data_ptr(), columns.data_ptr(), native.threads_for(x.numel()),
     ))  # fmt: skip
@@ -57,9 +57,9 @@ def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 
 @functools.cache
 def _rows_kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_int8_quantize_rows)
+    return native.fallible("eff_int8_quantize_rows", _ARGS)
 
 
 @functools.cache
 def _columns_kernel() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_int8_quantize_columns")
+    return native.struct_kernel("eff_int8_quantize_columns", _ARGS)

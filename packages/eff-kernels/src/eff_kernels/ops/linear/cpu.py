@@ -12,14 +12,14 @@ from torch import Tensor
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 
-_ARGS = struct.Struct("PqqqqqPqqPPPqq").pack  # the fields of args in linear.c
+_ARGS = struct.Struct("PqqqqqPqqPPPqq")  # the fields of args in linear.c
 _WEIGHT_CODES = {**DTYPE_CODES, torch.int8: 3}
 
 
 def reject(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not (x.is_cpu and weight.is_cpu):
-        return f"needs CPU tensors, got x on {x.device} and weight on {weight.device}"
+    if not x.is_cpu:
+        return f"needs CPU tensors, got x on {x.device}"
     if x.dtype not in DTYPE_CODES or weight.dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got x of {x.dtype} and weight of {weight.dtype}"
     return native.unavailable()
@@ -41,7 +41,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
     m, k = x.shape
     n = weight.shape[0]
     y = x.new_empty(m, n, dtype=out_dtype)
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         x.data_ptr(), DTYPE_CODES[x.dtype], m, n, k, x.stride(0), weight.data_ptr(), _WEIGHT_CODES[weight.dtype],
         weight.stride(0), 0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), DTYPE_CODES[out_dtype], native.threads_for(m * n * k),
@@ -53,4 +53,4 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_linear)
+    return native.fallible("eff_linear", _ARGS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 
-_ARGS = struct.Struct("6q3q3q3q3q3q5P5q5q5q3q3qdqqPP2P5P").pack  # the fields of na_args in neighborhood.h
+_ARGS = struct.Struct("6q3q3q3q3q3q5P5q5q5q3q3qdqqPP2P5P")  # the fields of na_args in neighborhood.h
 
 
 def reject(query: Tensor, *args: object) -> str | None:
@@ -94,7 +94,7 @@ def _call(
     settings = [[fill] * pad + list(w) for fill, w in zip((1, 1, 1, 0), windows, strict=True)]
     pointers = [t.data_ptr() for t in given]
     work = query.numel() * (math.prod(windows[0]) + more_k.size(1))
-    failed = _kernel(name)(_ARGS(
+    failed = _kernel(name)(_ARGS.pack(
         query.size(0), query.size(-2), key.size(-2), query.size(-1), value.size(-1), more_k.size(1),
         *axes, *settings[0], *settings[1], *settings[2], *settings[3],
         *(t.data_ptr() for t in tensors),
@@ -109,4 +109,4 @@ def _call(
 
 @functools.cache
 def _kernel(name: str) -> Callable[[bytes], int]:
-    return native.fallible(getattr(native.library(), name))
+    return native.fallible(name, _ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.ops.neighborhood_attention.reference import window_index
 
-_ARGS = struct.Struct("5q3P3q3q2Pq").pack  # the fields of nu_args in neighborhood_unfused.c
+_ARGS = struct.Struct("5q3P3q3q2Pq")  # the fields of nu_args in neighborhood_unfused.c
 
 
 def reject(first: Tensor, second: Tensor, *windows: Sequence[Any]) -> str | None:
@@ -73,7 +72,7 @@ def _call(name: str, table: Tensor, x: Tensor | None, y: Tensor | None, weights:
     held = None if weights is None else weights.float().contiguous()
     pointers = [0 if t is None else t.data_ptr() for t in (x, y)]
     strides = [(0, 0, 0) if t is None else t.stride()[:3] for t in (x, y)]
-    _kernel(name)(_ARGS(
+    _kernel(name)(_ARGS.pack(
         batch, heads, tokens, table.size(1), d, table.data_ptr(), *pointers, *strides[0], *strides[1],
         0 if held is None else held.data_ptr(), out.data_ptr(),
         native.threads_for(batch * heads * tokens * table.size(1) * d),
@@ -82,7 +81,4 @@ def _call(name: str, table: Tensor, x: Tensor | None, y: Tensor | None, weights:
 
 @functools.cache
 def _kernel(name: str) -> Callable[[bytes], None]:
-    kernel = getattr(native.library(), name)
-    kernel.argtypes, kernel.restype = [ctypes.c_char_p], None
-    run: Callable[[bytes], None] = kernel
-    return run
+    return native.struct_kernel(name, _ARGS)

@@ -17,15 +17,15 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, rows_of, threads_for
 
 # The fields of forward_args and backward_args in rms_norm.c.
-_FORWARD = struct.Struct("qqPqPqPdPPqqq").pack
-_BACKWARD = struct.Struct("qqPqPqPPqdPPqqqq").pack
+_FORWARD = struct.Struct("qqPqPqPdPPqqq")
+_BACKWARD = struct.Struct("qqPqPqPPqdPPqqqq")
 _PARTS = 64  # at most so many partial sums of the weight's gradient, whatever the number of threads
 
 
 def reject(x: Tensor, weight: Tensor, eps: float) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not (x.is_cpu and weight.is_cpu):
-        return f"needs CPU tensors, got x on {x.device.type} and weight on {weight.device.type}"
+    if not x.is_cpu:
+        return f"needs CPU tensors, got x on {x.device}"
     if x.dtype not in DTYPE_CODES or weight.dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got x in {x.dtype} and weight in {weight.dtype}"
     return native.unavailable()
@@ -33,8 +33,6 @@ def reject(x: Tensor, weight: Tensor, eps: float) -> str | None:
 
 def reject_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not residual.is_cpu:
-        return f"needs CPU tensors, got residual on {residual.device.type}"
     return reject(x, weight, eps)
 
 
@@ -50,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not weight.is_contiguous():
         weight = weight.contiguous()
     d, numel = weight.shape[0], out.numel()
-    _forward()(_FORWARD(
+    _forward()(_FORWARD.pack(
         numel // d if d else 0, d, x.data_ptr(), stride, 0, 0, weight.data_ptr(), eps, 0, out.data_ptr(),
         DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(numel),
     ))  # fmt: skip
@@ -66,7 +64,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if not weight.is_contiguous():
         weight = weight.contiguous()
     d, numel = weight.shape[0], out.numel()
-    _forward()(_FORWARD(
+    _forward()(_FORWARD.pack(
         numel // d if d else 0, d, x.data_ptr(), stride, residual.data_ptr(), residual_stride,
         weight.data_ptr(), eps, total.data_ptr(), out.data_ptr(),
         DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(numel),
@@ -87,7 +85,7 @@ def rms_norm_backward(
     rows = x.numel() // d if d else 0
     rows_per_part = max(-(-rows // _PARTS), 8)
     parts = torch.empty(-(-rows // rows_per_part), d, dtype=torch.float32)
-    _backward()(_BACKWARD(
+    _backward()(_BACKWARD.pack(
         rows, d, grad.data_ptr(), grad_stride, x.data_ptr(), x_stride, weight.data_ptr(),
         0 if more is None else more.data_ptr(), more_stride, eps, grad_x.data_ptr(), parts.data_ptr(),
         rows_per_part, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(x.numel()),
@@ -97,9 +95,9 @@ def rms_norm_backward(
 
 @functools.cache
 def _forward() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_rms_norm")
+    return native.struct_kernel("eff_rms_norm", _FORWARD)
 
 
 @functools.cache
 def _backward() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_rms_norm_backward")
+    return native.struct_kernel("eff_rms_norm_backward", _BACKWARD)

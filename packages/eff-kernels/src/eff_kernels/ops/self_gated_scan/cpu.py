@@ -13,7 +13,7 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, threads_for
 from eff_kernels.ops.self_gated_scan.reference import empty_state
 
-_ARGS = struct.Struct("5q3q9P3q").pack  # the fields of scan_args in self_gated_scan.c
+_ARGS = struct.Struct("5q3q9P3q")  # the fields of scan_args in self_gated_scan.c
 
 
 def reject(score: Tensor, v: Tensor, *args: object) -> str | None:
@@ -70,7 +70,7 @@ def _call(
     score = score.contiguous()
     v = v if v.stride(-1) == 1 else v.contiguous()
     more = [0 if t is None else t.data_ptr() for t in (grad, dscore, dv)]
-    _kernel(name)(_ARGS(
+    _kernel(name)(_ARGS.pack(
         score.size(0), score.size(1), v.size(1), score.size(2), v.size(3), *v.stride()[:3],
         score.data_ptr(), v.data_ptr(), out.data_ptr(), tops.data_ptr(), totals.data_ptr(), running.data_ptr(), *more,
         DTYPE_CODES[score.dtype], DTYPE_CODES[v.dtype], threads_for(out.numel()),
@@ -79,4 +79,4 @@ def _call(
 
 @functools.cache
 def _kernel(name: str) -> Callable[[bytes], None]:
-    return native.struct_kernel(name)
+    return native.struct_kernel(name, _ARGS)

@@ -14,7 +14,7 @@ from eff_kernels.ops.block_sparse_attention import cpu as sparse_branch
 from eff_kernels.ops.sparse_linear_attention import linear as linear_branch
 from eff_kernels.ops.sparse_linear_attention.reference import FEATURE_MAPS, LINEAR_SCOPES
 
-_ARGS = struct.Struct("9q4P9q4qP").pack  # the fields of args in linear_attention.c
+_ARGS = struct.Struct("9q4P9q4qP")  # the fields of args in linear_attention.c
 
 
 def reject(q: Tensor, *args: object) -> str | None:
@@ -83,7 +83,7 @@ def _linear(
         return out.zero_()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     mask = mask.contiguous()
-    failed = _kernel()(_ARGS(
+    failed = _kernel()(_ARGS.pack(
         q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), block_q, block_k,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), mask.data_ptr(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -97,4 +97,4 @@ def _linear(
 
 @functools.cache
 def _kernel() -> Callable[[bytes], int]:
-    return native.fallible(native.library().eff_linear_attention)
+    return native.fallible("eff_linear_attention", _ARGS)

@@ -1,0 +1,65 @@
+import ctypes
+import struct
+
+import pytest
+import torch
+from eff_kernels import int8_linear, int8_static_linear, native
+from eff_kernels.ops.int4_linear import api as int4
+from eff_kernels.ops.int8_linear import api as int8
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+@pytest.mark.parametrize("load", [native.fallible, native.struct_kernel])
+def test_a_struct_of_another_size_is_refused(load):
+    """A field more or less in C than in the launcher would be read from memory that nobody wrote."""
+    size = ctypes.c_int64.in_dll(native.library(), "eff_rope_takes").value
+    assert load("eff_rope", struct.Struct(f"{size // 8}q"))
+    for wrong in (size // 8 - 1, size // 8 + 1):
+        with pytest.raises(
+            native.NativeBuildError, match=rf"eff_rope reads a struct of {size} bytes.* packs {8 * wrong}"
+        ):
+            load("eff_rope", struct.Struct(f"{wrong}q"))
+
+
+MOST = {"int8_linear": 133144, "int8_static_linear": 131071}
+
+
+@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_long_sums_are_exact_up_to_the_limit(name, rows):
+    """The largest codes everywhere: the sum of the most columns just fits into int32."""
+    k = MOST[name]
+    x, scale = torch.full((rows, k), 127.0), torch.tensor([127.0, 127.0])
+    weight = torch.stack([torch.full((k,), 127, dtype=torch.int8), torch.full((k,), -127, dtype=torch.int8)])
+    if name == "int8_linear":
+        found = int8_linear(x, weight, scale, backend="cpu")
+    else:
+        found = int8_static_linear(x, weight, scale / 127, torch.ones(k), backend="cpu")
+    exact = 127.0 * 127.0 * k
+    assert torch.equal(found, torch.tensor([[exact, -exact]]).repeat(rows, 1))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", MOST)
+def test_longer_sums_are_refused(name, backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    k = MOST[name] + 1
+    x, weight, scale = torch.zeros(1, k), torch.zeros(1, k, dtype=torch.int8), torch.ones(1)
+    if name == "int8_linear":
+        explain = lambda group: int8.OP.explain(x, weight, scale, None, 0.0, False, "dynamic", group, x.dtype)  # noqa: E731
+        assert explain(131072).reasons[backend] is None
+        assert explain(None).chosen == "reference"
+        reason = explain(None).reasons[backend]
+    else:
+        explanation = int4.OP.explain(x, weight, scale, None, torch.ones(k), x.dtype)
+        reason = explanation.reasons[backend]
+        assert explanation.chosen == "reference"
+    assert f"up to {MOST[name]} products" in reason
+
+
+def test_beyond_the_limit_auto_is_still_exact():
+    k = 2 * MOST["int8_linear"]
+    weight = torch.full((1, k), 127, dtype=torch.int8)
+    found = int8_linear(torch.full((1, k), 127.0, dtype=torch.float64), weight, torch.tensor([127.0]))
+    assert found.item() == 127.0 * 127.0 * k
