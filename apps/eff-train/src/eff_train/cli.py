@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from eff_train.errors import Refused
 
 COMMANDS = Path(__file__).parent / "commands"
 
@@ -34,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"eff_train.commands.{words[0]}")
     try:
         return int(module.main(words[1:]))
-    except (ValueError, TypeError, NotImplementedError, FloatingPointError, OSError) as error:
-        if "EFF_DEBUG" in sys.modules["os"].environ:
-            raise
+    except Refused as error:
         sys.stderr.write(f"eff-train {words[0]}: {error}\n")
         return 2
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def usage(known: dict[str, str]) -> str:

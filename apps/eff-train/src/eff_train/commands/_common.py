@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from eff_train import registry
+from eff_train.errors import refusing
 from eff_train.frame.checkpoint import Checkpoint
 from eff_train.frame.parallel import pick_device
 from eff_train.frame.randomness import own_randomness, seed_all
@@ -28,7 +29,8 @@ def load_recipe(name: str, argv: Sequence[str]) -> type[Recipe[Any]]:
     """The recipe's class, its libraries present. ``argv`` repeats the command where they must be installed first."""
     from eff_embedded.launch import ensure
 
-    recipe = registry.load(name)
+    with refusing():
+        recipe = registry.load(name)
     ensure(recipe.needs, command="eff-train", argv=argv, extra="train", install="eff-train[recipes]")
     return recipe
 
@@ -40,10 +42,13 @@ def opened(
     """A run's recipe and its model from a checkpoint (average if it has one), in evaluation mode, without gradients."""
     import torch
 
-    run = Run(folder)
-    cls = load_recipe(run.recipe_name(), argv)
-    config = run.config(cls.config_class)
-    found = choose_checkpoint(run, which, cls.best, say)
+    with refusing():
+        run = Run(folder)
+        name = run.recipe_name()
+    cls = load_recipe(name, argv)
+    with refusing():
+        config = run.config(cls.config_class)
+        found = choose_checkpoint(run, which, cls.best, say)
     recipe = cls(config, pick_device(device))
     if config.threads:
         torch.set_num_threads(config.threads)

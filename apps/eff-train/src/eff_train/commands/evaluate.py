@@ -35,14 +35,17 @@ class Evaluate:
 def main(argv: Sequence[str]) -> int:
     """Run ``eff-train evaluate RUN [options]``: prints and writes ``evaluation.json``; 1 if a bound fails."""
     args = tyro.cli(Evaluate, args=list(argv), prog="eff-train evaluate")
-    wanted = dict(parse_threshold(text) for text in args.require)
     from eff_train.commands._common import opened
+    from eff_train.errors import Refused, refusing
+
+    with refusing():
+        wanted = dict(parse_threshold(text) for text in args.require)
 
     with opened(args.run, args.checkpoint, args.device, ["evaluate", *argv]) as (run, recipe, model, found):
         values = dict(recipe.evaluate(model))
     wanted = {**recipe.thresholds, **wanted}
     if unknown := sorted(wanted.keys() - values.keys()):
-        raise ValueError(f"no metric {', '.join(unknown)}; the evaluation gives {', '.join(sorted(values))}")
+        raise Refused(f"no metric {', '.join(unknown)}; the evaluation gives {', '.join(sorted(values))}")
     verdicts = {name: holds(values[name], bound) for name, bound in wanted.items()}
     record = {
         "checkpoint": found.folder.name,

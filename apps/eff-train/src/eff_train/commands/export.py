@@ -29,11 +29,12 @@ class Export:
 def main(argv: Sequence[str]) -> int:
     """Run ``eff-train export RUN FOLDER [options]``; ``training.json`` beside the model says how it was made."""
     args = tyro.cli(Export, args=list(argv), prog="eff-train export")
-    if args.folder.exists() and any(args.folder.iterdir()):
-        raise ValueError(f"{args.folder} is not empty")
     from eff_train.commands._common import opened
+    from eff_train.errors import Refused
     from eff_train.frame.config import read_yaml
 
+    if args.folder.exists() and not (args.folder.is_dir() and not any(args.folder.iterdir())):
+        raise Refused(f"{args.folder} exists and is not an empty folder")
     with opened(args.run, args.checkpoint, "cpu", ["export", *argv]) as (run, recipe, model, found):
         args.folder.mkdir(parents=True, exist_ok=True)
         recipe.export(model, args.folder)

@@ -32,11 +32,16 @@ class Predict:
 def main(argv: Sequence[str]) -> int:
     """Run ``eff-train predict RUN FILE [options]`` and print the answer."""
     args = tyro.cli(Predict, args=list(argv), prog="eff-train predict")
-    if not args.file.exists():
-        raise ValueError(f"no file {args.file}")
     from eff_train.commands._common import opened
+    from eff_train.errors import Refused
+    from eff_train.frame.recipe import Recipe
+
+    if not args.file.exists():
+        raise Refused(f"no file {args.file}")
 
     with opened(args.run, args.checkpoint, args.device, ["predict", *argv]) as (run, recipe, model, _):
+        if type(recipe).predict is Recipe.predict:
+            raise Refused(f"the recipe {run.recipe_name()} does not predict from a file")
         out = args.out or run.folder / "predictions"
         out.mkdir(parents=True, exist_ok=True)
         sys.stdout.write(recipe.predict(model, args.file, out) + "\n")

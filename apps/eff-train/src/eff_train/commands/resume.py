@@ -34,17 +34,19 @@ def main(argv: Sequence[str]) -> int:
     """Run ``eff-train resume RUN [options]``."""
     args = tyro.cli(Resume, args=list(argv), prog="eff-train resume")
     from eff_train.commands._common import load_recipe
+    from eff_train.errors import refusing
     from eff_train.frame.config import write_yaml
     from eff_train.frame.loop import train
     from eff_train.frame.parallel import workers
     from eff_train.frame.runs import Run, config_record
 
     run = Run(args.run)
-    name = run.recipe_name()
+    with refusing():
+        name = run.recipe_name()
     cls = load_recipe(name, ["resume", *argv])
-    config = run.config(cls.config_class)
     changed = {k: v for k in ("steps", "max_minutes", "threads", "device") if (v := getattr(args, k)) is not None}
-    config = dataclasses.replace(config, **changed)
+    with refusing():
+        config = dataclasses.replace(run.config(cls.config_class), **changed)
     with workers(config.device, config.parallel) as ranks:
         if ranks.main and changed:
             write_yaml(run.config_file, config_record(name, config))

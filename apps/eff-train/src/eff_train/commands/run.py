@@ -42,11 +42,13 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     name, words = argv[0], list(argv[1:])
     from eff_train import registry
+    from eff_train.errors import refusing
     from eff_train.frame.config import dump_yaml
     from eff_train.frame.runs import config_record
 
-    cls = registry.load(name)
-    place, config = parse(cls.config_class, name, words)
+    with refusing():
+        cls = registry.load(name)
+        place, config = parse(cls.config_class, name, words)
     if place.print_config:
         sys.stdout.write(dump_yaml(config_record(name, config)))
         return 0
@@ -58,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 def start(name: str, cls: Any, config: Any, folder: Path | None) -> int:
     """Make the run folder and train."""
+    from eff_train.errors import refusing
     from eff_train.frame.loop import train
     from eff_train.frame.parallel import workers
     from eff_train.frame.runs import Run, create, new_folder
@@ -65,7 +68,8 @@ def start(name: str, cls: Any, config: Any, folder: Path | None) -> int:
     with workers(config.device, config.parallel) as ranks:
         run = Run(ranks.tell(folder or new_folder(name)))
         if ranks.main:
-            create(run.folder, name, config, command(name, config, ranks.count))
+            with refusing():
+                create(run.folder, name, config, command(name, config, ranks.count))
             sys.stderr.write(f"run folder: {run.folder}\n")
         return train(cls(config, ranks.device), run, ranks, title=name)
 

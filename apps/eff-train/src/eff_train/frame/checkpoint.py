@@ -54,8 +54,11 @@ def save(root: Path, step: int, write: Callable[[Path], None], record: Mapping[s
             _sync(path)
         _sync(draft)
         if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
+            final.rename(old := root / f"{UNFINISHED}old-{final.name}")
+            draft.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            draft.rename(final)
         _sync(root)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -116,7 +119,7 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 
 def best(root: Path, metric: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The whole checkpoint with the best recorded ``metric`` (``+name``, ``-name`` for less); without any, the newest."""
+    """The whole checkpoint with the best recorded ``metric`` (``+name``, or ``-name`` for less), else the newest."""
     for folder in _by_metric(root, metric):
         try:
             return check(folder)
@@ -145,6 +148,14 @@ def prune(root: Path, keep: int, metric: str) -> None:
             # Renamed first: a half deleted folder must not look like a checkpoint.
             shutil.rmtree(folder.rename(root / f"{UNFINISHED}old-{folder.name}"), ignore_errors=True)
     clean(root)
+
+
+def set_aside(root: Path, after: int) -> None:
+    """Rename checkpoints later than ``after`` (damaged ones, which `newest` passed over) to ``damaged-step-...``."""
+    for folder in folders(root):
+        if int(folder.name.removeprefix("step-")) > after:
+            shutil.rmtree(aside := root / f"damaged-{folder.name}", ignore_errors=True)
+            folder.rename(aside)
 
 
 def clean(root: Path) -> None:

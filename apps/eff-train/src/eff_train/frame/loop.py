@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from eff_train.errors import Refused, refusing
 from eff_train.frame import checkpoint
 from eff_train.frame.metrics import Board, MetricsFile
 from eff_train.frame.parallel import Workers
 from eff_train.frame.progress import Display, clock
 from eff_train.frame.recipe import Recipe
-from eff_train.frame.runs import Run, locked, read_checkpoint, write_checkpoint
+from eff_train.frame.runs import Run, code_version, locked, read_checkpoint, write_checkpoint
 from eff_train.frame.stop import Stop
 from eff_train.frame.training import Training
 
@@ -32,42 +33,61 @@ def train(recipe: Recipe[Any], run: Run, workers: Workers, *, title: str = "trai
         torch.set_num_threads(c.threads)
     torch.use_deterministic_algorithms(c.deterministic)
     with ExitStack() as stack:
-        if workers.main:
-            stack.enter_context(locked(run))
+        with refusing():
+            workers.share(range(c.batch_size))
+            if workers.main:
+                stack.enter_context(locked(run))
+                checkpoint.clean(run.checkpoints)
         stop = stack.enter_context(Stop())
         training = Training(recipe, workers)
-        display = Display(title, 0, c.steps, c.batch_size, quiet=quiet or not workers.main)
-        resume(training, run, display)
-        display.first = training.step
-        display.advance(training.step)
+        display = Display(title, c.steps, c.batch_size, quiet=quiet or not workers.main)
+        with refusing():
+            before = resume(training, run, display)
+        if training.step >= c.steps:
+            display.say(f"nothing to do: {training.step} updates are done, steps={c.steps}")
+            return DONE
         stack.enter_context(display)
         out = stack.enter_context(Output(run, workers, display, tensorboard=c.tensorboard))
-        return _loop(training, run, stop, out)
+        try:
+            return _loop(training, run, stop, out, before)
+        except FloatingPointError as error:
+            out.event(training.step, "failed", reason=str(error))
+            raise Refused(f"{error}; the last checkpoint is from before that. Try a lower lr") from error
 
 
-def resume(training: Training, run: Run, display: Display) -> None:
-    """Continue from the newest whole checkpoint, if there is one. The main process chooses for all."""
-    found = checkpoint.newest(run.checkpoints, display.say) if training.workers.main else None
-    found = training.workers.tell(found)
-    if found is not None:
-        training.load_state_dict(read_checkpoint(found))
-        display.say(f"going on after update {training.step}")
+def resume(training: Training, run: Run, display: Display) -> float:
+    """Continue from the newest whole checkpoint, if there is one; returns the seconds that went into it.
+
+    The main process chooses for all. Damaged checkpoints after it are renamed.
+    """
+    ranks = training.workers
+    found = checkpoint.newest(run.checkpoints, display.say) if ranks.main else None
+    found = ranks.tell(found)
+    if found is None:
+        display.begin(0)
+        return 0.0
+    training.load_state_dict(read_checkpoint(found))
+    if ranks.main:
+        checkpoint.set_aside(run.checkpoints, found.step)
+    display.begin(training.step)
+    display.say(f"going on after update {training.step}")
+    return float(found.record.get("seconds", 0.0))
 
 
 class Output:
     """What a run writes besides checkpoints: metrics, TensorBoard, the display. Only the main process does."""
 
     def __init__(self, run: Run, workers: Workers, display: Display, *, tensorboard: bool) -> None:
-        self.main, self.display = workers.main, display
-        self.file = MetricsFile(run.metrics, display.say) if self.main else None
-        self.board = Board(run.folder / "tensorboard") if self.main and tensorboard else None
+        self.display = display
+        self.file = MetricsFile(run.metrics, display.say) if workers.main else None
+        self.board = Board(run.folder / "tensorboard") if workers.main and tensorboard else None
 
     def __enter__(self) -> Output:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.board:
-            self.board.writer.close()
+            self.board.close()
 
     def metrics(self, step: int, category: str, values: dict[str, float], **more: Any) -> None:
         """Write metrics of an update."""
@@ -82,40 +102,35 @@ class Output:
             self.file.write({"step": step, "event": event, **more})
 
 
-def _loop(training: Training, run: Run, stop: Stop, out: Output) -> int:
-    c, ranks = training.config, training.workers
+def _loop(training: Training, run: Run, stop: Stop, out: Output, before: float) -> int:
+    c, ranks, metric = training.config, training.workers, training.recipe.best
     start, saved = time.monotonic(), training.step
+    best = ranks.tell(checkpoint.best_value(run.checkpoints, metric))
     if training.step:
-        out.event(training.step, "resume", processes=ranks.count)
-    evaluation: dict[str, float] = {}
-    best = ranks.tell(checkpoint.best_value(run.checkpoints, training.recipe.best))
+        out.event(training.step, "resume", processes=ranks.count, code=code_version())
     while training.step < c.steps:
         training.update()
         step, last = training.step, training.step == c.steps
+        seconds = round(time.monotonic() - start, 3)
         out.display.advance(step)
         if step % c.log_every == 0 or last:
             values = training.read_means()
             rate = out.display.show(step, values)
-            out.metrics(step, "train", values, samples_per_second=round(rate, 3))
-        over = c.max_minutes > 0 and time.monotonic() - start > 60 * c.max_minutes
+            more = {"samples_per_second": round(rate, 3), "seconds": round(before + seconds, 3)}
+            out.metrics(step, "train", values, **more)
+        over = 0 < c.max_minutes < seconds / 60
         stopping = any(ranks.total([float(stop.signal is not None or over)]))
-        if last or (c.eval_every and step % c.eval_every == 0):
-            evaluation = judge(training, run)
-            out.metrics(step, "evaluation", evaluation)
-            out.display.say(f"update {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()))
-        elif evaluation:
-            evaluation = {}
-        ahead = checkpoint.better(evaluation, training.recipe.best, best)
-        if last or stopping or (c.save_every and step % c.save_every == 0) or ahead:
-            record = {"evaluation": evaluation, "seconds": round(time.monotonic() - start, 3)}
-            if save(training, run, record, out):
-                saved, best = step, ranks.tell(checkpoint.best_value(run.checkpoints, training.recipe.best))
+        evaluation = judge(training, run, out) if last or (c.eval_every and step % c.eval_every == 0) else {}
+        ahead = checkpoint.better(evaluation, metric, best)
+        due = last or stopping or ahead or (c.save_every and step % c.save_every == 0)
+        if due and save(training, run, {"evaluation": evaluation, "seconds": before + seconds}, out):
+            saved, best = step, ranks.tell(checkpoint.best_value(run.checkpoints, metric))
         if stopping and not last:
             return _stopped(training, run, saved, stop, out)
     return DONE if saved == training.step else FAILED
 
 
-def judge(training: Training, run: Run) -> dict[str, float]:
+def judge(training: Training, run: Run, out: Output) -> dict[str, float]:
     """Evaluate and write samples, on the main process; the others wait for its result."""
     values: dict[str, float] = {}
     with training.judged() as model:
@@ -128,12 +143,17 @@ def judge(training: Training, run: Run) -> dict[str, float]:
                 if not any(folder.iterdir()):
                     folder.rmdir()
             except OSError as error:
-                values["samples_failed"] = float(error.errno or 1)
-    return training.workers.tell(values)
+                out.display.say(f"update {training.step}: samples cannot be written: {error}")
+                out.event(training.step, "no samples", reason=str(error))
+    values = training.workers.tell(values)
+    out.metrics(training.step, "evaluation", values)
+    out.display.say(f"update {training.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    return values
 
 
 def save(training: Training, run: Run, record: dict[str, Any], out: Output) -> bool:
     """Write a checkpoint. One that cannot be written is said and noted; the training goes on, older ones stay."""
+    training.check_finite()
     state = training.state_dict()
     fine = True
     if training.workers.main:
@@ -151,11 +171,7 @@ def _stopped(training: Training, run: Run, saved: int, stop: Stop, out: Output) 
     reason = f"signal {stop.signal}" if stop.signal else f"max_minutes={training.config.max_minutes}"
     out.event(training.step, "stop", reason=reason)
     kept = f"saved after update {saved}" if saved == training.step else f"NOT saved since update {saved}"
-    left = clock(
-        (training.config.steps - training.step)
-        * (time.monotonic() - out.display.start)
-        / max(1, training.step - out.display.first)
-    )
+    left = clock(out.display.seconds_left(training.step))
     out.display.say(f"stopped by {reason}, {kept}; about {left} left. Go on with: eff-train resume {run.folder}")
     if saved != training.step:
         return FAILED

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -103,10 +102,8 @@ class Board:
             self.writer.add_scalar(f"{category}/{name}", value, step)
         self.writer.flush()
 
-    def __enter__(self) -> Board:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Finish the files."""
         self.writer.close()
 
 

@@ -16,9 +16,9 @@ SECONDS_BETWEEN_LINES = 20.0
 class Display:
     """Shows the progress of ``steps`` updates with ``batch_size`` samples each on standard error."""
 
-    def __init__(self, title: str, step: int, steps: int, batch_size: int, *, quiet: bool = False) -> None:
+    def __init__(self, title: str, steps: int, batch_size: int, *, quiet: bool = False) -> None:
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
-        self.steps, self.batch_size, self.first, self.start = steps, batch_size, step, time.monotonic()
+        self.steps, self.batch_size, self.first, self.start = steps, batch_size, 0, time.monotonic()
         self._line_at = self.start
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -32,7 +32,7 @@ class Display:
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task(title, total=steps, completed=step, rate="", metrics="")
+        self.task = self.bar.add_task(title, total=steps, rate="", metrics="")
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -40,6 +40,15 @@ class Display:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
+
+    def begin(self, step: int) -> None:
+        """The updates start now, after ``step`` that were done before."""
+        self.first, self.start = step, time.monotonic()
+        self.bar.reset(self.task, completed=step)
+
+    def seconds_left(self, step: int) -> float:
+        """Time for the updates after ``step``, by the rate since `begin`."""
+        return (self.steps - step) * (time.monotonic() - self.start) / max(1, step - self.first)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -56,8 +65,8 @@ class Display:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.update(self.task, rate=f"{rate:.3g} samples/s", metrics=text)
         if not self.console.is_terminal and (now - self._line_at > SECONDS_BETWEEN_LINES or step == self.steps):
-            left = (self.steps - step) * self.batch_size / max(rate, 1e-9)
-            self.say(f"update {step}/{self.steps}  {rate:.3g} samples/s  {clock(left)} left  {text}")
+            left = clock(self.seconds_left(step))
+            self.say(f"update {step}/{self.steps}  {rate:.3g} samples/s  {left} left  {text}")
             self._line_at = now
         return rate
 

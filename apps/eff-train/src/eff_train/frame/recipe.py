@@ -120,7 +120,7 @@ class Recipe(Generic[C]):
 
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
         """Run the model on a file of the user; write what is not text into the folder ``out``, return the answer."""
-        raise NotImplementedError(f"{type(self).__name__} does not predict from a file")
+        raise NotImplementedError
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the finished model for use elsewhere; by default its weights as ``model.safetensors``."""

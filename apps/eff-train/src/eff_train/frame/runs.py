@@ -120,13 +120,13 @@ def environment() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "torch_threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "code": code_version(Path(__file__).parent),
+        "code": code_version(),
         "packages": dict(sorted({d.name: d.version for d in distributions() if d.name}.items())),
     }
 
 
-def code_version(folder: Path) -> dict[str, Any]:
-    """Commit of the checkout that holds ``folder`` and whether files differ from it; empty outside a checkout."""
+def code_version(folder: Path = Path(__file__).parent) -> dict[str, Any]:
+    """Commit of the checkout that holds ``folder`` (this file's) and whether files differ; empty outside of one."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
@@ -139,14 +139,24 @@ def code_version(folder: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(run: Run, state: dict[str, Any], record: dict[str, Any]) -> Checkpoint:
-    """Write a training's state: weights and averages as safetensors, the rest in torch's format."""
+    """Write a training's state: weights and averages as safetensors, the rest in torch's format.
+
+    Raises:
+        OSError: as `checkpoint.save`.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     def write(folder: Path) -> None:
-        save_file(state["weights"], folder / "weights.safetensors")
-        if state["average"]:
-            save_file(state["average"], folder / "average.safetensors")
-        torch.save({k: v for k, v in state.items() if k not in ("weights", "average")}, folder / "state.pt")
+        rest = {k: v for k, v in state.items() if k not in ("weights", "average")}
+        try:
+            save_file(state["weights"], folder / "weights.safetensors")
+            if state["average"]:
+                save_file(state["average"], folder / "average.safetensors")
+            torch.save(rest, folder / "state.pt")
+        except (SafetensorError, RuntimeError) as error:
+            # Both libraries have errors of their own for a disk that is full.
+            raise OSError(str(error).partition("\n")[0]) from error
 
     return checkpoint.save(run.checkpoints, state["step"], write, record)
 

@@ -78,14 +78,24 @@ class Training:
         """Metrics over all processes since the last call. All processes must call this.
 
         Raises:
-            FloatingPointError: the loss is no longer a number.
+            FloatingPointError: as `check_finite`.
         """
+        self.check_finite()
         everyone = self.workers.collect(self.means.state_dict())
         self.means = Means()
-        result = _merge(everyone)
-        if "loss" in (values := self.workers.tell(result)) and not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} before update {self.step + 1}")
-        return values
+        return self.workers.tell(_merge(everyone))
+
+    def check_finite(self) -> None:
+        """Look at the losses and gradients since the means were last read. All processes must call this.
+
+        Raises:
+            FloatingPointError: one was not a number, so that the weights are worth nothing.
+        """
+        sums = {n: float(t) for n, t in self.means.sums.items() if n in ("loss", "grad_norm")}
+        bad = [float(not math.isfinite(v)) for v in sums.values()]
+        if any(self.workers.total([sum(bad)])):
+            seen = ", ".join(f"{n} {v}" for n, v in sums.items() if not math.isfinite(v)) or "on another process"
+            raise FloatingPointError(f"no finite loss and gradient in the last updates up to {self.step}: {seen}")
 
     @contextmanager
     def judged(self) -> Iterator[nn.Module]:
