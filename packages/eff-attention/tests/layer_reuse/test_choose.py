@@ -79,5 +79,21 @@ def test_config_comes_back_from_json():
     assert LayerReuseConfig.from_dict(config().to_dict()) == config()
     with pytest.raises(ValueError, match="no \\['k'\\]"):
         LayerReuseConfig.from_dict({"k": 1})
-    with pytest.raises(ValueError, match="settings have format 2"):
-        LayerReuseConfig.from_dict({**config().to_dict(), "format": 2})
+    with pytest.raises(ValueError, match="LayerReuseConfig of version 2"):
+        LayerReuseConfig.from_dict({**config().to_dict(), "version": 2})
+
+
+@pytest.mark.parametrize("kind", [{"top_k": 16.0}, {"block_size": "8"}, {"must_select": -1}])
+def test_values_of_another_kind_are_refused_at_once(kind):
+    with pytest.raises(TypeError, match=next(iter(kind))):
+        config(**kind)
+
+
+def test_of_equal_blocks_the_earlier_is_taken_whatever_else_is_in_the_batch():
+    """The weights of the hash selector are small whole numbers, so that equal ones are the rule."""
+    settings = LayerReuseConfig(top_k=20, block_size=5, min_seq_len=20, selector="hash")
+    alone = torch.tensor([[[101.0, 101, 101, 101, 100, 101, 100]]])
+    batch = torch.zeros(2, 1, 18)
+    batch[0, :, :7] = alone[0]
+    assert choose_blocks(alone, [34], settings).blocks[0, 0].tolist() == [0, 1, 5, 6]
+    assert choose_blocks(batch, [34, 90], settings).blocks[0, 0].tolist() == [0, 1, 5, 6]

@@ -90,7 +90,10 @@ def test_errors_fall_as_theta_rises(model):
 
 
 def test_heads_may_share_their_choice(model, tokens):
-    found = profile_layer_reuse(model, tokens, steps=4, block_size=8, top_k=32, shared_heads=True, sensitivity=False)
+    found = profile_layer_reuse(
+        model, tokens, steps=4, block_size=8, top_k=32, sink_tokens=8, recent_tokens=8, shared_heads=True,
+        sensitivity=False,
+    )  # fmt: skip
     assert found.overlap.shape == (1, LAYERS, LAYERS)
     assert found.overlap[0].diagonal() == pytest.approx(1.0)
 
@@ -100,13 +103,15 @@ def test_what_does_not_fit_is_named(model, tokens):
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8,
         sliding_window=16, intermediate_size=8,
     )  # fmt: skip
-    settings = {"input_ids": tokens, "block_size": 8, "top_k": 32}
+    settings = {"input_ids": tokens, "block_size": 8, "top_k": 32, "sink_tokens": 8, "recent_tokens": 8}
     with pytest.raises(NotImplementedError, match="whole past"):
         profile_layer_reuse(MistralForCausalLM(config), **settings)
     with pytest.raises(NotImplementedError, match="no attention implementation"):
         profile_layer_reuse(torch.nn.Linear(2, 2), **settings)
     for changes, text in (
         ({"top_k": 30}, "multiple of block_size"),
+        ({"sink_tokens": 9, "recent_tokens": 24}, "no room for the 5 blocks of sink_tokens and recent_tokens"),
+        ({"recent_tokens": -8}, "must not be negative"),
         ({"steps": 119}, "too short"),
         ({"input_ids": tokens[0]}, r"must be \[1, n\]"),
     ):

@@ -57,6 +57,47 @@ def test_full_layers_break_or_bridge_a_run():
     assert fewest_resets(WORKED, 0.5, {2}, bridge=True).source == digits("002222")
 
 
+def test_without_bridges_a_full_layer_is_never_crossed():
+    overlap = np.triu(np.full((4, 4), 0.8), 1) + np.eye(4)
+    with pytest.raises(ValueError, match=r"2 layers that stay full, and those after them .*: use bridge_full=True"):
+        search_policy(
+            profile(overlap), "max_min", sparsity=1.0, compute_ratio=0.0, force_full=(0, 2), bridge_full=False
+        )
+    found = search_policy(
+        profile(overlap), "max_min", sparsity=1.0, compute_ratio=0.5, force_full=(0, 2), bridge_full=False
+    )
+    assert found.summary() == "4 full, 0 anchor, 0 reuse: F F F F"
+    assert best_sources(WORKED, 0.3, {2}, bridge=False).source == digits("002333")
+    assert best_sources(WORKED, 0.3, {2}).source == digits("002222")
+
+
+def test_no_plan_crosses_a_full_layer_or_there_is_none():
+    generator = np.random.default_rng(1)
+    plans_found = 0
+    for _ in range(200):
+        overlap = np.triu(generator.random((6, 6)).round(1), 1) + np.eye(6)
+        full = {int(i) for i in generator.choice(6, 2, replace=False)}
+        budget = int(generator.integers(0, 6))
+        legal = [
+            source for source, count in plans(6)
+            if count <= budget and all(j == i or not full & set(range(i, j + 1)) for j, i in enumerate(source))
+        ]  # fmt: skip
+        if not legal:
+            with pytest.raises(ValueError, match="stay full"):
+                best_smallest(overlap, budget, full, bridge=False)
+            continue
+        plans_found += 1
+        found = best_smallest(overlap, budget, full, bridge=False).source
+        assert found in legal
+        assert gain(overlap, found) == pytest.approx(max(gain(overlap, s) for s in legal))
+    assert 50 < plans_found < 150
+
+
+def test_layers_that_stay_full_must_exist():
+    with pytest.raises(ValueError, match=r"force_full names the layers \[9, -7\] of a model with 6 layers"):
+        search_policy(profile(WORKED), theta=0.0, force_full=(0, 9, -7))
+
+
 def plans(layers):
     for resets in itertools.product((False, True), repeat=layers - 1):
         source = [0]
@@ -137,15 +178,17 @@ def test_heads_merge_by_minimum_mean_or_quantile():
 
 def test_a_profile_travels_and_merges(tmp_path):
     one, two = profile(WORKED), profile(WORKED * 0.5, np.full((1, 6, 2), 0.1, np.float32))
-    one.save(tmp_path / "p.npz")
-    found = ReuseProfile.load(tmp_path / "p.npz")
-    assert (found.overlap == one.overlap).all()
+    one.save(tmp_path / "profile")
+    found = ReuseProfile.load(tmp_path / "profile")
+    for name in ("overlap", "ratio90", "rnmse", "kl"):
+        assert getattr(found, name).dtype == np.float32
+        np.testing.assert_array_equal(getattr(found, name), getattr(one, name))
     assert found.meta == one.meta
     merged = ReuseProfile.merge([one, two])
     assert merged.overlap[0] == pytest.approx(WORKED * (3 + 0.5) / 4)
     assert len(merged.ratio90) == 4
     np.savez(tmp_path / "q.npz", overlap=one.overlap)
-    with pytest.raises(ValueError, match="it lacks"):
+    with pytest.raises(ValueError, match="holds no ReuseProfile"):
         ReuseProfile.load(tmp_path / "q.npz")
     with pytest.raises(ValueError, match="one shape"):
         ReuseProfile.merge([one, profile(WORKED[:3, :3])])

@@ -34,15 +34,15 @@ def test_settings_travel_and_bad_ones_are_named():
         ({"feature_map": "exp"}, "'exp'; use one of"),
         ({"linear_scope": "some"}, "'some'; use one of"),
         ({"protect": (5, 2)}, r"protect=\(5, 2\)"),
-        ({"fallback": "dense"}, "use 'error' or 'sdpa'"),
+        ({"fallback": "dense"}, "use one of 'error', 'sdpa'"),
         ({"min_tokens": -1}, "negative"),
     ):
         with pytest.raises(ValueError, match=text):
             SLAConfig(**changes)
     with pytest.raises(ValueError, match=r"has no \['k'\]"):
         SLAConfig.from_dict({"k": 1})
-    with pytest.raises(ValueError, match="settings have format 2"):
-        SLAConfig.from_dict({**config.to_dict(), "format": 2})
+    with pytest.raises(ValueError, match="SLAConfig of version 2"):
+        SLAConfig.from_dict({**config.to_dict(), "version": 2})
 
 
 def test_no_tokens_give_no_output():

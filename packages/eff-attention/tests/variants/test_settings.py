@@ -64,8 +64,10 @@ def test_diversity_of_two_heads():
 def test_settings_survive_json():
     settings = AttentionVariantConfig(kind="fixed_seq_qk", fixed_ids=(1, 2, 3), max_len=2)
     assert AttentionVariantConfig.from_dict(settings.to_dict()) == settings
-    with pytest.raises(ValueError, match="format 9"):
-        AttentionVariantConfig.from_dict({**settings.to_dict(), "format": 9})
+    listed = AttentionVariantConfig(kind="fixed_seq_qk", fixed_ids=[1, 2, 3], max_len=2)
+    assert (listed, hash(listed.stream)) == (settings, hash(settings.stream))
+    with pytest.raises(ValueError, match="of version 9"):
+        AttentionVariantConfig.from_dict({**settings.to_dict(), "version": 9})
     with pytest.raises(ValueError, match=r"has no \['colour'\]"):
         AttentionVariantConfig.from_dict({**settings.to_dict(), "colour": 1})
 

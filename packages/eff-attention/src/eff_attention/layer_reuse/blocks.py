@@ -28,8 +28,15 @@ def heaviest(mass: Tensor, count: int, ends: Tensor, must: tuple[int, ...]) -> T
         forced = place == (m if m >= 0 else ends[:, None] + m)
         score = score.masked_fill(forced.expand(len(ends), -1)[:, None], torch.inf)
     score = score.masked_fill(~inside, -1.0)
-    index = score.topk(min(count, mass.size(-1)), dim=-1).indices
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, index, True) & inside
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, largest(score, count), True) & inside
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest entries of each row, all where there are no more: [..., N] to [..., count].
+
+    The earlier of equal ones, whatever else is in the batch and however many entries follow (``topk`` does not say).
+    """
+    return score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def ratio90(mass: Tensor, share: float = 0.9) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eff_attention.layer_reuse.blocks import largest
 from eff_attention.layer_reuse.config import LayerReuseConfig
 
 
@@ -27,7 +28,8 @@ class ChosenBlocks(NamedTuple):
 def choose_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig) -> ChosenBlocks:
     """Take the heaviest blocks of each sequence and key-value head, and those of ``must_select``.
 
-    A sequence of up to ``min_seq_len`` keys keeps all its blocks, whatever else is in the batch.
+    Of equal blocks the earlier is taken. A sequence of up to ``min_seq_len`` keys keeps all its blocks, whatever else
+    is in the batch.
 
     Args:
         mass: Weight of each block, [B, KV, N]; what lies beyond the length of a sequence does not count.
@@ -47,7 +49,7 @@ def choose_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig
             score[row, :, number:] = -1.0
             forced = (m if m >= 0 else number + m for m in config.must_select)
             score[row, :, [m for m in forced if 0 <= m < number]] = torch.inf
-        index = score.topk(width, -1).indices
+        index = largest(score, width)
         for row, number in enumerate(counts):
             if number < width:
                 index[row, :, number:] = mass.size(2)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from eff_attention.settings import read_settings
+from eff_kernels.edit import Settings
 
 Selector = Literal["exact", "pooled", "hash"]
 Phase = Literal["decode", "both"]
 
-_FORMAT = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerReuseConfig:
+class LayerReuseConfig(Settings):
     """How many keys a reusing layer reads, and from which length on.
 
     Attributes:
@@ -43,20 +39,11 @@ class LayerReuseConfig:
     selector: Selector = "exact"
     phase: Phase = "decode"
 
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}; a block holds at least one key")
-        if self.top_k % self.block_size:
-            raise ValueError(f"top_k={self.top_k} is not a multiple of block_size={self.block_size}")
+    def check(self) -> None:
+        """See `Settings`."""
+        check_blocks(self.top_k, self.block_size, len(set(self.must_select)), "must_select")
         if -1 not in self.must_select:
             raise ValueError(f"must_select={self.must_select} lacks -1, the block of the current token")
-        if self.top_k < self.block_size * len(set(self.must_select)):
-            raise ValueError(
-                f"top_k={self.top_k} has no room for the {len(set(self.must_select))} blocks of must_select"
-            )
-        for name, choices in (("selector", Selector), ("phase", Phase)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
         if self.min_seq_len < self.top_k:
             raise ValueError(f"min_seq_len={self.min_seq_len} is less than top_k={self.top_k}; nothing would be saved")
 
@@ -65,17 +52,12 @@ class LayerReuseConfig:
         """Blocks that a reusing layer attends to."""
         return self.top_k // self.block_size
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
-        return {"format": _FORMAT, **dataclasses.asdict(self)}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerReuseConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown, or the format is another.
-        """
-        values = read_settings(values, cls, _FORMAT)
-        must_select = values.get("must_select")
-        return cls(**values) if must_select is None else cls(**{**values, "must_select": tuple(must_select)})
+def check_blocks(top_k: int, block_size: int, forced: int, of: str) -> None:
+    """Refuse sizes that do not fit each other, or that leave no room for the blocks that are chosen always."""
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}; a block holds at least one key")
+    if top_k < block_size or top_k % block_size:
+        raise ValueError(f"top_k={top_k} is not a multiple of block_size={block_size}")
+    if top_k < block_size * forced:
+        raise ValueError(f"top_k={top_k} has no room for the {forced} blocks of {of}, {block_size} keys each")

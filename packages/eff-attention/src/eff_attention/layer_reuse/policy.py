@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from eff_kernels.edit import Record
+
 Kind = Literal["full", "anchor", "reuse"]
-_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class LayerReusePolicy:
+class LayerReusePolicy(Record):
     """Kind and source of each layer.
 
     Attributes:
@@ -29,39 +28,17 @@ class LayerReusePolicy:
     score: float = 0.0
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """See `Settings`."""
         if len(self.kind) != len(self.source):
             raise ValueError(f"kind and source must be as long as each other, got {len(self.kind)}, {len(self.source)}")
         for layer, (kind, source) in enumerate(zip(self.kind, self.source, strict=True)):
-            if kind not in get_args(Kind):
-                raise ValueError(f"layer {layer} has kind {kind!r}; use one of {get_args(Kind)}")
             if kind != "reuse" and source != -1:
                 raise ValueError(f"layer {layer} is of kind {kind!r} and must have source -1, got {source}")
             if kind == "reuse" and not 0 <= source < layer:
                 raise ValueError(f"layer {layer} must reuse one of the layers 0 to {layer - 1}, got source {source}")
             if kind == "reuse" and self.kind[source] == "reuse":
                 raise ValueError(f"layer {layer} reuses layer {source}, which chooses nothing itself")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The policy as JSON can hold it."""
-        return {
-            "format": _FORMAT,
-            "kind": list(self.kind),
-            "source": list(self.source),
-            "score": self.score,
-            "meta": dict(self.meta),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerReusePolicy:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: it is of another format.
-        """
-        if values.get("format") != _FORMAT:
-            raise ValueError(f"a policy has format {_FORMAT}, got {values.get('format')!r}")
-        return cls(tuple(values["kind"]), tuple(values["source"]), float(values["score"]), dict(values["meta"]))
 
     def summary(self) -> str:
         """One line: how many layers of each kind, then F, A or the source of each layer."""
@@ -71,12 +48,3 @@ class LayerReusePolicy:
         )
         counts = ", ".join(f"{self.kind.count(k)} {k}" for k in get_args(Kind))
         return f"{counts}: {' '.join(plan)}"
-
-    def save(self, path: str | Path) -> None:
-        """Write the policy as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerReusePolicy:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

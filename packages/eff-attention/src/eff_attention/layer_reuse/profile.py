@@ -7,27 +7,27 @@ would choose (`ReuseProfile.overlap`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from eff_kernels.edit import Record
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse.blocks import block_mass, heaviest, ratio90
+from eff_attention.layer_reuse.config import check_blocks
 
 _NAME = "eff_layer_reuse_profile"
 
 
 @dataclass(frozen=True, slots=True)
-class ReuseProfile:
+class ReuseProfile(Record):
     """Statistics of a model's layers.
 
     Attributes:
@@ -44,25 +44,6 @@ class ReuseProfile:
     rnmse: NDArray[np.float32]
     kl: NDArray[np.float32]
     meta: Mapping[str, Any] = field(default_factory=dict)
-
-    def save(self, path: str | Path) -> None:
-        """Write it as one .npz file."""
-        arrays = {n: getattr(self, n) for n in ("overlap", "ratio90", "rnmse", "kl")}
-        np.savez_compressed(path, meta=json.dumps(dict(self.meta)), **arrays)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ReuseProfile:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file lacks an array.
-        """
-        with np.load(path, allow_pickle=False) as file:
-            missing = {"overlap", "ratio90", "rnmse", "kl", "meta"} - set(file.files)
-            if missing:
-                raise ValueError(f"{path} is no layer reuse profile: it lacks {sorted(missing)}")
-            arrays = [file[n] for n in ("overlap", "ratio90", "rnmse", "kl")]
-            return cls(arrays[0], arrays[1], arrays[2], arrays[3], json.loads(str(file["meta"])))
 
     @classmethod
     def merge(cls, profiles: Sequence[ReuseProfile]) -> ReuseProfile:
@@ -122,15 +103,17 @@ def profile_layer_reuse(
     """
     if input_ids.dim() != 2 or input_ids.size(0) != 1:
         raise ValueError(f"input_ids must be [1, n], got {list(input_ids.shape)}")
-    if top_k % block_size or top_k < block_size:
-        raise ValueError(f"top_k={top_k} must be a multiple of block_size={block_size}")
+    if min(sink_tokens, recent_tokens) < 0:
+        raise ValueError(f"sink_tokens={sink_tokens} and recent_tokens={recent_tokens} must not be negative")
+    check_blocks(top_k, block_size, 0, "")
+    sink, recent = (math.ceil(n / block_size) for n in (sink_tokens, recent_tokens))
+    check_blocks(top_k, block_size, sink + recent, "sink_tokens and recent_tokens")
     length = input_ids.size(1)
     if not 1 <= steps < length or length - steps < top_k:
         raise ValueError(f"a text of {length} tokens is too short for {steps} steps after a prompt of top_k={top_k}")
     check_layers(model)
     from transformers import DynamicCache
 
-    sink, recent = (math.ceil(n / block_size) for n in (sink_tokens, recent_tokens))
     must = (*range(sink), *range(-recent, 0))
     look = _Look(block_size, top_k // block_size, must, shared_heads)
     host: Any = model

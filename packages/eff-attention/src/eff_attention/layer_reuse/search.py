@@ -51,16 +51,18 @@ def search_policy(
         A policy; ``score`` is the smallest overlap of its reuses, ``meta`` holds the mean and the settings.
 
     Raises:
-        ValueError: a setting is outside of its range.
+        ValueError: a setting is outside of its range, or no plan keeps to them.
     """
     overlap = merge_heads(profile.overlap, head_merge)
     layers = len(overlap)
-    forced = {i % layers for i in force_full if -layers <= i < layers}
+    if outside := [i for i in force_full if not -layers <= i < layers]:
+        raise ValueError(f"force_full names the layers {outside} of a model with {layers} layers")
+    forced = {i % layers for i in force_full}
     if objective in ("min_full", "any_source"):
         if not 0 <= theta <= 1:
             raise ValueError(f"theta={theta} must lie in [0, 1]")
-        best = objective == "any_source"
-        plan = best_sources(overlap, theta, forced) if best else fewest_resets(overlap, theta, forced, bridge_full)
+        search = best_sources if objective == "any_source" else fewest_resets
+        plan = search(overlap, theta, forced, bridge_full)
     elif objective == "max_min":
         if not (0 <= sparsity <= 1 and 0 <= compute_ratio <= 1):
             raise ValueError(f"sparsity={sparsity} and compute_ratio={compute_ratio} must lie in [0, 1]")
@@ -125,14 +127,15 @@ def fewest_resets(overlap: Matrix, theta: float, forced: Iterable[int] = (), bri
     return Plan(max(best.values(), key=lambda s: s.value).source)
 
 
-def best_sources(overlap: Matrix, theta: float, forced: Iterable[int] = ()) -> Plan:
+def best_sources(overlap: Matrix, theta: float, forced: Iterable[int] = (), bridge: bool = True) -> Plan:
     """Each layer takes the blocks of the best of all that chose before it; where none reaches theta, it chooses."""
     forced = set(forced)
     source = [0]
     for j in range(1, len(overlap)):
-        choosers = [i for i, s in enumerate(source) if s == i]
-        best = max(choosers, key=lambda i: overlap[i, j])
-        source.append(j if j in forced or overlap[best, j] < theta else best)
+        first = 0 if bridge else 1 + max((i for i in forced if i < j), default=-1)
+        choosers = [i for i, s in enumerate(source) if s == i and i >= first and j not in forced]
+        best = max(choosers, key=lambda i: overlap[i, j], default=j)
+        source.append(best if overlap[best, j] >= theta else j)
     return Plan(tuple(source))
 
 
@@ -140,13 +143,10 @@ def best_smallest(overlap: Matrix, budget: int, forced: Iterable[int] = (), brid
     """At most ``budget`` resets after the first layer; the largest smallest overlap, then the largest sum.
 
     Two passes, since the pair is not additive: the largest smallest overlap first, then the largest sum with no overlap
-    below it. Without bridges the rows and columns of full layers are zero, as in the public code.
+    below it. Without bridges a full layer is always a reset, and so is the layer after it. (The public code makes their
+    overlaps zero instead, which a plan may still take where it has no better.)
     """
     forced = set(forced)
-    if not bridge:
-        overlap = overlap.copy()
-        for i in forced:
-            overlap[i, :] = overlap[:, i] = 0.0
     smallest = _within_budget(overlap, budget, forced, bridge, least=None).value[0]
     return Plan(_within_budget(overlap, budget, forced, bridge, least=smallest).source)
 
@@ -158,10 +158,10 @@ def _within_budget(overlap: Matrix, budget: int, forced: set[int], bridge: bool,
         after: dict[tuple[int, int], _State] = {}
         for (i, used), state in best.items():
             options = [(j, used + 1, 1.0)] if used < budget else []
-            if j in forced and bridge:
-                if used < budget:
+            if j in forced:
+                if used < budget and bridge:
                     options.append((i, used + 1, 1.0))
-            elif least is None or overlap[i, j] >= least:
+            elif (bridge or i not in forced) and (least is None or overlap[i, j] >= least):
                 options.append((i, used, float(overlap[i, j])))
             for source, count, gain in options:
                 value = (min(state.value[0], gain),) if least is None else (state.value[0] + gain,)
@@ -170,7 +170,8 @@ def _within_budget(overlap: Matrix, budget: int, forced: set[int], bridge: bool,
                     after[source, count] = new
         best = after
     if not best:
-        raise ValueError(f"a budget of {budget} resets does not cover the {len(forced)} layers that stay full")
+        more = "" if bridge else ", and those after them that must choose anew: use bridge_full=True, or more resets"
+        raise ValueError(f"a budget of {budget} resets does not cover the {len(forced)} layers that stay full{more}")
     return max(best.values(), key=lambda s: s.value)
 
 

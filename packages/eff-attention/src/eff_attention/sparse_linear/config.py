@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from eff_attention.settings import read_settings
+from eff_kernels.edit import Settings
 
 FeatureMap = Literal["softmax", "elu", "relu"]
 LinearScope = Literal["marginal", "noncritical", "all"]
 Selection = Literal["block", "token"]
 
-_FORMAT = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SLAConfig:
+class SLAConfig(Settings):
     """All that changes what sparse-linear attention computes.
 
     Attributes:
@@ -49,18 +45,14 @@ class SLAConfig:
     selection: Selection = "block"
     fallback: Literal["error", "sdpa"] = "error"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """See `Settings`."""
         check_shares(self.k_high, self.k_low)
         for name in ("block_q", "block_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; a block holds at least one token")
-        for name, choices in (("feature_map", FeatureMap), ("linear_scope", LinearScope), ("selection", Selection)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
         if self.selection == "token":
             self._check_token()
-        if self.fallback not in ("error", "sdpa"):
-            raise ValueError(f"fallback={self.fallback!r}; use 'error' or 'sdpa'")
         if self.protect is not None and not 0 <= self.protect[0] <= self.protect[1]:
             raise ValueError(f"protect={self.protect}; wanted (start, stop) with 0 <= start <= stop")
         if self.min_tokens < 0:
@@ -77,21 +69,6 @@ class SLAConfig:
                 f"selection='token' has no blocks; leave out block_q={self.block_q}, block_k={self.block_k} and "
                 f"smooth_k={self.smooth_k}"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
-        return {"format": _FORMAT, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SLAConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown, or the format is another.
-        """
-        values = read_settings(values, cls, _FORMAT)
-        protect = values.get("protect")
-        return cls(**{**values, "protect": None if protect is None else tuple(protect)})
 
 
 def check_shares(k_high: float, k_low: float) -> None:

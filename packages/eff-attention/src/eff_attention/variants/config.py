@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from eff_attention.settings import read_settings
+from eff_kernels.edit import Settings
 
 Kind = Literal["standard", "mlp", "approximate", "non_approximate", "rnd_emb_qk", "fixed_seq_qk", "static_emb_qk"]
 KINDS: tuple[str, ...] = get_args(Kind)
-_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionVariantConfig:
+class AttentionVariantConfig(Settings):
     """All that changes what a token mixer computes.
 
     Attributes:
@@ -41,9 +38,8 @@ class AttentionVariantConfig:
     detach_embeddings: bool = False
     chunk_size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r}; use one of {KINDS}")
+    def check(self) -> None:
+        """See `Settings`."""
         if self.max_len < 1:
             raise ValueError(f"max_len={self.max_len}; wanted at least 1")
         if self.random_std <= 0:
@@ -61,19 +57,3 @@ class AttentionVariantConfig:
         if self.kind == "rnd_emb_qk":
             return self.kind, self.random_std, self.random_seed, self.max_len
         return (self.kind, self.fixed_ids, self.max_len) if self.kind == "fixed_seq_qk" else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
-        values = dataclasses.asdict(self)
-        return {"format": _FORMAT, **values, "fixed_ids": None if self.fixed_ids is None else list(self.fixed_ids)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AttentionVariantConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown, or the format is another.
-        """
-        values = read_settings(values, cls, _FORMAT)
-        ids = values.get("fixed_ids")
-        return cls(**{**values, "fixed_ids": None if ids is None else tuple(ids)})
