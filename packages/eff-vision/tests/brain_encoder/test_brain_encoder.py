@@ -82,7 +82,7 @@ def test_padded_patches_get_no_attention():
     mask = torch.tensor([[True] * 6, [True, True, False, True, True, False]])
     out = encoder(x, (2, 3), patch_mask=mask, return_attention=True)
     torch.testing.assert_close(out.attention.sum(-1), torch.ones(2, 4, 3))
-    assert float(out.attention[1][..., ~mask[1]].abs().max()) == 0
+    assert out.attention[1][..., ~mask[1]].abs().max().item() == 0
     changed = x.clone()
     changed[1, [2, 5]] += 10
     torch.testing.assert_close(encoder(changed, (2, 3), patch_mask=mask).tokens, out.tokens)
