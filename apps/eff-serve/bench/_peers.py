@@ -8,8 +8,8 @@ import ctypes
 import importlib.util
 
 import torch
+from eff_embedded.language import smollm2_gguf
 from eff_serve.engine.decoder import PAGE, Decoder
-from eff_serve.models import embedded
 
 MOST_SEQUENCES, MOST_TOKENS = 16, 640
 
@@ -65,7 +65,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.api = api = llama_cpp
-        self.holder = api.Llama(str(embedded.gguf_file()), n_ctx=64, verbose=False)  # owns the weights
+        self.holder = api.Llama(str(smollm2_gguf()), n_ctx=64, verbose=False)  # owns the weights
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = MOST_SEQUENCES * MOST_TOKENS, MOST_SEQUENCES
         settings.n_batch = settings.n_ubatch = 512
@@ -123,7 +123,7 @@ class OpenVino:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_batched_tokens, scheduler.cache_size, scheduler.enable_prefix_caching = 512, 1, False
         self.pipe = openvino_genai.ContinuousBatchingPipeline(
-            str(embedded.gguf_file()), scheduler, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            str(smollm2_gguf()), scheduler, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         )
         self.handles, self.count = [], 0
 

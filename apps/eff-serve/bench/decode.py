@@ -11,8 +11,8 @@ from pydoc_data.topics import topics
 import eff_kernels
 import torch
 from _peers import Eff, Transformers, installed_peers
+from eff_embedded.language import smollm2_folder
 from eff_kernels.testing import Provider, Recorder, same
-from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--no-record", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    folder = embedded.folder()
+    folder = smollm2_folder()
     sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
     recorder = Recorder("decode", None if arguments.no_record else RESULTS, sources=sources)
     engines = {

@@ -33,11 +33,11 @@ from eff_attention.layer_reuse import (
     choose_blocks,
     growing_cache,
 )
+from eff_embedded.language import SMOLLM2_NAME, smollm2_folder
 from eff_kernels import decode_attention, scored_decode_attention
 from eff_kernels.testing import Provider, Recorder, same
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.reuse import LayerReuse
-from eff_serve.models import embedded
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent, Path(eff_attention.__file__).parent)
@@ -333,7 +333,7 @@ def main():
     torch.set_num_threads(options.threads)
     from transformers import AutoModelForCausalLM
 
-    options.folder = embedded.folder(progress=False)
+    options.folder = smollm2_folder(progress=False)
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16).eval()
     options.tokens, following, tokenizer = long_prompt(options.folder, options.length)
     kept = prefilled(model, options.tokens, options.cache / f"layer_reuse_{options.length}.pt")
@@ -356,7 +356,7 @@ def main():
     if not options.dry:
         path = RESULTS / f"layer_reuse_{options.what}.jsonl"
         with path.open("a") as file:
-            file.writelines(json.dumps({**row, "model": embedded.NAME, "dtype": "bfloat16"}) + "\n" for row in rows)
+            file.writelines(json.dumps({**row, "model": SMOLLM2_NAME, "dtype": "bfloat16"}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eff_serve.models import embedded
+from eff_embedded.language import smollm2_folder
 from eff_serve.models.tokenizer import Tokenizer
 
 with warnings.catch_warnings():
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of the converted SmolLM2; EFF_CACHE_DIR keeps it between sessions."""
-    return embedded.folder(progress=False)
+    return smollm2_folder(progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,11 @@ SIZES = {"block_size": 32, "top_k": 1024, "sink_tokens": 32, "recent_tokens": 64
 
 
 def measure() -> ReuseProfile:
-    from eff_serve.models import embedded
+    from eff_embedded.language import smollm2_folder
     from eff_serve.models.tokenizer import Tokenizer
     from transformers import AutoModelForCausalLM
 
-    folder = embedded.folder()
+    folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     manual, found = "\n".join(topics.values()), []
     tokenizer = Tokenizer(folder)

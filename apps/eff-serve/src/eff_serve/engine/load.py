@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from eff_attention.layer_reuse import Selector
+from eff_embedded.language import SMOLLM2_NAME, smollm2_folder
 
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
@@ -17,7 +18,6 @@ from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.engine.reuse import read_reuse
-from eff_serve.models import embedded
 from eff_serve.models.tokenizer import Tokenizer
 
 AUTO = "auto"
@@ -77,7 +77,7 @@ def load_engine(
         raise ValueError(f"quantize must be one of {AUTO}, {', '.join(FORMATS)} or None, got {quantize!r}")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
-    folder = embedded.folder(progress=progress) if model is None else find_folder(model)
+    folder = smollm2_folder(progress=progress) if model is None else find_folder(model)
     config = _config(folder, quantize)
     if quantize == AUTO:
         quantize = "int8" if isinstance(config, DecoderConfig) and config.quantization is None else None
@@ -114,7 +114,7 @@ def load_engine(
         max_batch=max_batch,
         max_waiting=max_waiting,
     )
-    name = embedded.NAME if model is None else Path(model).name if Path(model).is_dir() else model
+    name = SMOLLM2_NAME if model is None else Path(model).name if Path(model).is_dir() else model
     stored = config.quantization if isinstance(config, DecoderConfig) else None
     kind = quantize or (describe(stored) if stored else "float weights")
     weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"

@@ -1,1 +1,1 @@
-"""Where models come from: the embedded default, folders, names; and their tokenizer."""
+"""What a model folder says about text: its tokenizer and chat template."""

