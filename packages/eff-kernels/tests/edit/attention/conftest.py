@@ -158,9 +158,9 @@ def qwen2_5_vl():
     config = Qwen2_5_VLConfig(
         text_config={**TINY, "rope_parameters": rope},
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 64,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
-            "in_channels": 3,
+            "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "patch_size": 4,
+            "out_hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16,
+            "fullatt_block_indexes": [1], "in_channels": 3,
         },
         image_token_id=96, video_token_id=95, vision_start_token_id=94, vision_end_token_id=93,
     )  # fmt: skip

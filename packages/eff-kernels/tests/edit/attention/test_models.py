@@ -13,8 +13,8 @@ pytest.importorskip("diffusers")
 def oracle(call: AttentionCall) -> tuple[torch.Tensor, float]:
     """Attention in float64 as one would write it on a board, with one key head for each query head, and a tolerance.
 
-    An error of a float32 logit of size s is about 2**-24 s for each of the roundings on its way and moves a weight by that
-    share of itself.
+    An error of a float32 logit of size s is about 2**-24 s for each of the roundings on its way, and moves a weight by
+    that share of itself.
     """
     q, k, v = call.q.double(), call.k.double(), call.v.double()
     group = q.shape[1] // k.shape[1]

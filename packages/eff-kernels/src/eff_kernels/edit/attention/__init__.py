@@ -6,9 +6,16 @@
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, Part, head_indices
 from eff_kernels.edit.attention.explicit import attend_explicit, dense
-from eff_kernels.edit.attention.intercept import Found, find_attention, intercept_attention, observe_attention
+from eff_kernels.edit.attention.intercept import (
+    Found,
+    decoder_attention,
+    find_attention,
+    intercept_attention,
+    observe_attention,
+)
 from eff_kernels.edit.attention.measure import column_sums, columns, entropy, log_sum_exp, masses, rows
 from eff_kernels.edit.attention.stack import Attend, Rule
+from eff_kernels.edit.attention.tokens import Role, TokenRoles, Tokens
 
 __all__ = [
     "Attend",
@@ -17,10 +24,14 @@ __all__ = [
     "Edit",
     "Found",
     "Part",
+    "Role",
     "Rule",
+    "TokenRoles",
+    "Tokens",
     "attend_explicit",
     "column_sums",
     "columns",
+    "decoder_attention",
     "dense",
     "entropy",
     "find_attention",

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from eff_kernels.edit.attention import diffusers, sdpa, transformers
+from eff_kernels.edit.attention.follow import decoder_of, follow
 from eff_kernels.edit.attention.stack import ATTRIBUTE, Entry, Record, Rule, Stack, stack_of
 from eff_kernels.edit.handle import Handle
 from eff_kernels.edit.report import Report
 from eff_kernels.edit.select import Where, fits
 
-_NEEDS = frozenset({"weights", "lse"})
+_NEEDS = frozenset({"weights", "lse", "roles"})
 
 
 class Found(NamedTuple):
@@ -56,7 +57,8 @@ def intercept_attention(
         where: Pattern, patterns or predicate of module names (`eff_kernels.edit.fits`); by default all attention
             that `find_attention` can reach. A module that is named is taken even if nothing shows that it calls
             ``scaled_dot_product_attention``; if it does not, it raises when it runs.
-        needs: "weights" and "lse" have `AttentionOutput` carry them always.
+        needs: "weights" and "lse" have `AttentionOutput` carry them always; "roles" has the calls of decoders in
+            transformers carry `TokenRoles`.
         order: Place among several rules on one module: the lowest sees the host's call first and its result last.
         strict: Whether a module that was left out is an error.
 
@@ -123,6 +125,16 @@ def find_attention(model: nn.Module, where: Where | None = None) -> list[Found]:
     return [_found(n, m, named=False) for n, m in inner if not any(c in chosen for c in m.modules() if c is not m)]
 
 
+def decoder_attention(model: nn.Module) -> list[str]:
+    """Names of the self-attention modules of a model's language decoder, in the order of its layers.
+
+    Vision towers, encoders and cross-attention are left out.
+    """
+    modules = dict(model.named_modules())
+    found = [f for f in find_attention(model) if f.way and decoder_of(modules, f.name) is not None]
+    return [f.name for f in found if not diffusers.named_cross(f.module, f.name)]
+
+
 def _called_attention(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Attention")
 
@@ -156,6 +168,8 @@ def _put(model: nn.Module, entry: Entry, where: Where | None, strict: bool, acti
             raise ValueError(f"no attention was found to take\n{handle.report}")
         if strict:
             handle.report.raise_if_skipped()
+        if "roles" in entry.needs:
+            follow(model, [e.name for e in handle.report.changed], handle)
     except Exception:
         handle.remove()
         raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from eff_kernels.edit.attention.sdpa import recomputing
 from eff_kernels.edit.attention.stack import stack_of
 
 NAME = "eff_attention"
+ROLES = "eff_token_roles"
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _HOST = "_eff_host_config"
 
@@ -78,11 +79,14 @@ def attention(
         kwargs = {**dict(zip(("scaling", "dropout"), args, strict=False)), **kwargs}
     if kwargs.get("cache") is not None:
         raise NotImplementedError(f"{stack.name}: rules cannot see keys in a paged cache (continuous batching)")
+    step = kwargs.pop(ROLES, None)
     function = host_function(module)
     if not stack.entries:
         return function(module, query, key, value, attention_mask, **kwargs)
     flash = "flash" in str(module.config._attn_implementation_internal)
     call = _call(stack.name, stack.layer, module, query, key, value, attention_mask, kwargs, flash=flash)
+    if step is not None and not call.is_cross:
+        call = call.replace(roles=step.roles(call))
 
     def host(now: AttentionCall) -> AttentionOutput:
         changed = [n for n in _FIXED if getattr(now, n) is not getattr(call, n) and getattr(now, n) != getattr(call, n)]
@@ -234,3 +238,21 @@ def _register() -> None:
         AttentionInterface.register(NAME, attention)
         # Masks are made by the model's own config. This one is for modules that make theirs by the view: never None.
         AttentionMaskInterface.register(NAME, functools.partial(sdpa_mask, allow_is_causal_skip=False))
+
+
+def tiled_grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Lines and columns of LLaVA-NeXT's large view of a picture of ``size`` (height, width) pixels.
+
+    The view is a grid of tiles, from which the lines or columns that only hold padding are cut.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    best = select_best_resolution(tuple(size), [tuple(p) for p in config.image_grid_pinpoints])
+    height, width = (b // vision.image_size * side for b in best)
+    if size[1] / size[0] > width / height:
+        cut = (height - int(round(size[0] * (width / size[1]), 7))) // 2
+        return height - 2 * cut, width
+    cut = (width - int(round(size[1] * (height / size[0]), 7))) // 2
+    return height, width - 2 * cut
