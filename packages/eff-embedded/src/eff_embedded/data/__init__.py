@@ -1,0 +1,1 @@
+"""Data and small models from registry packages."""
