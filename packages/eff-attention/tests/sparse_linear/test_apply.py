@@ -148,12 +148,14 @@ def test_what_cannot_be_sparse_is_said(net, x):
     small = torch.randn(1, 1, 16, 8)
     for kind, error, text in (
         (CausalAttention, ValueError, "is causal"),
-        (EagerAttention, RuntimeError, "never called"),
+        (EagerAttention, RuntimeError, "did not call"),
     ):
         holder = nn.Sequential(kind())
-        with apply_sla(holder, SMALL), pytest.raises(error, match=text):
+        with apply_sla(holder, SMALL, targets="0"), pytest.raises(error, match=text):
             holder(small)
     with pytest.raises(ValueError, match="head dimension of OddAttention cannot be read"):
+        apply_sla(nn.Sequential(OddAttention()), SMALL, targets="0")
+    with pytest.raises(ValueError, match="OddAttention calls neither"):
         apply_sla(nn.Sequential(OddAttention()), SMALL)
     with pytest.raises(ValueError, match="excluded"):
         apply_sla(net, SMALL, exclude="camera_head", strict=True)
@@ -192,7 +194,7 @@ def test_what_is_saved_loads_bit_for_bit(net, x, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no sparse-linear attention"):
+    with pytest.raises(ValueError, match="holds no SLAWeights"):
         load_sla(net, tmp_path / "other.safetensors")
 
 
@@ -239,7 +241,7 @@ def test_distilling_lowers_the_error(net):
     freeze_backbone(student)
     optimizer = torch.optim.Adam(sla_parameters(student), lr=3e-2)
     with AttentionDistiller(student, net, weight=cosine(1.0, 0.5)) as distiller:
-        with pytest.raises(RuntimeError, match="have to run before"):
+        with pytest.raises(RuntimeError, match="no output of the student"):
             distiller.loss()
         losses = []
         for step in range(60):
@@ -386,3 +388,53 @@ def test_transformers_of_pictures_and_videos(make):
                 m.config = dataclasses.replace(WHOLE, **settings)
             torch.testing.assert_close(model(**inputs).sample, before, rtol=1e-4, atol=1e-4)
         assert torch.equal(model(**inputs).sample, before)
+
+
+def vision(kind, **more):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=64, patch_size=8,
+        **more,
+    )  # fmt: skip
+    return getattr(transformers, kind.replace("Config", "") + "Model")(config).eval()
+
+
+def test_autocast_takes_queries_keys_and_values_to_one_dtype():
+    """DINOv3 rotates queries and keys in float32 while autocast makes bfloat16 values."""
+    model, picture = vision("DINOv3ViT"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(picture).last_hidden_state
+        with apply_sla(model, WHOLE):
+            found = model(picture).last_hidden_state
+            assert [m.ran for _, m in sla_modules(model)] == ["sparse"]
+    assert (found - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_attention_that_no_rule_can_reach_is_skipped():
+    model, picture = vision("SiglipVision"), torch.randn(1, 3, 64, 64)
+    with apply_sla(model, SMALL) as handle, torch.no_grad():
+        skipped = [(e.name, "no rule can reach" in e.reason) for e in handle.report.skipped]
+        assert skipped == [
+            ("vision_model.head.attention" if hasattr(model, "vision_model") else "head.attention", True)
+        ]
+        assert model(picture).last_hidden_state.isfinite().all()
+        assert [m.ran for _, m in sla_modules(model)] == ["sparse"]
+
+
+def test_an_eager_host_is_sparse_too():
+    model, picture = vision("ViT", attn_implementation="eager"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(picture).last_hidden_state
+        with apply_sla(model, SMALL):
+            assert not torch.allclose(model(picture).last_hidden_state, before)
+        assert torch.equal(model(picture).last_hidden_state, before)
+
+
+def test_other_terms_of_attention_are_refused():
+    """Dropout, softcaps, sinks and biases would be lost."""
+    net = Net()
+    net.blocks[0].forward = lambda x, mask=None: F.scaled_dot_product_attention(*[x[:, None]] * 3, dropout_p=0.1)[:, 0]
+    with apply_sla(net, SMALL, targets="blocks.0"), pytest.raises(NotImplementedError, match=r"blocks.0 has dropout"):
+        net(torch.randn(1, 16, 16))

@@ -83,3 +83,15 @@ def test_a_projection_at_work_has_true_gradients():
         return torch.func.functional_call(attention, dict(zip(names, values, strict=True)), (q, k, v))
 
     assert torch.autograd.gradcheck(run, (q, k, v, *attention.parameters()), fast_mode=True)
+
+
+def test_float64_stays_float64():
+    q = torch.randn(1, 2, 64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = SparseLinearAttention(16, SLAConfig(k_high=1.0, k_low=0.0))(q, q, q)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert (found - wanted).abs().max() < 1e-13
+    layer = SparseLinearAttention(16, SLAConfig(k_high=0.5, k_low=0.0, block_q=8, block_k=8))
+    torch.nn.init.normal_(layer.proj.weight)
+    branches = layer.branches(q, q, q)
+    wanted = branches.sparse + branches.linear @ layer.proj.weight.double().mT
+    assert (layer(q, q, q) - wanted).abs().max() < 1e-13

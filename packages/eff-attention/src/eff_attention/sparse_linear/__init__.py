@@ -3,8 +3,9 @@
 The functions behind it are ops: `eff_kernels.block_map` and `eff_kernels.sparse_linear_attention`.
 """
 
+from eff_kernels.edit import cosine
+
 from eff_attention.sparse_linear.apply import (
-    SLAHandle,
     apply_sla,
     freeze_backbone,
     load_sla,
@@ -14,7 +15,7 @@ from eff_attention.sparse_linear.apply import (
 )
 from eff_attention.sparse_linear.calibrate import SLAFit, calibrate_sla
 from eff_attention.sparse_linear.config import SLAConfig
-from eff_attention.sparse_linear.distill import AttentionDistiller, cosine
+from eff_attention.sparse_linear.distill import AttentionDistiller
 from eff_attention.sparse_linear.modules import SparseLinearAttention
 from eff_attention.sparse_linear.order import tile_order
 from eff_attention.sparse_linear.token_level import token_linear_attention
@@ -23,7 +24,6 @@ __all__ = [
     "AttentionDistiller",
     "SLAConfig",
     "SLAFit",
-    "SLAHandle",
     "SparseLinearAttention",
     "apply_sla",
     "calibrate_sla",

@@ -1,38 +1,33 @@
 """Put sparse-linear attention into a model, whatever library it comes from.
 
-Every attention of transformers ("sdpa"), diffusers, timm, DINO and VGGT ends in one call of PyTorch's
-``scaled_dot_product_attention``. Inside the chosen modules `SparseLinearAttention` answers it; projections, norms
-and rotary embeddings of the host stay what they are, and so do its state_dict keys.
+A rule of `eff_kernels.edit.attention` answers the self-attention of the chosen modules; projections, norms and rotary
+embeddings of the host stay what they are, and so do its state_dict keys.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from eff_kernels import Handle, Report
-from eff_kernels.edit import Where, fits
+from eff_kernels.edit import Handle, Record, Report, Where, fits
+from eff_kernels.edit.attention import (
+    Attend,
+    AttentionCall,
+    AttentionOutput,
+    Found,
+    find_attention,
+    intercept_attention,
+)
+from eff_kernels.edit.attention.diffusers import named_cross
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from eff_attention.sparse_linear.config import SLAConfig
 from eff_attention.sparse_linear.modules import SparseLinearAttention
 
 NAME = "sla"
-_FORMAT = "eff-sla-1"
-
-
-class SLAHandle(Handle):
-    """What `apply_sla` returns: ``remove()`` gives the model back, ``report`` lists what was changed and skipped."""
-
-    def __init__(self, report: Report) -> None:
-        super().__init__()
-        self.report = report
 
 
 def apply_sla(
@@ -42,49 +37,69 @@ def apply_sla(
     targets: Where | None = None,
     exclude: Where = (),
     strict: bool = False,
-) -> SLAHandle:
+) -> Handle:
     """Let the self-attention of a model run sparse-linear.
 
-    Each chosen module gets a child ``sla`` with the projection of the linear branch, and answers its own call of
-    ``scaled_dot_product_attention`` with it. A module that makes no such call (``attn_implementation="eager"``) or has
-    a causal mask raises when it runs, since otherwise nothing would have changed.
+    Each chosen module gets a child ``sla`` with the projection of the linear branch, which answers its attention. A
+    module whose attention cannot be reached or that has a causal mask raises when it runs, since otherwise nothing
+    would have changed.
 
     Args:
         model: Any module.
         config: The settings, the same for all; `sla_modules` gives each layer's for other ones.
-        targets: Pattern, patterns or predicate of the modules; by default those whose class is called
-            "...Attention" and that hold no other such module.
+        targets: Pattern, patterns or predicate of the modules; by default all that
+            `eff_kernels.edit.attention.find_attention` reaches.
         exclude: Patterns or predicate of modules to leave, such as "camera_head.*".
         strict: Whether a skipped module is an error.
 
     Returns:
-        A handle with a report. Modules are skipped whose head dimension cannot be read or that attend to other tokens.
+        A handle with a report; ``remove()`` gives the model back. Modules are skipped whose head dimension cannot be
+        read, whose attention cannot be reached, or that attend to other tokens.
 
     Raises:
         ValueError: nothing was chosen, or a module has a child ``sla`` already.
     """
-    report = Report("apply_sla")
-    handle = SLAHandle(report)
-    for name, module in _candidates(model, targets):
-        if fits(exclude, name, module):
-            report.skip(name, "excluded")
-        elif getattr(module, "is_cross_attention", False):
-            report.skip(name, "attends to other tokens than its own")
-        elif (dim := head_dim(module)) is None:
-            report.skip(name, f"the head dimension of {type(module).__name__} cannot be read")
-        elif NAME in module._modules:
-            handle.remove()
-            raise ValueError(f"{name} has sparse-linear attention already; remove that first")
-        else:
-            _attach(handle, module, name, SparseLinearAttention(dim, config, device=_device(module)))
-            report.change(name)
+    report, chosen = Report("apply_sla"), {}
+    for found in find_attention(model, targets):
+        dim = head_dim(found.module)
+        if isinstance(found.module, SparseLinearAttention) or NAME in found.module._modules:
+            raise ValueError(f"{found.name} has sparse-linear attention already; remove that first")
+        if reason := "excluded" if fits(exclude, found.name, found.module) else _reason(found, dim):
+            report.skip(found.name, reason)
+        elif dim is not None:
+            chosen[found.name] = found.module, SparseLinearAttention(dim, config, device=_device(found.module))
+            report.change(found.name)
     if strict:
-        if report.skipped:
-            handle.remove()
         report.raise_if_skipped()
-    if not report.changed:
+    if not chosen:
         raise ValueError(f"no attention was found to change\n{report}")
+    handle = Handle(report)
+    rule = intercept_attention(model, attend_sparse, where=lambda name, module: name in chosen)
+    for host, attention in chosen.values():
+        host.add_module(NAME, attention)
+        handle.on_remove(functools.partial(host._modules.pop, NAME, None))
+    handle.on_remove(rule.remove)
     return handle
+
+
+def attend_sparse(call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:
+    """The rule: the module's own child answers."""
+    attention = call.module._modules[NAME]
+    assert isinstance(attention, SparseLinearAttention)
+    if call.causal:
+        raise ValueError(f"{call.name} is causal; sparse-linear attention is not")
+    more = {"dropout": call.dropout or None, "a softcap": call.softcap, "sinks": call.sinks, "a bias": call.bias}
+    if has := [name for name, value in more.items() if value is not None]:
+        raise NotImplementedError(f"{call.name} has {has[0]}, which sparse-linear attention has not")
+    if call.mask is None:
+        return attention(call.q, call.k, call.v, call.scale)
+    if attention.config.fallback != "sdpa":
+        raise NotImplementedError(
+            f"{call.name}: sparse-linear attention takes no attention mask; give batches without padding, or set "
+            "fallback='sdpa' to run masked calls dense"
+        )
+    attention.ran = "masked"
+    return attend(call)
 
 
 def sla_modules(model: nn.Module) -> Iterator[tuple[str, SparseLinearAttention]]:
@@ -110,47 +125,41 @@ def freeze_backbone(model: nn.Module) -> Handle:
     return handle
 
 
+@dataclass(frozen=True, slots=True)
+class SLAWeights(Record):
+    """What `save_sla` writes: settings and projections by name of the host module."""
+
+    configs: Mapping[str, SLAConfig]
+    projections: Mapping[str, Mapping[str, Tensor]]
+
+
 def save_sla(model: nn.Module, path: str | Path) -> None:
     """Write the projections and settings of all layers to one safetensors file.
 
     Raises:
         ValueError: the model has no sparse-linear attention.
     """
-    from safetensors.torch import save_file
-
     layers = dict(sla_modules(model))
     if not layers:
         raise ValueError("the model has no sparse-linear attention to save")
-    tensors = {f"{n}.{k}": t.contiguous() for n, m in layers.items() for k, t in m.state_dict().items()}
-    settings = {n: m.config.to_dict() for n, m in layers.items()}
-    save_file(tensors, path, {"format": _FORMAT, "config": json.dumps(settings)})
+    SLAWeights({n: m.config for n, m in layers.items()}, {n: m.state_dict() for n, m in layers.items()}).save(path)
 
 
-def load_sla(model: nn.Module, path: str | Path) -> SLAHandle:
+def load_sla(model: nn.Module, path: str | Path) -> Handle:
     """Apply what `save_sla` wrote to a model that has none.
 
     Raises:
         ValueError: the file is not one of `save_sla`, or its layers are not those of the model.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != _FORMAT:
-            raise ValueError(f"{path} holds no sparse-linear attention: format {meta.get('format')!r}")
-        settings = {n: SLAConfig.from_dict(c) for n, c in json.loads(meta["config"]).items()}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    missing = sorted(set(settings) - {n for n, _ in model.named_modules()})
+    held = SLAWeights.load(path)
+    missing = sorted(set(held.configs) - {n for n, _ in model.named_modules()})
     if missing:
         raise ValueError(f"the model has no modules {missing}, which {path} is for")
-    handle = apply_sla(model, targets=lambda name, module: name in settings)
+    handle = apply_sla(model, targets=lambda name, module: name in held.configs, strict=True)
     try:
-        if handle.report.skipped:
-            handle.report.raise_if_skipped()
         for name, module in sla_modules(model):
-            module.config = settings[name]
-            prefix = f"{name}."
-            module.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+            module.config = held.configs[name]
+            module.load_state_dict(held.projections[name])
     except Exception:
         handle.remove()
         raise
@@ -173,91 +182,15 @@ def head_dim(module: nn.Module) -> int | None:
     return None
 
 
-def _candidates(model: nn.Module, targets: Where | None) -> list[tuple[str, nn.Module]]:
-    named = list(model.named_modules())
-    if targets is not None:
-        return [(n, m) for n, m in named if fits(targets, n, m)]
-    found = {m: n for n, m in named if type(m).__name__.endswith("Attention") and n.rpartition(".")[2] != NAME}
-    return [(n, m) for m, n in found.items() if not any(c in found for c in m.modules() if c is not m)]
+def _reason(found: Found, dim: int | None) -> str:
+    """Why a module is skipped, or an empty text."""
+    if getattr(found.module, "is_cross_attention", False) or named_cross(found.module, found.name):
+        return "attends to other tokens than its own"
+    if not found.way:
+        return found.reason
+    return "" if dim is not None else f"the head dimension of {type(found.module).__name__} cannot be read"
 
 
 def _device(module: nn.Module) -> torch.device | None:
     first = next(module.parameters(), None)
     return None if first is None else first.device
-
-
-class _Routed:
-    """The forward of a host module: an object, so that copies and pickles of the host keep to their own weights."""
-
-    def __init__(self, host: nn.Module, name: str) -> None:
-        self.host, self.name, self.own = host, name, host.__dict__.get("forward")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.own if self.own is not None else functools.partial(type(self.host).forward, self.host)
-        attention = self.host._modules[NAME]
-        assert isinstance(attention, SparseLinearAttention)
-        route = Route(attention, self.name)
-        with route:
-            out = forward(*args, **kwargs)
-        if not route.used:
-            raise RuntimeError(
-                f"{self.name} ({type(self.host).__name__}) never called scaled_dot_product_attention, so that nothing "
-                "of it was sparse; load the model with attn_implementation='sdpa', or exclude the module"
-            )
-        return out
-
-
-def _attach(handle: Handle, host: nn.Module, name: str, attention: SparseLinearAttention) -> None:
-    routed = _Routed(host, name)
-
-    def restore() -> None:
-        if routed.own is None:
-            del host.forward
-        else:
-            host.forward = routed.own
-        del host._modules[NAME]
-
-    host.add_module(NAME, attention)
-    host.forward = routed
-    handle.on_remove(restore)
-
-
-class Route(TorchFunctionMode):
-    """Answers ``scaled_dot_product_attention`` with another attention as long as it is entered."""
-
-    def __init__(self, attention: Callable[..., Tensor], name: str) -> None:
-        super().__init__()
-        self.attention, self.name, self.used = attention, name, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.used = True
-        return self._attend(*args, **kwargs)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if is_causal:
-            raise ValueError(f"{self.name} is causal; sparse-linear attention is not")
-        if dropout_p:
-            raise NotImplementedError(f"{self.name}: sparse-linear attention has no dropout, got {dropout_p}")
-        if attn_mask is not None:
-            attention = self.attention
-            if not (isinstance(attention, SparseLinearAttention) and attention.config.fallback == "sdpa"):
-                raise NotImplementedError(
-                    f"{self.name}: sparse-linear attention takes no attention mask; give batches without padding, or "
-                    "set fallback='sdpa' to run masked calls dense"
-                )
-            attention.ran = "masked"
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, enable_gqa=enable_gqa)
-        return self.attention(query, key, value, scale)

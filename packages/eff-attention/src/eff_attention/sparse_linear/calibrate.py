@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from eff_kernels.edit import ModuleCall, calibrate
 from torch import Tensor, nn
 
-from eff_attention.sparse_linear.apply import sla_modules
-from eff_attention.sparse_linear.modules import SparseLinearAttention
+from eff_attention.sparse_linear.apply import NAME, sla_modules
+from eff_attention.sparse_linear.modules import SparseLinearAttention, alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,10 @@ class SLAFit:
 @torch.no_grad()
 def calibrate_sla(
     model: nn.Module,
-    batches: Iterable[object],
+    batches: Iterable[Any],
     *,
     ridge: float = 1e-4,
-    forward: Callable[[nn.Module, object], object] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
 ) -> list[SLAFit]:
     """Set every projection to the ridge regression from the linear branch to what the sparse branch misses.
 
@@ -59,18 +62,26 @@ def calibrate_sla(
     if not layers:
         raise ValueError("the model has no sparse-linear attention; apply_sla first")
     sums = {name: _Sums() for name in layers}
-    for name, module in layers.items():
-        module.forward = _watch(module, sums[name])  # type: ignore[method-assign]
-    try:
-        for batch in batches:
-            (forward or _call)(model, batch)
-    finally:
-        for module in layers.values():
-            del module.forward
+    look = {f"{name}.{NAME}".lstrip("."): functools.partial(_compare, s) for name, s in sums.items()}
+    calibrate(model, batches, look, run=forward)
     found = [s.solve(name, layers[name], ridge) for name, s in sums.items() if s.tokens]
     if not found:
         raise ValueError("no layer ran sparse; are all batches shorter than min_tokens?")
     return found
+
+
+def _compare(sums: _Sums, call: ModuleCall) -> Tensor | None:
+    """Note what the sparse branch misses, and put out dense attention."""
+    module, (q, k, v, *more) = call.module, call.args
+    assert isinstance(module, SparseLinearAttention)
+    if not module.is_sparse(k.size(2)):
+        return None
+    q, k, v = alike(q, k, v)
+    scale = more[0] if more else call.kwargs.get("scale")
+    dense = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    sparse, linear, _ = module.branches(q, k, v, scale)
+    sums.add(linear, dense - sparse, dense)
+    return dense
 
 
 class _Sums:
@@ -102,24 +113,3 @@ class _Sums:
         error = self.missed - 2 * (s * c).sum().item() + (s * (g @ s)).sum().item()
         size = self.dense or 1.0
         return SLAFit(name, (self.missed / size) ** 0.5, (max(error, 0.0) / size) ** 0.5, self.tokens)
-
-
-def _watch(module: SparseLinearAttention, sums: _Sums) -> Callable[..., Tensor]:
-    usual = type(module).forward
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        out = usual(module, q, k, v, scale)
-        if module.ran != "sparse":
-            return out
-        dense = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
-        sparse, linear, _ = module.branches(q, k, v, scale)
-        sums.add(linear, dense - sparse, dense)
-        return dense
-
-    return forward
-
-
-def _call(model: nn.Module, batch: object) -> object:
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

@@ -56,12 +56,20 @@ class SparseLinearAttention(nn.Module):
             raise ValueError(f"sparse-linear attention is self-attention, got {q.size(2)} queries, {k.size(2)} keys")
         if v.size(-1) != self.proj.in_features:
             raise ValueError(f"values have {v.size(-1)} features, the projection {self.proj.in_features}")
-        if k.size(2) < max(1, self.config.min_tokens):
+        if not self.is_sparse(k.size(2)):
             self.ran = "dense"
             return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
         self.ran = "sparse"
-        sparse, linear, _ = self.branches(q, k, v, scale)
-        return self.proj(linear.to(self.proj.weight.dtype)).add_(sparse).to(q.dtype)
+        q, k, v = alike(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            sparse, linear, _ = self.branches(q, k, v, scale)
+            wide = torch.promote_types(self.proj.weight.dtype, q.dtype)
+            weight, bias = self.proj.weight.to(wide), self.proj.bias.to(wide)
+            return F.linear(linear.to(wide), weight, bias).add_(sparse).to(q.dtype)
+
+    def is_sparse(self, keys: int) -> bool:
+        """Whether a call with so many keys runs sparse."""
+        return keys >= max(1, self.config.min_tokens)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> SparseLinearOutput:
         """The two branches before the projection."""
@@ -81,3 +89,11 @@ class SparseLinearAttention(nn.Module):
     def extra_repr(self) -> str:
         """Settings that a printed model shows."""
         return f"sparsity={self.sparsity:.3g}, k_low={self.config.k_low}, scope={self.config.linear_scope!r}"
+
+
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of the arguments of ``scaled_dot_product_attention``: one dtype, but for float64."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
