@@ -28,7 +28,8 @@ def _build(name, config, **more):
 
 def llava():
     return _build("LlavaForConditionalGeneration", "LlavaConfig", vision_config={**TOWER, "image_size": 16,
-        "model_type": "clip_vision_model"}, text_config={**TEXT, "model_type": "llama"}, image_token_id=IMAGE)  # fmt: skip
+        "model_type": "clip_vision_model"},
+        text_config={**TEXT, "model_type": "llama"}, image_token_id=IMAGE)  # fmt: skip
 
 
 def llava_next():

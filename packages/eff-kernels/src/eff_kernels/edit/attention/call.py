@@ -24,11 +24,17 @@ class Part:
         rows: Indices of the queries within the call, int64 [q].
         heads: Indices of the query heads, int64 [h].
         keep: Which entries are visible, bool, broadcasts to [B, h, q, Sk].
+        row_numbers: ``rows`` as Python numbers.
+        head_numbers: ``heads`` as Python numbers.
+        count: Number of queries of the whole call.
     """
 
     rows: Tensor
     heads: Tensor
     keep: Tensor
+    row_numbers: Sequence[int]
+    head_numbers: Sequence[int]
+    count: int
 
 
 EditBlock = Callable[[Tensor, Part], Tensor]

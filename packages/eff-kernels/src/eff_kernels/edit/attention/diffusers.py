@@ -6,17 +6,20 @@ holds two streams one after the other; how long each is only the arguments of th
 
 from __future__ import annotations
 
-import contextvars
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-# Text tokens at the front of what a single-stream block hands to its attention, for the time of the block's forward.
-_text_first: contextvars.ContextVar[int] = contextvars.ContextVar("eff_text_tokens")
+from eff_kernels.edit.attention.forward import Forward
 
-_IMAGE_FIRST = ("JointAttn", "PAGJointAttn", "PAGCFGJointAttn", "FusedJointAttn", "SD3")
-_TEXT_FIRST = ("Flux", "QwenDouble", "CogVideoX", "AuraFlow", "FusedAuraFlow", "Chroma", "FusedCogVideoX", "CogView4")
+# Argument by which a single-stream block tells the attention inside how many text tokens come first.
+TEXT = "eff_text_tokens"
+_CARRIER, _CARRIED_AT = "joint_attention_kwargs", 4
+
+_IMAGE_FIRST = ("JointAttn", "FusedJointAttn", "SD3IPAdapterJointAttn")
+_TEXT_FIRST = ("Flux", "QwenDouble", "AuraFlow", "FusedAuraFlow")
 
 
 def is_diffusers_attention(module: nn.Module) -> bool:
@@ -27,49 +30,53 @@ def is_diffusers_attention(module: nn.Module) -> bool:
 def single_block(names: Mapping[str, nn.Module], name: str) -> nn.Module | None:
     """The block around an attention of FLUX that gets both streams joined already, or None."""
     block = names.get(name.rpartition(".")[0])
-    joins = block is not None and "SingleTransformerBlock" in type(block).__name__
-    return block if joins and getattr(names[name], "added_kv_proj_dim", None) is None else None
+    if block is None or "SingleTransformerBlock" not in type(block).__name__:
+        return None
+    order = list(inspect.signature(type(block).forward).parameters)[1:]
+    if order[1:2] != ["encoder_hidden_states"] or order[_CARRIED_AT : _CARRIED_AT + 1] != [_CARRIER]:
+        return None
+    return block if getattr(names[name], "added_kv_proj_dim", None) is None else None
 
 
-class SingleBlock:
+class SingleBlock(Forward):
     """Forward of a single-stream block that lets the attention inside know where the text ends."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block, self.own = block, block.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
-        forward = self.own if self.own is not None else type(self.block).forward.__get__(self.block)
         text = _argument(args, kwargs, 1, "encoder_hidden_states")
-        if text is None:
-            return forward(*args, **kwargs)
-        token = _text_first.set(text.shape[1])
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            _text_first.reset(token)
+        given = _argument(args, kwargs, _CARRIED_AT, _CARRIER) or {}
+        more = given if text is None else {**given, TEXT: text.shape[1]}
+        if len(args) > _CARRIED_AT:
+            return self.plain(*args[:_CARRIED_AT], more, *args[_CARRIED_AT + 1 :], **kwargs)
+        return self.plain(*args, **{**kwargs, _CARRIER: more})
 
 
 def describe(
     module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[bool, Mapping[str, slice] | None]:
-    """Whether a call of a module is cross-attention, and its streams if it is joint."""
+) -> tuple[bool, Mapping[str, slice] | None, int | None]:
+    """Whether a module attends to another sequence, its streams if it joins two, and their common length."""
     if not is_diffusers_attention(module):
-        return named_cross(module, name), None
+        return named_cross(module, name), None, None
     hidden = _argument(args, kwargs, 0, "hidden_states")
     other = _argument(args, kwargs, 1, "encoder_hidden_states")
-    processor = type(getattr(module, "processor", None)).__name__
-    joint = getattr(module, "added_kv_proj_dim", None) is not None
     if other is None:
-        return False, _single(hidden)
-    if not joint:
-        return True, None
+        border, length = kwargs.get(TEXT), hidden.shape[1]
+        return False, None if border is None else _two("text", border, "image", length), length
+    if hidden.dim() != 3:
+        return True, None, None
     image, text = hidden.shape[1], other.shape[1]
-    if processor.startswith(_IMAGE_FIRST):
-        return False, {"image": slice(0, image), "text": slice(image, image + text)}
-    if processor.startswith(_TEXT_FIRST):
-        return False, {"text": slice(0, text), "image": slice(text, text + image)}
-    return False, None
+    processor = type(getattr(module, "processor", None)).__name__
+    streams = None
+    if getattr(module, "added_kv_proj_dim", None) is not None:
+        if processor.startswith(_IMAGE_FIRST):
+            streams = _two("image", image, "text", image + text)
+        elif processor.startswith(_TEXT_FIRST):
+            streams = _two("text", text, "image", image + text)
+    return True, streams, image + text
+
+
+def _two(first: str, border: int, second: str, end: int) -> Mapping[str, slice]:
+    return {first: slice(0, border), second: slice(border, end)}
 
 
 def named_cross(module: nn.Module, name: str) -> bool:
@@ -80,13 +87,6 @@ def named_cross(module: nn.Module, name: str) -> bool:
     last = (name.rpartition(".")[2] or "").lower()
     near = ".".join(name.split(".")[-2:]).lower()
     return "cross" in near or "cross" in type(module).__name__.lower() or last in ("encoder_attn", "encdecattention")
-
-
-def _single(hidden: Tensor) -> Mapping[str, slice] | None:
-    text = _text_first.get(None)
-    if text is None or hidden.dim() != 3:
-        return None
-    return {"text": slice(0, text), "image": slice(text, hidden.shape[1])}
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:

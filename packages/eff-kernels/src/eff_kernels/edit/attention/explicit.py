@@ -45,13 +45,14 @@ def attend_explicit(
     if edit_logits is not None or edit_weights is not None:
         call = call.edited(logits=edit_logits, weights=edit_weights)
     chosen = None if heads is None else head_indices(heads, call.num_heads)
-    value = _of_heads(call.v.to(_precise(call)), chosen, call.num_heads)
+    dtype = call.dtype  # read where autocast is still on
+    value = _of_heads(call.v.to(dtype).to(_precise(call)), chosen, call.num_heads)
     outs, maps, sums = [], [], []
     for part, block in logits(call, chosen, rows):
         prob = softmax(call, part, block)
         kept = F.dropout(prob, call.dropout) if call.dropout else prob
         with _no_autocast(call):
-            outs.append(_mix(kept, value).to(call.dtype))
+            outs.append(_mix(kept, value).to(dtype))
         if weights:
             maps.append(prob)
         if lse:
@@ -83,7 +84,7 @@ def logits(
             if call.softcap is not None:
                 block = call.softcap * torch.tanh(block / call.softcap)
             block = block + _pick(call.additive_mask(line), heads).to(block.dtype)
-        part = Part(line, which, _pick(keep, heads))
+        part = Part(line, which, _pick(keep, heads), at, range(width) if heads is None else heads, call.num_queries)
         for edit in call.edits:
             if edit.logits is not None:
                 block = _edited(block, part, edit, edit.logits).masked_fill(~part.keep, -torch.inf)
@@ -168,22 +169,20 @@ def _pick(mask: Tensor, heads: tuple[int, ...] | None) -> Tensor:
 
 def _edited(block: Tensor, part: Part, edit: Edit, change: EditBlock) -> Tensor:
     """A block with the heads and rows of an edit changed; the rest is the same numbers."""
-    heads = part.heads if edit.heads is None else _common(part.heads, torch.tensor(edit.heads, device=block.device))
-    rows = part.rows
-    if edit.rows is not None:
-        begin, end, _ = edit.rows.indices(2**62)
-        rows = rows[(rows >= begin) & (rows < end)] if edit.rows.step in (None, 1) else rows
-    if heads.shape == part.heads.shape and rows.shape == part.rows.shape:
+    span = None if edit.rows is None else range(*edit.rows.indices(part.count))
+    h = [i for i, head in enumerate(part.head_numbers) if edit.heads is None or head in edit.heads]
+    r = [i for i, row in enumerate(part.row_numbers) if span is None or row in span]
+    if len(h) == len(part.head_numbers) and len(r) == len(part.row_numbers):
         return _checked(change(block, part), block)
-    if not heads.numel() or not rows.numel():
+    if not h or not r:
         return block
-    h, r = (torch.isin(whole, some).nonzero()[:, 0] for whole, some in ((part.heads, heads), (part.rows, rows)))
+    old = block[:, h][:, :, r]
+    numbers = [part.row_numbers[i] for i in r], [part.head_numbers[i] for i in h]
     keep = part.keep if part.keep.shape[1] == 1 else part.keep[:, h]
     keep = keep if keep.shape[2] == 1 else keep[:, :, r]
-    old = block[:, h][:, :, r]
-    new = _checked(change(old, Part(rows, heads, keep)), old)
+    new = _checked(change(old, Part(part.rows[r], part.heads[h], keep, *numbers, part.count)), old)
     out = block.clone()
-    out[:, h[:, None], r] = new
+    out[:, torch.tensor(h, device=block.device)[:, None], torch.tensor(r, device=block.device)] = new
     return out
 
 
@@ -192,10 +191,6 @@ def _checked(new: Tensor, old: Tensor) -> Tensor:
         got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise ValueError(f"an edit of attention must return a tensor of the shape it got, {list(old.shape)}, not {got}")
     return new.to(old.dtype)
-
-
-def _common(whole: Tensor, some: Tensor) -> Tensor:
-    return whole[torch.isin(whole, some)]
 
 
 def _join(blocks: list[Tensor]) -> Tensor:

@@ -54,9 +54,8 @@ def intercept_attention(
     Args:
         model: Any module: of transformers, diffusers, timm, or one's own.
         rule: The rule.
-        where: Pattern, patterns or predicate of module names (`eff_kernels.edit.fits`); by default all attention
-            that `find_attention` can reach. A module that is named is taken even if nothing shows that it calls
-            ``scaled_dot_product_attention``; if it does not, it raises when it runs.
+        where: Pattern, patterns or predicate of module names (`eff_kernels.edit.fits`), see `find_attention`; by
+            default all attention that can be reached.
         needs: "weights" and "lse" have `AttentionOutput` carry them always; "roles" has the calls of decoders in
             transformers carry `TokenRoles`.
         order: Place among several rules on one module: the lowest sees the host's call first and its result last.
@@ -114,15 +113,26 @@ def find_attention(model: nn.Module, where: Where | None = None) -> list[Found]:
     """The attention modules of a model in its order, each with the way to reach it or the reason why there is none.
 
     Without ``where`` these are the modules that go through transformers' interface, those of diffusers, and otherwise
-    those whose class is called "...Attention" and that hold no other one.
+    those whose class is called "...Attention" and that hold no other one. With ``where`` they are those of them that
+    fit, and modules that it names without wildcards; if there is none, all modules that fit. These are taken even if
+    nothing shows that they call ``scaled_dot_product_attention``, and raise when they run if they do not.
     """
     named = list(model.named_modules())
-    if where is not None:
-        return [_found(n, m, named=True) for n, m in named if fits(where, n, m)]
     known = {m for _, m in named if transformers.goes_through_interface(m) or diffusers.is_diffusers_attention(m)}
     chosen = known | {m for _, m in named if _called_attention(m) and not any(c in known for c in m.modules())}
-    inner = [(n, m) for n, m in named if m in chosen]
-    return [_found(n, m, named=False) for n, m in inner if not any(c in chosen for c in m.modules() if c is not m)]
+    chosen = {m for m in chosen if not any(c in chosen for c in m.modules() if c is not m)}
+    if where is None:
+        return [_found(n, m, named=False) for n, m in named if m in chosen]
+    fitting = [(n, m) for n, m in named if fits(where, n, m)]
+    exact = {m for n, m in fitting if _by_name(where, n)}
+    some = [(n, m) for n, m in fitting if m in chosen or m in exact] or fitting
+    return [_found(n, m, named=True) for n, m in some]
+
+
+def _by_name(where: Where, name: str) -> bool:
+    """Whether a pattern without wildcards names a module."""
+    patterns = () if callable(where) else [where] if isinstance(where, str) else where
+    return any(name == p or name.endswith("." + p) for p in patterns)
 
 
 def decoder_attention(model: nn.Module) -> list[str]:
@@ -139,11 +149,11 @@ def _called_attention(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Attention")
 
 
-def _found(name: str, module: nn.Module, *, named: bool) -> Found:
+def _found(name: str, module: Any, *, named: bool) -> Found:
     kind: Any = type(module)
     if transformers.goes_through_interface(module):
         try:
-            transformers.host_function(module)
+            transformers.Host(kind).function(module.config._attn_implementation_internal)
         except ValueError as error:
             return Found(name, module, "", str(error))
         return Found(name, module, "transformers")
@@ -181,7 +191,7 @@ def _enter(handle: Handle, names: dict[str, nn.Module], name: str, module: nn.Mo
     if stack is None:
         stack = Stack(name, _layer(name, module))
         stack.add(entry)
-        (transformers if way == "transformers" else sdpa).attach(module)
+        (transformers if way == "transformers" else sdpa).attach(module, stack)
         setattr(module, ATTRIBUTE, stack)
         if (block := diffusers.single_block(names, name)) is not None:
             block.forward = diffusers.SingleBlock(block)
@@ -195,8 +205,8 @@ def _leave(module: Any, way: str, stack: Stack, entry: Entry, block: Any) -> Non
     if stack.entries or stack_of(module) is not stack:
         return
     (transformers if way == "transformers" else sdpa).detach(module)
-    if block is not None and isinstance(own := block.__dict__.get("forward"), diffusers.SingleBlock):
-        block.__dict__.pop("forward") if own.own is None else setattr(block, "forward", own.own)
+    if block is not None:
+        diffusers.SingleBlock.restore(block)
     delattr(module, ATTRIBUTE)
 
 

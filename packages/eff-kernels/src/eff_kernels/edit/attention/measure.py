@@ -67,7 +67,7 @@ def column_sums(call: AttentionCall, heads: Heads = None, q_index: slice | None 
 
 
 def entropy(call: AttentionCall, heads: Heads = None, q_index: slice | None = None) -> Tensor:
-    """Entropy of each query's distribution over keys in nats, [B, h, Sq], as log-sum-exp minus the mean logit.
+    """Entropy of each query's distribution over keys in nats, [B, h, Sq]: the mean of log-sum-exp - logit.
 
     A learnt sink is no key: the distribution is that of the keys among themselves. Edits of weights are not looked
     at, edits of logits are. A query that sees nothing has 0.
@@ -76,11 +76,10 @@ def entropy(call: AttentionCall, heads: Heads = None, q_index: slice | None = No
     for part, block in logits(call, _heads(call, heads), q_index):
         keys = block[..., : call.num_keys]
         lse = log_sum_exp_of(call, part, keys)
-        seen = keys > -torch.inf
+        top, seen = torch.where(lse > -torch.inf, lse, 0.0)[..., None], keys > -torch.inf
         safe = torch.where(seen, keys, 0.0)
-        prob = torch.where(seen, (safe - torch.where(lse > -torch.inf, lse, 0.0)[..., None]).exp(), 0.0)
-        total = torch.where(lse > -torch.inf, lse, 0.0) - (prob * safe).sum(-1)
-        blocks.append(total.clamp_min(0.0))
+        prob = torch.where(seen, (safe - top).exp(), 0.0)
+        blocks.append((prob * (top - safe)).sum(-1))
     return torch.cat(blocks, 2)
 
 

@@ -17,36 +17,43 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput
-from eff_kernels.edit.attention.diffusers import describe
+from eff_kernels.edit.attention.diffusers import TEXT, describe
 from eff_kernels.edit.attention.explicit import dense
+from eff_kernels.edit.attention.forward import Forward
 from eff_kernels.edit.attention.stack import Stack, stack_of
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the arguments of a module tell about its attention."""
+    """What the arguments of a module tell about its attention.
 
-    is_cross: bool = False
-    streams: Mapping[str, slice] | None = None
+    Attributes:
+        is_cross: Whether it attends to another sequence, unless it joins the two.
+        streams: Its streams if it joins two.
+        length: How long the two are together.
+    """
+
+    is_cross: bool
+    streams: Mapping[str, slice] | None
+    length: int | None
 
 
-class Routed:
-    """The forward of a module with rules: an object, so that copies and pickles of the module keep to themselves."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.own = module, module.__dict__.get("forward")
+class Routed(Forward):
+    """The forward of a module with rules."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with its attention routed through its stack."""
         module = self.module
-        forward = self.own if self.own is not None else functools.partial(type(module).forward, module)
         stack = stack_of(module)
-        if stack is None or not stack.entries:
-            return forward(*args, **kwargs)
-        is_cross, streams = describe(module, stack.name, args, kwargs)
-        route = Route(module, stack, Setting(is_cross, streams))
+        if stack is None:
+            return self.plain(*args, **kwargs)
+        setting = Setting(*describe(module, stack.name, args, kwargs))
+        kwargs.pop(TEXT, None)
+        if not stack.entries:
+            return self.plain(*args, **kwargs)
+        route = Route(module, stack, setting)
         with route:
-            out = forward(*args, **kwargs)
+            out = self.plain(*args, **kwargs)
         if not route.used:
             raise RuntimeError(
                 f"{stack.name} ({type(module).__name__}) did not call scaled_dot_product_attention, so that its "
@@ -56,19 +63,14 @@ class Routed:
         return out
 
 
-def attach(module: nn.Module) -> None:
+def attach(module: nn.Module, stack: Stack) -> None:
     """Let a module's forward go through its stack."""
     module.forward = Routed(module)
 
 
 def detach(module: nn.Module) -> None:
-    """Give a module its forward back; one that was wrapped again since keeps a forward that passes everything on."""
-    routed = module.__dict__.get("forward")
-    if isinstance(routed, Routed):
-        if routed.own is None:
-            del module.forward
-        else:
-            module.forward = routed.own
+    """Give a module its forward back."""
+    Routed.restore(module)
 
 
 class Route(TorchFunctionMode):
@@ -96,8 +98,11 @@ class Route(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        lead = query.shape[:-3]
+        lead = query.shape[:-3] if query.dim() > 4 else query.shape[:-2]
         q, k, v, mask = _four(self.stack.name, query, key, value, attn_mask)
+        # A module may call more than once, such as for the keys of an adapter: its streams are those of the joint call.
+        streams = self.setting.streams
+        joined = q.shape[2] == k.shape[2] == self.setting.length
         call = AttentionCall(
             module=self.module,
             name=self.stack.name,
@@ -109,8 +114,8 @@ class Route(TorchFunctionMode):
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             causal=is_causal,
             dropout=dropout_p,
-            is_cross=self.setting.is_cross,
-            streams=self.setting.streams,
+            is_cross=self.setting.is_cross and not joined,
+            streams=streams if joined else None,
             recomputed=recomputing(),
         )
 
@@ -118,17 +123,15 @@ class Route(TorchFunctionMode):
             kept = all(getattr(now, n) is getattr(call, n) for n in ("mask", "softcap", "sinks", "bias", "window"))
             if not kept or now.causal != call.causal or now.offset != call.offset or _heads(now) != _heads(call):
                 return dense(now)
-            return AttentionOutput(
-                F.scaled_dot_product_attention(
-                    now.q, now.k, now.v, attn_mask if query.dim() == 4 else mask, now.dropout, is_causal,
-                    scale=scale if now.scale == call.scale else now.scale, enable_gqa=enable_gqa,
-                )
-            )  # fmt: skip
+            # Calls of another rank take other kernels, so what was not changed goes as it came.
+            own = now.q is q and now.k is k and now.v is v
+            tensors = (query, key, value, attn_mask) if own else (now.q, now.k, now.v, mask)
+            factor = scale if now.scale == call.scale else now.scale
+            out = F.scaled_dot_product_attention(*tensors, now.dropout, is_causal, scale=factor, enable_gqa=enable_gqa)
+            return AttentionOutput(_four_of(out) if own else out)
 
         out = self.stack.run(call, host).out
-        if query.dim() == 4:
-            return out
-        return out[0, 0] if query.dim() == 2 else out[:, 0] if query.dim() == 3 else out.unflatten(0, lead)
+        return out if query.dim() == 4 else out.reshape(*lead, *out.shape[-3:] if query.dim() > 4 else out.shape[-2:])
 
 
 def recomputing() -> bool:
@@ -150,11 +153,11 @@ def _four(
         return query, key, value, mask
     if mask is not None and mask.dim() > 2:
         raise NotImplementedError(f"{name}: a mask {list(mask.shape)} for queries {list(query.shape)} cannot be read")
-    if query.dim() < 4:
-        q, k, v = (t.reshape(-1, 1, *t.shape[-2:]) for t in (query, key, value))
-    else:
-        q, k, v = (t.flatten(0, -4) for t in (query, key, value))
-    return q, k, v, None if mask is None else mask[None, None]
+    return _four_of(query), _four_of(key), _four_of(value), None if mask is None else mask[None, None]
+
+
+def _four_of(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x.flatten(0, -4) if x.dim() > 4 else x.reshape(-1, 1, *x.shape[-2:])
 
 
 @functools.cache

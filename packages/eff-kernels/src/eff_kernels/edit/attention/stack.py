@@ -54,6 +54,7 @@ class Stack:
     def __init__(self, name: str, layer: int | None) -> None:
         self.name, self.layer = name, layer
         self.entries: tuple[Entry, ...] = ()
+        self.host: Any = None
 
     def add(self, entry: Entry) -> None:
         """Put a rule in.
@@ -77,9 +78,7 @@ class Stack:
 
     def run(self, call: AttentionCall, host: Host) -> AttentionOutput:
         """Send a call through all rules."""
-        entries = self.entries
-        needs = frozenset[str]().union(*(e.needs for e in entries))
-        return Attend(entries, 0, host, needs)(call)
+        return Attend(self.entries, 0, host)(call)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "entries": tuple(e for e in self.entries if not e.observes)}
@@ -88,17 +87,17 @@ class Stack:
 class Attend:
     """What a rule calls to have the call answered: by the next rule inside, at last by the host's own attention."""
 
-    def __init__(self, entries: tuple[Entry, ...], level: int, host: Host, needs: frozenset[str]) -> None:
-        self._entries, self._level, self._host, self._needs = entries, level, host, needs
+    def __init__(self, entries: tuple[Entry, ...], level: int, host: Host) -> None:
+        self._entries, self._level, self._host = entries, level, host
         self._used = False
 
     def __call__(self, call: AttentionCall) -> AttentionOutput:
         """Answer a call, changed or not."""
         self._used = True
         if self._level == len(self._entries):
-            return _innermost(call, self._host, self._needs)
+            return _innermost(call, self._host, self._entries)
         entry = self._entries[self._level]
-        inner = Attend(self._entries, self._level + 1, self._host, self._needs)
+        inner = Attend(self._entries, self._level + 1, self._host)
         if entry.observes:
             return _observe(entry, call, inner(call))
         result = entry.rule(call, inner)
@@ -133,13 +132,16 @@ def _observe(entry: Entry, call: AttentionCall, output: AttentionOutput) -> Atte
     return output
 
 
-def _innermost(call: AttentionCall, host: Host, needs: frozenset[str]) -> AttentionOutput:
+def _innermost(call: AttentionCall, host: Host, entries: tuple[Entry, ...]) -> AttentionOutput:
     """The host's attention, and where there are edits the explicit one for the heads and rows they are for."""
     output = _edited(call, host) if call.edits else host(call)
-    missing = {n for n in ("weights", "lse") if n in needs and getattr(output, n) is None}
-    if missing:
-        extra = attend_explicit(call, weights="weights" in missing, lse="lse" in missing)
-        output = output.replace(**{n: getattr(extra, n) for n in missing})
+    weights = output.weights is None and any("weights" in e.needs for e in entries)
+    lse = output.lse is None and any("lse" in e.needs for e in entries)
+    if weights or lse:
+        extra = attend_explicit(call, weights=weights, lse=lse)
+        output = AttentionOutput(
+            output.out, extra.weights if weights else output.weights, extra.lse if lse else output.lse
+        )
     return output
 
 

@@ -20,7 +20,7 @@ from eff_kernels.edit.attention.diffusers import named_cross
 from eff_kernels.edit.attention.explicit import dense
 from eff_kernels.edit.attention.masks import is_partial
 from eff_kernels.edit.attention.sdpa import recomputing
-from eff_kernels.edit.attention.stack import stack_of
+from eff_kernels.edit.attention.stack import Stack, stack_of
 
 NAME = "eff_attention"
 ROLES = "eff_token_roles"
@@ -35,37 +35,51 @@ def goes_through_interface(module: nn.Module) -> bool:
     )
 
 
-def attach(module: Any) -> None:
+class Host:
+    """Where a class of attention modules finds the functions that the host's implementations are.
+
+    Raises:
+        ValueError: the class does not ask the registry.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        found = _uses(kind)
+        if found is None:
+            raise ValueError(f"{kind.__name__} does not take its attention from transformers' registry")
+        self.kind, self.registry = kind, found.__globals__[_REGISTRY]
+        self.eager = found.__globals__.get(_eager_name(found))
+
+    def function(self, chosen: str | None) -> Callable[..., Any]:
+        """The attention function of an implementation.
+
+        Raises:
+            ValueError: it is "eager", and the file of the class has no such function.
+        """
+        if chosen is not None and chosen != "eager":
+            return self.registry.get_interface(chosen, self.eager)
+        if self.eager is None:
+            raise ValueError(f"{self.kind.__name__} has no eager attention function to be called in its place")
+        return self.eager
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Host, (self.kind,)
+
+
+def attach(module: Any, stack: Stack) -> None:
     """Let a module ask for our name.
 
     Raises:
         ValueError: the host's implementation cannot be called from outside.
     """
     _register()
-    host_function(module)
+    stack.host = Host(type(module))
+    stack.host.function(module.config._attn_implementation_internal)
     module.config = view_of(module.config, _branches(_class(module)))
 
 
 def detach(module: Any) -> None:
     """Give a module its config back."""
     module.config = getattr(module.config, _HOST, module.config)
-
-
-def host_function(module: Any) -> Callable[..., Any]:
-    """The attention function that the host's own config names.
-
-    Raises:
-        ValueError: it is "eager", and the module's file has no such function.
-    """
-    chosen = module.config._attn_implementation_internal
-    found = _uses(_class(module))
-    assert found is not None
-    function = found.__globals__.get(_eager_name(found))
-    if chosen in (None, "eager"):
-        if function is None:
-            raise ValueError(f"{type(module).__name__} has no eager attention function to be called in its place")
-        return function
-    return found.__globals__[_REGISTRY].get_interface(chosen, function)
 
 
 def attention(
@@ -80,7 +94,7 @@ def attention(
     if kwargs.get("cache") is not None:
         raise NotImplementedError(f"{stack.name}: rules cannot see keys in a paged cache (continuous batching)")
     step = kwargs.pop(ROLES, None)
-    function = host_function(module)
+    function = stack.host.function(module.config._attn_implementation_internal)
     if not stack.entries:
         return function(module, query, key, value, attention_mask, **kwargs)
     flash = "flash" in str(module.config._attn_implementation_internal)
