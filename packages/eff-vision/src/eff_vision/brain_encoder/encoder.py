@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eff_vision.brain_encoder.config import RoiQueryConfig
-from eff_vision.brain_encoder.position import sine_position
 from eff_vision.brain_encoder.rois import RoiMasks
+from eff_vision.positions import sine_position
 
 
 class EncoderOutput(NamedTuple):

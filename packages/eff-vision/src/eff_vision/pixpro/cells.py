@@ -1,8 +1,8 @@
 """Which cells of two crops show the same place.
 
-A crop is ``(x0, y0, x1, y1)``: its left, upper, right and lower edges in the picture, as shares of its width and height. A
-flipped crop has x0 > x1. Edges, not pixel centres: the official code counts to the last pixel's index, which leaves every
-cell half a pixel off.
+A crop is ``(x0, y0, x1, y1)``: its left, upper, right and lower edges in the picture, as shares of its width and
+height. A flipped crop has x0 > x1. Edges, not pixel centres: the official code counts to the last pixel's index, which
+leaves every cell half a pixel off.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from eff_vision.brain_encoder.backbone import find_blocks
+from eff_vision.backbones import find_blocks
 
 
 class CnnCells(nn.Module):
