@@ -19,6 +19,7 @@ class Model:
 
     Attributes:
         model: Folder in transformers' layout or name on the hub; by default the embedded SmolLM2-135M-Instruct.
+            smollm2-eyes is that model with eyes, for questions about pictures.
         quantize: Weights of the projections: int8 (LLM.int8()), nvfp4, mxfp4, fp8, or none: as in the checkpoint. By
             default a quantised folder as it is, and float weights to int8.
         threshold: Magnitude from which activations bypass int8; 0 switches that off. By default 6, or what an int8

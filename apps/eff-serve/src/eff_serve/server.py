@@ -30,8 +30,9 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
         api_keys=keys,
         hosts=LOOPBACK_HOSTS if config.host in LOOPBACK_HOSTS and not keys else None,
         cors_origins=tuple(config.cors_origins),
+        max_body_bytes=(4 if loaded.eyes is None else 24) * 2**20,
     )
-    app = create_app(loaded.engine, ServedTokenizer(loaded.tokenizer, eos), settings)
+    app = create_app(loaded.engine, ServedTokenizer(loaded.tokenizer, eos), settings, loaded.eyes)
     server = DrainingServer(
         app,
         host=config.host,

@@ -86,7 +86,7 @@ class FakeEngine:
         self.submitted = []
         self.streams = []
 
-    def submit(self, prompt, sampling):
+    def submit(self, prompt, sampling, pictures=None):
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append((prompt, sampling))

@@ -90,7 +90,7 @@ BAD_CHAT = [
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]}, "messages[0].tool_calls"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),

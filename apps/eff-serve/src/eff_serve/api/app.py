@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from eff_serve.api import chat, completions, page, system, tokens
+from eff_serve.api.pictures import Eyes
 from eff_serve.api.serving import Serving
 from eff_serve.api.settings import Settings
 from eff_serve.api.tokenizer import Tokenizer
@@ -18,16 +19,19 @@ from eff_serve.engine.types import Engine
 _OPEN = ("/health", "/version", "/openapi.json", "/", "/static/")
 
 
-def create_app(engine: Engine | None, tokenizer: Tokenizer | None, settings: Settings) -> FastAPI:
+def create_app(
+    engine: Engine | None, tokenizer: Tokenizer | None, settings: Settings, eyes: Eyes | None = None
+) -> FastAPI:
     """Make the HTTP app of a model.
 
     Args:
         engine: Started engine; None while it loads (`Serving.ready` hands it in later, as ``app.state.serving``).
         tokenizer: The model's tokenizer, or None like the engine.
         settings: Names, keys, limits.
+        eyes: What the model sees with; None for a model that reads text only.
     """
     app = FastAPI(title="eff-serve", version=metadata.version("eff-serve"), docs_url=None, redoc_url=None)
-    app.state.serving = Serving(engine, tokenizer, settings)
+    app.state.serving = Serving(engine, tokenizer, settings, eyes)
     app.state.limits = BodyLimits(
         max_bytes=settings.max_body_bytes, max_seconds=settings.body_timeout, max_depth=settings.max_json_depth
     )

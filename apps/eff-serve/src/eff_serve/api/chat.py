@@ -9,6 +9,7 @@ from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from eff_serve.api import pictures
 from eff_serve.api.answer import Answer, Frame, assembler_for, includes_usage, respond
 from eff_serve.api.documented import json_or_events
 from eff_serve.api.generation import EndReason, Generation, Job, Piece
@@ -41,6 +42,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     n = body.n or 1
     if n > serving.settings.max_sequences:
         raise bad_request(f"n={n} is more than the {serving.settings.max_sequences} that this server allows", "n")
+    pictures.check(body.messages, serving.eyes)
     prompt = await asyncio.to_thread(chat_prompt, tokenizer, body)
     limit = token_limit(len(prompt), body.limit, engine.max_model_len, "messages")
     sampling = await sampling_for(
@@ -51,7 +53,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         vocab_size=tokenizer.vocab_size,
     )
     frame = Frame.of(request, serving, "chatcmpl-", body.request_id)
-    jobs = [Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body)) for i in range(n)]
+    seen = await pictures.look(body.messages, prompt, serving.eyes)
+    jobs = [Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body), seen) for i in range(n)]
     generation = Generation(
         serving, jobs, prompt_tokens=len(prompt), request_id=frame.id, arrival=frame.arrival, user=body.user
     )

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from eff_http import ApiError, bad_request, internal_error, retry_later
 
@@ -38,11 +38,12 @@ Emit = Callable[[Piece], Awaitable[None]]
 
 @dataclass(slots=True)
 class Job:
-    """A sequence to generate: a prompt, how to sample, and what makes text of the tokens."""
+    """A sequence to generate: a prompt, how to sample, what makes text of the tokens, and what the pictures show."""
 
     prompt: list[int]
     sampling: Sampling
     text: TextAssembler
+    pictures: Any = None
 
 
 @dataclass(slots=True)
@@ -136,7 +137,7 @@ class Generation:
         self.choices: list[Choice] = []
         try:
             for index, job in enumerate(jobs):
-                stream = serving.engine.submit(job.prompt, job.sampling)
+                stream = serving.engine.submit(job.prompt, job.sampling, job.pictures)
                 metrics = serving.metrics.sequence(arrival, len(job.prompt))
                 self.choices.append(Choice(index, job, stream, metrics))
         except QueueFullError as error:

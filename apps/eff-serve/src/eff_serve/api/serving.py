@@ -7,6 +7,7 @@ from typing import Literal
 from eff_http import ApiError, retry_later
 
 from eff_serve.api.metrics import Metrics
+from eff_serve.api.pictures import Eyes
 from eff_serve.api.settings import Settings
 from eff_serve.api.tokenizer import Tokenizer
 from eff_serve.engine.types import Engine, EngineStats
@@ -15,20 +16,23 @@ State = Literal["loading", "ready", "draining", "failed"]
 
 
 class Serving:
-    """Engine, tokenizer, settings and metrics of one app. An app without an engine is loading."""
+    """Engine, tokenizer, eyes, settings and metrics of one app. An app without an engine is loading."""
 
-    def __init__(self, engine: Engine | None, tokenizer: Tokenizer | None, settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine | None, tokenizer: Tokenizer | None, settings: Settings, eyes: Eyes | None = None
+    ) -> None:
         self.settings = settings
+        self.eyes: Eyes | None = None
         self.metrics = Metrics(settings.model_id, self._stats)
         self.state: State = "loading"
         self._engine: Engine | None = None
         self._tokenizer: Tokenizer | None = None
         if engine is not None and tokenizer is not None:
-            self.ready(engine, tokenizer)
+            self.ready(engine, tokenizer, eyes)
 
-    def ready(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        """Begin to take requests; the engine has been started."""
-        self._engine, self._tokenizer = engine, tokenizer
+    def ready(self, engine: Engine, tokenizer: Tokenizer, eyes: Eyes | None = None) -> None:
+        """Begin to take requests; the engine has been started. Without eyes the model reads text only."""
+        self._engine, self._tokenizer, self.eyes = engine, tokenizer, eyes
         self.metrics.model_loaded(engine.max_model_len)
         if self.state == "loading":
             self.state = "ready"

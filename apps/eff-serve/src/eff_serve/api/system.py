@@ -16,7 +16,12 @@ router = APIRouter(tags=["system"])
 
 def _card(serving: Serving) -> ModelCard:
     settings = serving.settings
-    return ModelCard(id=settings.model_id, created=settings.created, max_model_len=serving.engine.max_model_len)
+    return ModelCard(
+        id=settings.model_id,
+        created=settings.created,
+        max_model_len=serving.engine.max_model_len,
+        input_modalities=["text"] if serving.eyes is None else ["text", "image"],
+    )
 
 
 @router.get("/v1/models", responses=errors(401, 503))

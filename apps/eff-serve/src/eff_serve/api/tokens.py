@@ -7,6 +7,7 @@ import asyncio
 from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request
 
+from eff_serve.api import pictures
 from eff_serve.api.chat import chat_prompt
 from eff_serve.api.documented import errors
 from eff_serve.api.schema.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
@@ -25,6 +26,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         special = body.add_special_tokens is not False
         ids = await asyncio.to_thread(tokenizer.encode, body.prompt, add_special_tokens=special)
     else:
+        pictures.check(body.messages or (), serving.eyes)
         ids = await asyncio.to_thread(chat_prompt, tokenizer, body)
     response = TokenizeResponse(count=len(ids), max_model_len=engine.max_model_len, tokens=ids)
     if body.return_token_strs:

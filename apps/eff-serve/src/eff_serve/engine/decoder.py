@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.linear import FloatLinear, Linear
+from eff_serve.engine.pictures import LowRank, PromptPictures
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import load_linear
 from eff_serve.engine.reuse import LayerReuse
@@ -108,6 +109,7 @@ class Decoder:
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
         self.reuse: LayerReuse | None = None
+        self.behind_pictures: LowRank | None = None
         shape = (num_pages, c.num_kv_heads, PAGE, d)
         self.keys = [_untouched(shape) for _ in range(c.num_layers)]
         self.values = [_untouched(shape) for _ in range(c.num_layers)]
@@ -116,16 +118,19 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all weights, the embedding included once."""
         per_layer = sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down))
-        return per_layer + self.embedding.nbytes + (0 if self.config.tie_word_embeddings else self.head.nbytes)
+        low_rank = 0 if self.behind_pictures is None else self.behind_pictures.nbytes
+        head = 0 if self.config.tie_word_embeddings else self.head.nbytes
+        return per_layer + self.embedding.nbytes + head + low_rank
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor, behind: Tensor | None = None) -> Tensor:
         """Next-token logits [T, vocab] of T sequences that each add one token at its position.
 
         Args:
             tokens: int64 [T].
             positions: int64 [T], the number of keys that each sequence already has.
             block_table: int32 [T, max_pages], with room for the new key.
+            behind: int64, the rows of sequences with a picture, where `behind_pictures` acts; None is no row.
         """
         c = self.config
         rows = torch.arange(tokens.size(0))
@@ -144,12 +149,23 @@ class Decoder:
         # Tokens of different sequences: a batch of sequences of length one for the rotation.
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         hidden = self._blocks(
-            tokens, lambda x_TND: rope(x_TND.unsqueeze(2), cos, sin).view(tokens.size(0), -1, c.head_dim), attend
+            self.embedding[tokens].float(),
+            lambda x_TND: rope(x_TND.unsqueeze(2), cos, sin).view(tokens.size(0), -1, c.head_dim),
+            attend,
+            behind,
         )
         return self.head(hidden)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, start: int, pages: Tensor, *, all_logits: bool = False) -> Tensor:
+    def prefill(
+        self,
+        tokens: Tensor,
+        start: int,
+        pages: Tensor,
+        *,
+        all_logits: bool = False,
+        pictures: PromptPictures | None = None,
+    ) -> Tensor:
         """Add T tokens of one sequence with ``start`` keys; logits of the last [1, vocab], or all [T, vocab].
 
         Args:
@@ -157,6 +173,7 @@ class Decoder:
             start: Keys already in the cache.
             pages: int64, the pages of the sequence, enough for start + T keys.
             all_logits: Return the logits after every token.
+            pictures: The sequence's pictures; from the first on `behind_pictures` acts.
         """
         end = start + tokens.size(0)
         positions = torch.arange(start, end)
@@ -186,8 +203,13 @@ class Decoder:
             return out[0].transpose(0, 1)
 
         cos, sin = self.cos[None, start:end], self.sin[None, start:end]
+        residual, behind = self.embedding[tokens].float(), None
+        if pictures is not None:
+            pictures.put_into(residual, start)
+            if pictures.first < end:
+                behind = torch.arange(max(pictures.first - start, 0), tokens.size(0))
         hidden = self._blocks(
-            tokens, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend
+            residual, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend, behind
         )
         return self.head(hidden if all_logits else hidden[-1:])
 
@@ -205,17 +227,24 @@ class Decoder:
 
     def _blocks(
         self,
-        tokens: Tensor,
+        residual: Tensor,
         rotate: Callable[[Tensor], Tensor],
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        behind: Tensor | None,
     ) -> Tensor:
-        """All layers and the last norm: hidden states [T, hidden]."""
+        """All layers and the last norm, from embeddings to hidden states [T, hidden]."""
         c = self.config
-        count, q_heads, kv_heads, size = tokens.size(0), c.num_heads, c.num_kv_heads, c.intermediate_size
-        residual = self.embedding[tokens].float()
+        count, q_heads, kv_heads, size = residual.size(0), c.num_heads, c.num_kv_heads, c.intermediate_size
+
+        def project(i: int, name: str, linear: Linear, x: Tensor) -> Tensor:
+            y = linear(x)
+            if behind is not None and self.behind_pictures is not None:
+                self.behind_pictures.add(i, name, x, y, behind)
+            return y
+
         x = rms_norm(residual, self.layers[0].attention_norm, eps=c.rms_norm_eps)
         for i, layer in enumerate(self.layers):
-            qkv_TND = layer.qkv(x).view(count, q_heads + 2 * kv_heads, c.head_dim)
+            qkv_TND = project(i, "qkv", layer.qkv, x).view(count, q_heads + 2 * kv_heads, c.head_dim)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = qkv_TND[:, :q_heads], qkv_TND[:, q_heads : q_heads + kv_heads]
                 q, k = rms_norm(q, layer.q_norm, eps=c.rms_norm_eps), rms_norm(k, layer.k_norm, eps=c.rms_norm_eps)
@@ -223,10 +252,10 @@ class Decoder:
             else:
                 qk = rotate(qkv_TND[:, : q_heads + kv_heads])
             mixed = attend(i, qk[:, :q_heads], qk[:, q_heads:], qkv_TND[:, q_heads + kv_heads :])
-            attended = layer.output(mixed.reshape(count, -1))
+            attended = project(i, "output", layer.output, mixed.reshape(count, -1))
             x, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps=c.rms_norm_eps)
-            gate_up = layer.gate_up(x)
-            mlp = layer.down(swiglu(gate_up[:, :size], gate_up[:, size:]))
+            gate_up = project(i, "gate_up", layer.gate_up, x)
+            mlp = project(i, "down", layer.down, swiglu(gate_up[:, :size], gate_up[:, size:]))
             norm = self.layers[i + 1].attention_norm if i + 1 < c.num_layers else self.norm
             x, residual = add_rms_norm(mlp, residual, norm, eps=c.rms_norm_eps)
         return x

@@ -21,6 +21,7 @@ from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
 from eff_serve.engine.pages import PagePool
+from eff_serve.engine.pictures import PromptPictures
 from eff_serve.engine.sampler import Sampler, score
 from eff_serve.engine.sequence import Sequence, TokenStream
 from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
@@ -77,11 +78,12 @@ class BatchEngine:
         self._seconds_per_request = 1.0  # running mean, for Retry-After
         self._thread = threading.Thread(target=self._run, name="eff-engine", daemon=True)
 
-    def submit(self, prompt: list[int], sampling: Sampling) -> TokenStream:
+    def submit(self, prompt: list[int], sampling: Sampling, pictures: PromptPictures | None = None) -> TokenStream:
         """Put a request in line; see `Engine.submit`.
 
         Raises:
-            ValueError: the prompt is empty, too long, or has ids outside the vocabulary; the grammar is invalid.
+            ValueError: the prompt is empty, too long, or has ids outside the vocabulary; the grammar is invalid; the
+                model has no eyes, or pictures stand outside the prompt.
             QueueFullError: too many requests or too many prompt tokens are waiting.
             DrainingError: `stop` was called.
         """
@@ -92,12 +94,17 @@ class BatchEngine:
             raise ValueError(
                 f"{len(prompt)} prompt tokens and {sampling.max_tokens} new exceed the model's {self.max_model_len}"
             )
+        if pictures is not None:
+            if getattr(self.decoder, "behind_pictures", None) is None:
+                raise ValueError("this model reads text only, and the prompt holds pictures")
+            if not 0 <= pictures.first <= int(pictures.places[-1]) < len(prompt):
+                raise ValueError(f"pictures must stand inside the prompt of {len(prompt)} tokens")
         eos = self.decoder.config.eos_token_ids
         grammar = None
         if sampling.grammar is not None:
             grammar = GrammarMatcher(sampling.grammar, self._tokenizer_file, vocab, min(eos, default=0))
         stream = TokenStream(self._notify)
-        sequence = Sequence(len(prompt), list(prompt), sampling, Sampler(sampling, eos), stream, grammar)
+        sequence = Sequence(len(prompt), list(prompt), sampling, Sampler(sampling, eos), stream, grammar, pictures)
         with self._wake:
             if self._draining:
                 raise DrainingError("the server is shutting down and takes no new requests")
@@ -207,7 +214,8 @@ class BatchEngine:
         start = sequence.cached
         wants_scores = sequence.sampling.prompt_logprobs is not None and not sequence.output
         tokens = torch.tensor(sequence.tokens[start : start + count])
-        logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores)
+        seen = {} if sequence.pictures is None else {"pictures": sequence.pictures}
+        logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores, **seen)
         sequence.cached += count
         if wants_scores:
             self._score_prompt(sequence, start, logits)
@@ -226,7 +234,9 @@ class BatchEngine:
         positions = torch.tensor([s.cached for s in sequences])
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32)
-        logits = self.decoder.decode(tokens, positions, table)
+        behind = [row for row, s in enumerate(sequences) if s.pictures is not None]
+        seen = {"behind": torch.tensor(behind)} if behind else {}
+        logits = self.decoder.decode(tokens, positions, table, **seen)
         best = logits.argmax(1).tolist()
         for row, sequence in enumerate(sequences):
             sequence.cached += 1

@@ -19,6 +19,7 @@ from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.engine.reuse import read_reuse
 from eff_serve.models.tokenizer import Tokenizer
+from eff_serve.pictures.eyes import EYES, Eyes, open_eyes
 
 AUTO = "auto"
 
@@ -32,6 +33,7 @@ class LoadedModel:
     name: str
     description: str
     fingerprint: str
+    eyes: Eyes | None = None
 
 
 def load_engine(
@@ -52,7 +54,8 @@ def load_engine(
     """Load a model for serving.
 
     Args:
-        model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model.
+        model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model, and
+            "smollm2-eyes" that model with eyes.
         quantize: Format of all projections (embedding and head stay): "int8" (LLM.int8()), "nvfp4", "mxfp4" or "fp8"
             quantise float weights while loading, None takes weights as they are, "auto" takes a quantised folder as it
             is and float weights to int8. Models that the lean decoder does not run go through transformers, without
@@ -77,7 +80,7 @@ def load_engine(
         raise ValueError(f"quantize must be one of {AUTO}, {', '.join(FORMATS)} or None, got {quantize!r}")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
-    folder = smollm2_folder(progress=progress) if model is None else find_folder(model)
+    folder = smollm2_folder(progress=progress) if model in (None, EYES) else find_folder(model)
     config = _config(folder, quantize)
     if quantize == AUTO:
         quantize = "int8" if isinstance(config, DecoderConfig) and config.quantization is None else None
@@ -107,6 +110,7 @@ def load_engine(
             page=PAGE,
             selector=reuse_selector,
         )
+    eyes = open_eyes(decoder) if model == EYES and isinstance(decoder, Decoder) else None
     engine = BatchEngine(
         decoder,
         tokenizer_file=folder / "tokenizer.json",
@@ -121,7 +125,8 @@ def load_engine(
     if isinstance(decoder, Decoder) and decoder.reuse is not None:
         weights += f", {decoder.reuse}"
     description = f"{name} ({weights}, up to {engine.max_model_len} tokens)"
-    return LoadedModel(engine, Tokenizer(folder), name, description, _fingerprint(folder, description))
+    tokenizer = Tokenizer(folder, picture=() if eyes is None else eyes.places)
+    return LoadedModel(engine, tokenizer, name, description, _fingerprint(folder, description), eyes)
 
 
 def _fingerprint(folder: Path, description: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from eff_serve.engine.grammar import GrammarMatcher
+from eff_serve.engine.pictures import PromptPictures
 from eff_serve.engine.sampler import Sampler
 from eff_serve.engine.types import Sampling, Step, TokenScore
 
@@ -59,6 +60,7 @@ class Sequence:
     sampler: Sampler
     stream: TokenStream
     grammar: GrammarMatcher | None = None
+    pictures: PromptPictures | None = None
     cached: int = 0
     pages: list[int] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)

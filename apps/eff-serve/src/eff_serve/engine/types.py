@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -122,8 +122,13 @@ class Engine(Protocol):
     max_model_len: int
     """Most tokens of prompt and output together."""
 
-    def submit(self, prompt: list[int], sampling: Sampling) -> Stream:
+    def submit(self, prompt: list[int], sampling: Sampling, pictures: Any = None) -> Stream:
         """Put a request in line; call it inside the asyncio loop that reads the stream.
+
+        Args:
+            prompt: Token ids.
+            sampling: How to go on from them.
+            pictures: What `Eyes.look` gave for this prompt, if it holds pictures.
 
         Raises:
             QueueFullError: too many requests or too many prompt tokens are waiting.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+
+Kind = Literal["control", "plain", "picture"]
+_PICTURE = None
 
 
 class SpecialTokenGuard:
@@ -19,11 +22,19 @@ class SpecialTokenGuard:
         longest_first = sorted((t for t in special_tokens if t), key=len, reverse=True)
         self._spelt = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._nonce = secrets.token_hex(8)  # nobody can write a place-holder of their own
-        self._hidden: list[str] = []
+        self._hidden: list[str | None] = []
 
     def hide(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages, with a place-holder for each special token in any of their texts."""
-        return [{k: v if k == "role" else self._hide(v) for k, v in message.items()} for message in messages]
+        """The messages, with a place-holder for each special token in any of their texts, and for each picture.
+
+        A message's ``pictures`` says how many it has; they stand in front of its text, each on a line.
+        """
+        hidden = []
+        for message in messages:
+            texts = {k: v if k == "role" else self._hide(v) for k, v in message.items() if k != "pictures"}
+            places = "".join(f"{self._hold(_PICTURE)}\n" for _ in range(message.get("pictures", 0)))
+            hidden.append({**texts, "content": places + texts["content"]} if places else texts)
+        return hidden
 
     def _hide(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -33,17 +44,21 @@ class SpecialTokenGuard:
         return [self._hide(v) for v in value] if isinstance(value, list | tuple) else value
 
     def _place_holder(self, match: re.Match[str]) -> str:
-        self._hidden.append(match[0])
+        return self._hold(match[0])
+
+    def _hold(self, what: str | None) -> str:
+        self._hidden.append(what)
         return f"\x02{self._nonce}:{len(self._hidden) - 1}\x03"
 
-    def pieces(self, prompt: str) -> Iterator[tuple[str, bool]]:
-        """Yield ``(text, plain)``: the prompt in pieces, those that are to be read as plain text marked."""
+    def pieces(self, prompt: str) -> Iterator[tuple[str, Kind]]:
+        """Yield the prompt in pieces: what may hold special tokens, what is plain text, and places of pictures."""
         if not self._hidden:
-            yield prompt, False
+            yield prompt, "control"
             return
         parts = re.split(f"\x02{self._nonce}:(\\d+)\x03", prompt)
         for i, part in enumerate(parts):
             if i % 2:
-                yield self._hidden[int(part)], True
+                text = self._hidden[int(part)]
+                yield ("", "picture") if text is _PICTURE else (text, "plain")
             elif part:
-                yield part, False
+                yield part, "control"

@@ -21,13 +21,15 @@ class Tokenizer:
 
     Args:
         folder: The model's folder.
+        picture: Token ids that keep a picture's place; empty for a model without eyes.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json.
         ValueError: a file is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, picture: Sequence[int] = ()) -> None:
+        self._picture = list(picture)
         self._path = path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
@@ -84,14 +86,20 @@ class Tokenizer:
         Only the template writes special tokens. Where a message spells one, it is read as plain text, so that nobody
         can end their turn and open one of the system inside their own.
 
+        A message with ``pictures`` has room for so many in front of its text.
+
         Raises:
-            ChatTemplateError: as for `render_chat`.
+            ChatTemplateError: as for `render_chat`; or there are pictures and the model has no eyes.
         """
+        if not self._picture and any(m.get("pictures") for m in messages):
+            raise ChatTemplateError("this model reads text only, and a message holds a picture")
         guard = SpecialTokenGuard(self.special_tokens)
         text = self.render_chat(guard.hide(messages), **kwargs)
         ids: list[int] = []
-        for piece, plain in guard.pieces(text):
-            if plain:
+        for piece, kind in guard.pieces(text):
+            if kind == "picture":
+                ids += self._picture
+            elif kind == "plain":
                 ids += self._plain.encode(piece, add_special_tokens=False).ids
             else:
                 ids += self.encode(piece, add_special_tokens=add_special_tokens and not ids)

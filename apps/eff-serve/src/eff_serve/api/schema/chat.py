@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from eff_http import Int, RequestModel, refuse
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from eff_serve.api.schema.common import PromptLogprobs, Usage
 from eff_serve.api.schema.sampling import MAX_TOP, SamplingFields
@@ -19,23 +19,66 @@ class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
+
+class ImageUrl(RequestModel):
+    """Where a picture is: inside the request, as ``data:image/png;base64,...``."""
+
+    url: str
+    detail: Literal["auto", "low"] | None = None
+
+    @field_validator("detail", mode="before")
+    @classmethod
+    def _one_size(cls, value: Any) -> Any:
+        if value == "high":
+            raise refuse("detail='high' is not supported: pictures are seen at one size; leave the field out")
+        return value
+
+
+class ImagePart(RequestModel):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class OtherPart(RequestModel):
+    """Any other kind of part, which is refused."""
+
+    type: str
+
     @model_validator(mode="before")
     @classmethod
-    def _text_only(cls, value: Any) -> Any:
+    def _refused(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind != "text":
+        if isinstance(kind, str):
             raise refuse(
-                f"content parts of type {kind[:40]!r} are not supported: this model reads text only; use 'text' parts",
+                f"content parts of type {kind[:40]!r} are not supported: use 'text', or 'image_url' where the model "
+                "has eyes",
                 "type",
             )
         return value
+
+
+def _part_kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if kind in ("text", "image_url") else "other"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text")] | Annotated[ImagePart, Tag("image_url")] | Annotated[OtherPart, Tag("other")],
+    Discriminator(_part_kind),
+]
+
+
+def _texts(parts: list[Part]) -> list[str]:
+    return [part.text for part in parts if isinstance(part, TextPart)]
 
 
 class Message(RequestModel):
     """One message. ``developer`` is read as ``system``. Null and empty fields are those that clients send back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1)]
     name: Annotated[str, Field(max_length=64)] | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -57,12 +100,14 @@ class Message(RequestModel):
             raise refuse("tool calls in messages are not supported: this server has no tool calling")
         return value
 
-    def as_template_input(self) -> dict[str, str]:
-        """Role and text as a chat template reads them; parts are joined by line breaks."""
+    def as_template_input(self) -> dict[str, Any]:
+        """Role and text as a chat template reads them; parts are joined by line breaks, pictures are counted."""
         role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        parts = [self.content] if isinstance(self.content, str) else _texts(self.content)
+        pictures = 0 if isinstance(self.content, str) else len(self.content) - len(parts)
         named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": text, **named}
+        seen = {"pictures": pictures} if pictures else {}
+        return {"role": role, "content": "\n".join(parts), **named, **seen}
 
 
 class TemplateFields(RequestModel):

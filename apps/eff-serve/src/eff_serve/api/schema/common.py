@@ -52,13 +52,14 @@ class Version(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model of /v1/models."""
+    """One model of /v1/models; ``input_modalities`` says whether it sees pictures."""
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "eff"
     max_model_len: int
+    input_modalities: list[str] = ["text"]
 
 
 class ModelList(BaseModel):

@@ -4,6 +4,8 @@ const element = (id) => document.getElementById(id);
 const messages = element("messages");
 let history = []; // of this page: it is gone when the page is
 let running = null; // AbortController of the answer that is being written
+let pictures = []; // data URLs that go along with the next question
+let seesPictures = false;
 
 const headers = () => {
   const key = element("key").value.trim();
@@ -11,14 +13,53 @@ const headers = () => {
 };
 
 // Text goes in as text, never as HTML: an answer cannot bring markup or scripts.
-function show(kind, text) {
+function show(kind, text, shown = []) {
   element("hint").hidden = true;
   const box = document.createElement("div");
   box.className = `message ${kind}`;
   box.textContent = text;
+  box.prepend(...shown.map((url) => picture(url, "picture that was sent")));
   messages.append(box);
   messages.scrollTop = messages.scrollHeight;
   return box;
+}
+
+function picture(url, alt) {
+  const image = document.createElement("img");
+  image.src = url;
+  image.alt = alt;
+  return image;
+}
+
+function showAttached() {
+  const row = element("attached");
+  row.hidden = pictures.length === 0;
+  row.replaceChildren(
+    ...pictures.map((url, index) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.title = "Take this picture out";
+      button.append(picture(url, "attached picture"));
+      button.addEventListener("click", () => {
+        pictures.splice(index, 1);
+        showAttached();
+      });
+      return button;
+    }),
+  );
+}
+
+function attach(files) {
+  if (!seesPictures) return;
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) continue;
+    const reader = new FileReader();
+    reader.addEventListener("load", () => {
+      pictures.push(reader.result);
+      showAttached();
+    });
+    reader.readAsDataURL(file);
+  }
 }
 
 async function* events(response) {
@@ -45,7 +86,13 @@ async function failure(response) {
   }
 }
 
-async function answer(question) {
+function turn(question, shown) {
+  if (!shown.length) return { role: "user", content: question };
+  const parts = shown.map((url) => ({ type: "image_url", image_url: { url } }));
+  return { role: "user", content: [...parts, { type: "text", text: question }] };
+}
+
+async function answer(question, shown) {
   const box = show("assistant", "");
   const start = performance.now();
   let first = null;
@@ -53,7 +100,7 @@ async function answer(question) {
   let text = "";
   let reason = null;
   const system = element("system").value.trim();
-  const turns = [...history, { role: "user", content: question }];
+  const turns = [...history, turn(question, shown)];
   running = new AbortController();
   element("send").textContent = "Stop";
   element("status").textContent = "";
@@ -122,8 +169,22 @@ element("ask").addEventListener("submit", (event) => {
   const question = prompt.value.trim();
   if (!question) return;
   prompt.value = "";
-  show("user", question);
-  answer(question);
+  const shown = pictures;
+  pictures = [];
+  showAttached();
+  show("user", question, shown);
+  answer(question, shown);
+});
+
+element("picture").addEventListener("change", (event) => {
+  attach(event.target.files);
+  event.target.value = "";
+});
+document.addEventListener("paste", (event) => attach(event.clipboardData.files));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  attach(event.dataTransfer.files);
 });
 
 element("prompt").addEventListener("keydown", (event) => {
@@ -135,6 +196,8 @@ element("prompt").addEventListener("keydown", (event) => {
 element("reset").addEventListener("click", () => {
   running?.abort();
   history = [];
+  pictures = [];
+  showAttached();
   messages.querySelectorAll(".message").forEach((box) => box.remove());
   element("hint").hidden = false;
   element("status").textContent = "";
@@ -146,6 +209,8 @@ async function connect() {
     if (!response.ok) throw new Error(await failure(response));
     const model = (await response.json()).data[0];
     element("model").textContent = `${model.id}, up to ${model.max_model_len} tokens`;
+    seesPictures = model.input_modalities.includes("image");
+    element("attach").hidden = !seesPictures;
   } catch (error) {
     element("model").textContent = error.message;
     element("settings").open = true;
