@@ -215,7 +215,7 @@ def test_spatial_features_find_the_place():
     assert float(pearson_columns(model(brain.features).detach(), brain.responses)[60:].mean()) > 0.8
     conv = LinearConvEncoder(16, (6, 6), 80, channels=8)
     assert conv(brain.features[:2]).shape == (2, 80)
-    assert float(conv.penalty()) > 0
+    assert conv.penalty().item() > 0
 
 
 def vit(kind):
