@@ -172,7 +172,7 @@ def test_simulated_cortex():
 
     def scores(prediction):
         r = pearson_columns(prediction, brain.responses[test])
-        return float(r[content].mean()), float(r[place].mean())
+        return r[content].mean().item(), r[place].mean().item()
 
     def fitted(**settings):
         # Wide enough that place and content lie apart: in 16 dimensions content drowns the code of the place.
