@@ -41,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         (sys.stdout if argv else sys.stderr).write(text)
         return 0 if argv else 2
     name, words = argv[0], list(argv[1:])
+    if name.endswith(".py"):
+        name = str(Path(name).resolve())
     from eff_train import registry
     from eff_train.errors import refusing
     from eff_train.frame.config import dump_yaml
@@ -102,7 +104,7 @@ def parse(config_class: type, name: str, words: list[str]) -> tuple[Place, Any]:
         kw_only=True,
     )
     both.__doc__ = f"Train the recipe {name}."
-    found: Any = tyro.cli(both, args=words, prog=f"eff-train run {name}", config=(tyro.conf.OmitArgPrefixes,))
+    found: Any = tyro.cli(both, args=words, prog=f"eff-train run {name}")
     return found.place, found.options
 
 

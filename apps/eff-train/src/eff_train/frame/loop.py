@@ -10,7 +10,7 @@ import torch
 
 from eff_train.errors import Refused, refusing
 from eff_train.frame import checkpoint
-from eff_train.frame.metrics import Board, MetricsFile
+from eff_train.frame.metrics import Board, MetricsFile, read_metrics
 from eff_train.frame.parallel import Workers
 from eff_train.frame.progress import Display, clock
 from eff_train.frame.recipe import Recipe
@@ -106,7 +106,7 @@ def _loop(training: Training, run: Run, stop: Stop, out: Output, before: float) 
     c, ranks, metric = training.config, training.workers, training.recipe.best
     start, saved = time.monotonic(), training.step
     best = ranks.tell(checkpoint.best_value(run.checkpoints, metric))
-    if training.step:
+    if training.step or read_metrics(run.metrics):
         out.event(training.step, "resume", processes=ranks.count, code=code_version())
     while training.step < c.steps:
         training.update()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ class Means:
     def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
         """Add one observation of each value."""
         for name, value in values.items():
-            term = torch.as_tensor(value).detach().double() * weight
+            # A Python float would become a float32 tensor first.
+            exact = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            term = exact * weight
             self.sums[name] = self.sums[name] + term if name in self.sums else term
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
@@ -64,7 +67,7 @@ class MetricsFile:
         except OSError as error:
             if len(self.waiting) == 1:
                 self.say(f"metrics wait in memory, {self.path} cannot be written: {error}")
-            if self.path.exists():
+            with suppress(OSError):
                 os.truncate(self.path, size)
         else:
             self.waiting = []

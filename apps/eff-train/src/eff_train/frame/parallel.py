@@ -140,7 +140,10 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def workers(device: str = "auto", parallel: str = "ddp") -> Iterator[Workers]:
-    """The processes that torchrun started (its environment variables say how many), or this one alone."""
+    """The processes that torchrun started (its environment variables say how many), or this one alone.
+
+    A process can enter this once.
+    """
     chosen = pick_device(device)
     count = int(os.environ.get("WORLD_SIZE", 1))
     if chosen.type == "cuda":
