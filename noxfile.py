@@ -41,7 +41,14 @@ class Target:
 MEMBERS = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproject.toml"))}
 MEMBERS |= {p.parent.name: p.parent for p in sorted(ROOT.glob("apps/*/pyproject.toml"))}
 # Groups beyond "test" that a target's tests use: other libraries to compare with, clients to talk to the server with.
-EXTRA_GROUPS = {"eff-attention": ("attention-peers",), "eff-quant": ("peers",), "eff-serve": ("serve-test",)}
+EXTRA_GROUPS = {
+    "eff-attention": ("attention-peers",),
+    "eff-http": ("serve-test",),
+    "eff-kernels": ("edit-test",),
+    "eff-quant": ("peers",),
+    "eff-serve": ("serve-test",),
+    "eff-vision": ("vision-peers",),
+}
 TARGETS = {
     name.removeprefix("eff-"): Target(str(folder.relative_to(ROOT)), name, ("test", *EXTRA_GROUPS.get(name, ())))
     for name, folder in MEMBERS.items()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = ["eff_attention", "eff_kernels", "eff_quant"]
+LIBRARIES = ["eff_attention", "eff_embedded", "eff_kernels", "eff_quant", "eff_vision"]
 HEAVY = [
     "transformers",
     "diffusers",
@@ -24,6 +24,10 @@ HEAVY = [
     "natten",
     "fastapi",
     "pytest",
+    "sklearn",
+    "skimage",
+    "onnx",
+    "matplotlib",
 ]
 
 
@@ -101,6 +105,10 @@ VIOLATIONS = {
         "def f():\n    from transformers import AutoModel\n",
         1,
     ),
+    "a method imports the data": ("eff_vision", "import eff_embedded\n", 1),
+    "a server imports a server": ("eff_serve", "import eff_studio\n", 1),
+    "what servers share imports a server": ("eff_http", "import eff_serve\n", 1),
+    "recipes import what they train": ("eff_train", "import eff_studio, eff_serve, eff_vision, eff_embedded\n", 0),
 }
 
 

@@ -53,7 +53,9 @@ def test_wheel_ships_the_sources_and_nothing_else(member, wheels, files):
     assert tracked <= names, f"missing from the wheel: {sorted(tracked - names)}"
     assert f"{member.module}/py.typed" in names
     assert {Path(n).parts[0] for n in names} == {member.module}
-    assert not [n for n in names if n.endswith((".so", ".pyc", ".safetensors")) or "tests" in Path(n).parts]
+    assert not [n for n in names if n.endswith((".so", ".pyc")) or "tests" in Path(n).parts]
+    weights = [n for n in names if n.endswith(".safetensors")]
+    assert all(n.startswith("eff_embedded/checkpoints/") for n in weights), "only eff-embedded ships weights"
 
 
 def test_licence_text_is_in_the_wheel(member, wheels, root):
