@@ -99,13 +99,15 @@ class SmolLM2Eyes(Recipe[Config]):
 
     def batch(self, samples: range) -> Any:
         """Patches with their names at first, then pictures with turns."""
+        from eff_embedded import collages
+
         from eff_train.recipes.smollm2_eyes import data
 
         c = self.config
         drawn = []
         for sample in samples:
             rng = generator(c.seed, sample)
-            drawn.append((rng, data.collages.sample(int(rng.integers(HELD_OUT)), data.config_of(rng, c.crowded))))
+            drawn.append((rng, collages.sample(int(rng.integers(HELD_OUT)), data.config_of(rng, c.crowded))))
         pixels = data.picture_batch([collage for _, collage in drawn], c.picture_size)
         if samples[0] < c.patch_steps * c.batch_size:
             return data.Patches(pixels, torch.stack([data.patch_names(x, c.picture_size) for _, x in drawn]))
@@ -142,6 +144,8 @@ class SmolLM2Eyes(Recipe[Config]):
 
     def _answers(self, model: Any, *, crowded: float) -> dict[str, list[bool]]:
         """Whether each answer would be given word for word: every token of it is the likeliest after those before."""
+        from eff_embedded import collages
+
         from eff_train.recipes.smollm2_eyes import data
 
         c = self.config
@@ -150,7 +154,7 @@ class SmolLM2Eyes(Recipe[Config]):
             drawn, rows, kinds = [], [], []
             for i in range(first, first + c.batch_size):
                 rng = generator(c.seed, HELD_OUT + i)
-                collage = data.collages.sample(HELD_OUT + i, data.config_of(rng, crowded))
+                collage = collages.sample(HELD_OUT + i, data.config_of(rng, crowded))
                 asked = collage.questions(synonyms=0.1)[:10]
                 turns = [(q.text, data.answer_text(q)) for q in asked]
                 rows.append(self.packer(turns))

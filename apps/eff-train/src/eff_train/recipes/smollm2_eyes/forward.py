@@ -42,8 +42,12 @@ def block(
     Args:
         x: [B, R, L, hidden].
         w: Weights in the order of `layer_weights`.
+        cos: Cosine of the tokens' positions, [B, R, L, 1, D].
+        sin: Sine of the same.
         bias: Added to the scores of keys of the same row, [B, R, 1, L, L].
-        k_BGSD: Keys that all rows of a picture see; ``v_BGSD`` likewise.
+        k_BGSD: Keys that all rows of a picture see.
+        v_BGSD: Values of the same.
+        eps: Of the norms.
     """
     norm, wq, aq, bq, wk, ak, bk, wv, av, bv, wo, ao, bo, norm2, gate, up, down, ad, bd = w
     B, R, L, _ = x.shape
@@ -103,7 +107,9 @@ class Forward:
 
         Args:
             picture: Embeddings of the patches, [B, patches, hidden].
-            tokens, places, turns: As in `eff_train.recipes.smollm2_eyes.data.Batch`.
+            tokens: int64 [B, R, L]; this and the others as in `eff_train.recipes.smollm2_eyes.data.Batch`.
+            places: int64 [B, R, L].
+            turns: int64 [B, R, L].
         """
         B, P, _ = picture.shape
         first = self.opening + P

@@ -24,6 +24,9 @@ class EyesInTraining(nn.Module):
         dtype: Of the frozen weights.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, config: EyesConfig, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.config = config
@@ -32,7 +35,7 @@ class EyesInTraining(nn.Module):
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-        width = self.llava.config.text_config.hidden_size
+        width = self.language.config.hidden_size
         self.linear_1 = nn.Linear(384 * len(config.layers), width)
         self.linear_2 = nn.Linear(width, width)
         with torch.no_grad():
