@@ -1,0 +1,169 @@
+import itertools
+import math
+
+import pytest
+import torch
+from eff_attention.position_bias import (
+    MaskSpec,
+    PositionBiasReport,
+    Rollout,
+    attention_rollout,
+    centre_nodes,
+    collect_rollout,
+    convergence_bound,
+    decay_profile,
+    peak_distance,
+    position_bias_report,
+    position_profile,
+    reach_depth,
+    simulate_rollout,
+)
+
+transformers = pytest.importorskip("transformers")
+
+
+def last(mask, depth, **more):
+    return simulate_rollout(mask, 4, depth, **more)[-1][-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("depth", "row"),
+    [(1, [0.25] * 4), (2, [0.5208, 0.2708, 0.1458, 0.0625]), (3, [0.7205, 0.1997, 0.0642, 0.0156])],
+)
+def test_uniform_causal(depth, row):
+    assert last(MaskSpec(), depth) == pytest.approx(row, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row"),
+    [
+        (1, [0, 0, 0.5, 0.5]),
+        (2, [0, 0.25, 0.5, 0.25]),
+        (3, [0.125, 0.375, 0.375, 0.125]),
+        (5, [0.5, 0.3125, 0.15625, 0.03125]),
+    ],
+)
+def test_window(depth, row):
+    assert last(MaskSpec("window", 2), depth) == pytest.approx(row, abs=1e-6)
+
+
+def test_prefix_and_residual():
+    assert last(MaskSpec("prefix", 2), 2) == pytest.approx([0.3958, 0.3958, 0.1458, 0.0625], abs=1e-4)
+    assert last(MaskSpec("prefix", 2), 60) == pytest.approx([0.5, 0.5, 0, 0], abs=1e-6)
+    assert last(MaskSpec(), 1, residual=0.5) == pytest.approx([0.125, 0.125, 0.125, 0.625])
+    assert last(MaskSpec(), 2, residual=0.5) == pytest.approx([0.2552, 0.1927, 0.1615, 0.3906], abs=1e-4)
+    assert last(MaskSpec(), 20, residual=0.5)[0] == pytest.approx(0.991, abs=1e-3)
+
+
+def test_reach():
+    for n, w in ((4, 2), (9, 3), (10, 4)):
+        mask = MaskSpec("window", w).mask(n)
+        needed = math.ceil((n - 1) / (w - 1))
+        assert reach_depth(mask, 0, n - 1) == needed
+        values = simulate_rollout(MaskSpec("window", w), n, needed)
+        assert [float(v[-1, 0]) > 0 for v in values] == [False] * (needed - 1) + [True]
+    assert reach_depth(MaskSpec().mask(4), 3, 0) is None
+
+
+def test_centres():
+    assert centre_nodes(MaskSpec().mask(6)) == [[0]]
+    assert centre_nodes(MaskSpec("window", 3).mask(6)) == [[0]]
+    assert centre_nodes(MaskSpec("prefix", 3).mask(6)) == [[0, 1, 2]]
+    assert centre_nodes(MaskSpec("full").mask(4)) == [[0, 1, 2, 3]]
+    packed = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(2, 2).tril()).bool()
+    assert centre_nodes(packed) == [[0], [3]]
+
+
+def test_decay():
+    n, m = 60, 0.1
+    place = torch.arange(n, dtype=torch.float64)
+    layer = torch.exp(-m * (place[:, None] - place)).tril()
+    for depth in (1, 2, 4, 8):
+        want = torch.linalg.matrix_power(layer, depth)[-1].flip(0)
+        torch.testing.assert_close(decay_profile(depth, m, n), want, rtol=1e-10, atol=0)
+    assert [peak_distance(t, m) for t in (1, 2, 4, 8)] == [0, 9, 28, 66]
+    assert int(decay_profile(4, m, 100).argmax()) == 28
+
+
+def test_influence_drains_to_the_first_token():
+    torch.manual_seed(0)
+    content = torch.randn(12, 20, 20)
+    values = simulate_rollout(MaskSpec(), 20, 12, content=content)
+    layers = content.double().masked_fill(~MaskSpec().mask(20), -torch.inf).softmax(-1)
+    least = float(layers[:, :, 0].min())
+    outside = [float((1 - v[:, 0]).max()) for v in values]
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(outside))
+    assert all(o <= convergence_bound(least, t + 1) + 1e-12 for t, o in enumerate(outside))
+    torch.testing.assert_close(values[-1], attention_rollout(layers))
+    torch.testing.assert_close(values[-1].sum(1), torch.ones(20, dtype=torch.float64))
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, initializer_range=0.3, **sizes, **more)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_model_is_the_product_of_its_attention():
+    model, ids = tiny(), torch.randint(50, (2, 9))
+    found = collect_rollout(model, ids)
+    model.set_attn_implementation("eager")
+    maps = model(ids, output_attentions=True).attentions
+    product = torch.eye(9)
+    for layer, value in zip(maps, found, strict=True):
+        product = layer.mean(1) @ product
+        torch.testing.assert_close(value, product.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    model, ids = tiny(), torch.randint(50, (1, 7))
+    pad = torch.zeros(1, 3, dtype=torch.int64)
+    order = (pad, ids) if side == "left" else (ids, pad)
+    padded, mask = torch.cat(order, 1), torch.cat([torch.ones_like(x) if x is ids else pad for x in order], 1)
+    where = slice(3, None) if side == "left" else slice(0, 7)
+    for a, b in zip(
+        collect_rollout(model, ids, residual=0.5), collect_rollout(model, padded, mask, residual=0.5), strict=True
+    ):
+        torch.testing.assert_close(b[:, where, where], a, atol=1e-5, rtol=0)
+    assert model(ids).logits.shape == (1, 7, 50)
+
+
+def test_profile_and_report(tmp_path):
+    uniform = torch.full((20, 20), 1 / 20)
+    p = position_profile(uniform)
+    assert (p.first, p.recency, p.middle) == pytest.approx((0.05, 0.1, 0.5))
+    assert p.u_shape == pytest.approx(0, abs=1e-9)
+    model = tiny()
+    report = position_bias_report(model, [torch.randint(50, (24,)) for _ in range(2)], name="tiny <1>")
+    assert len(report.first) == 3
+    assert sum(report.profile) == pytest.approx(1, abs=1e-4)
+    assert report.first[-1] > report.first[0]  # attention alone drains to the first token
+    report.save(tmp_path / "r.json")
+    assert PositionBiasReport.load(tmp_path / "r.json") == report
+    report.write_html(tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "tiny &lt;1&gt;" in text
+    assert text.count("<polyline") == 5
+    assert "http" not in text
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: MaskSpec("window"), "needs a size of 1 or more"),
+        (lambda: MaskSpec("prefix", 5).mask(4), "longer than 4"),
+        (lambda: Rollout(1.0), "residual must be"),
+        (lambda: Rollout().value, "no layer"),
+        (lambda: attention_rollout([torch.rand(3, 3)]), "add up to 1"),
+        (lambda: simulate_rollout(torch.zeros(3, 3, dtype=torch.bool), 3, 1), "sees somebody"),
+        (lambda: position_profile(torch.rand(3, 3)), "add up to 1"),
+        (lambda: position_bias_report(tiny(), []), "texts of one length"),
+        (lambda: collect_rollout(torch.nn.Linear(2, 2), torch.zeros(1, 2)), "has no decoder"),
+        (lambda: peak_distance(2, 0.0), "positive slope"),
+    ],
+)
+def test_bad_input(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
