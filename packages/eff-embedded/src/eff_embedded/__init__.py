@@ -12,7 +12,7 @@ _LOADERS = {
 }
 """Where the loaders lie; each comes with its libraries when it is first asked for."""
 
-__all__ = ["load_smollm2", "load_smollm2_eyes", "load_vit"]  # noqa: F822 - see __getattr__
+__all__ = ["load_smollm2", "load_smollm2_eyes", "load_vit"]
 
 
 def __getattr__(name: str) -> Any:
