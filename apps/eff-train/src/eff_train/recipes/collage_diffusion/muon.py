@@ -69,14 +69,15 @@ class Muon(torch.optim.Optimizer):
         return [changes[i] for i in range(len(params))]
 
     def _adam(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        gradient: Tensor = p.grad  # type: ignore[assignment]
         state = self.state[p]
         if not state:
             state.update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
         state["step"] += 1
         one, two = group["betas"]
         count = float(state["step"])
-        first = state["first"].lerp_(p.grad, 1 - one) / (1 - one**count)
-        second = state["second"].lerp_(p.grad.square(), 1 - two) / (1 - two**count)
+        first = state["first"].lerp_(gradient, 1 - one) / (1 - one**count)
+        second = state["second"].lerp_(gradient.square(), 1 - two) / (1 - two**count)
         return first / (second.sqrt() + 1e-8)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-Picture = npt.NDArray[np.float32]
+Picture = npt.NDArray[Any]
 
 
 def spoil(picture: Picture, mask: npt.NDArray[np.bool_], box: Any, dice: np.random.Generator) -> Picture:
@@ -60,8 +60,8 @@ def _half_of_another(inside: Picture, dice: np.random.Generator) -> None:
     from eff_embedded.diffusion.world import OBJECTS
 
     high, wide = inside.shape[:2]
-    drawing = sprite(OBJECTS[dice.integers(len(OBJECTS))], max(4, min(high, wide) // 2 * 2)).rgba
-    drawing = np.asarray(Image.fromarray(drawing, "RGBa").resize((wide, high)), np.float32) / 255
+    bytes_ = sprite(OBJECTS[dice.integers(len(OBJECTS))], max(4, min(high, wide) // 2 * 2)).rgba
+    drawing = np.asarray(Image.fromarray(bytes_, "RGBa").resize((wide, high)), np.float32) / 255
     half = (slice(0, high // 2), slice(None)) if dice.random() < 0.5 else (slice(None), slice(0, wide // 2))
     inside[half] = inside[half].mean((0, 1)) * (1 - drawing[half][..., 3:]) + drawing[half][..., :3]
 

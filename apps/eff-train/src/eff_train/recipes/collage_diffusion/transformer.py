@@ -57,7 +57,7 @@ class Config(TrainConfig):
     eval_every: int = 500
     save_every: int = 500
     vae: Path | None = None
-    pictures: int = 20000
+    pictures: int = 8000
     layers: int = 8
     heads: int = 4
     head_width: int = 32

@@ -97,7 +97,7 @@ class Autoencoder(Recipe[Config]):
         if chance < self.config.anything:
             collage = sample(seed, CollageConfig(objects=(3, 6), object_size=(0.3, 0.55)))
         else:
-            collage = example(seed).collage
+            collage = example(seed, grid=False).collage
         return collage.tensor() * 2 - 1
 
     def loss(self, model: Any, batch: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -115,7 +115,7 @@ class Autoencoder(Recipe[Config]):
         """Pictures of the model's own world that no training has seen, [32, 3, 128, 128] from -1 to 1."""
         from eff_embedded.diffusion.world import example
 
-        return torch.stack([example(HELD_OUT - 1 - i).collage.tensor() * 2 - 1 for i in range(32)])
+        return torch.stack([example(HELD_OUT - 1 - i, grid=False).collage.tensor() * 2 - 1 for i in range(32)])
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Mean peak signal-to-noise ratio of reconstructed pictures in dB, and the spread of the latents."""
@@ -140,7 +140,7 @@ class Autoencoder(Recipe[Config]):
         """Save in 16 bit with the latents scaled to a deviation of 1 in each channel."""
         from eff_embedded.diffusion.world import example
 
-        pictures = torch.stack([example(HELD_OUT - 100 - i).collage.tensor() * 2 - 1 for i in range(256)])
+        pictures = torch.stack([example(HELD_OUT - 100 - i, grid=False).collage.tensor() * 2 - 1 for i in range(256)])
         latents = torch.cat([model.encode(part.to(self.device)).latent_dist.mean for part in pictures.split(32)])
         scale_latents(model, latents.std((0, 2, 3)))
         scaled = latents / latents.std((0, 2, 3), keepdim=True)

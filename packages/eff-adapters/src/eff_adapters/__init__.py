@@ -1,1 +1,0 @@
-"""Adapters for transformer models: routed mixtures of LoRA, a second set of weights for pictures, preference training against hallucination."""
