@@ -31,9 +31,6 @@ _FILES = {
 PHOTOGRAPHS = tuple(_FILES)
 """Names that `photograph` takes; "brick", "camera", "coins", "grass", "gravel" and "moon" are grey."""
 
-PHOTOGRAPHS_LICENCE = "CC0 or public domain, each as scikit-image's documentation of skimage.data says"
-STEREO_LICENCE = "Middlebury 2014 stereo data (Scharstein et al., GCPR 2014), as scikit-image redistributes it"
-
 
 def photograph(name: str) -> Image.Image:
     """One of the photographs as an RGB picture, in the size that the wheel holds.
