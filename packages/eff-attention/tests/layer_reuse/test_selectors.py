@@ -132,7 +132,7 @@ def test_as_many_keys_as_there_are_is_dense(selector, model, monkeypatch, mixed,
 
 def test_anchors_read_what_they_chose(selector, model, monkeypatch, policy, decode, prompt):
     """NaN in all other values, at every step: only full layers see it, of which this plan has none."""
-    import eff_attention.layer_reuse.apply as module
+    import eff_attention.layer_reuse.rule as module
 
     real, calls = module.decode_attention, []
 

@@ -8,22 +8,29 @@ would choose (`ReuseProfile.overlap`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from eff_kernels.edit import Record
+from eff_kernels.edit.attention import (
+    Attend,
+    AttentionCall,
+    AttentionOutput,
+    decoder_attention,
+    intercept_attention,
+    rows,
+)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse.blocks import block_mass, heaviest, ratio90
 from eff_attention.layer_reuse.config import check_blocks
-
-_NAME = "eff_layer_reuse_profile"
+from eff_attention.layers import attention_types
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,7 @@ def profile_layer_reuse(
     if not 1 <= steps < length or length - steps < top_k:
         raise ValueError(f"a text of {length} tokens is too short for {steps} steps after a prompt of top_k={top_k}")
     check_layers(model)
+    names = set(decoder_attention(model))
     from transformers import DynamicCache
 
     must = (*range(sink), *range(-recent, 0))
@@ -128,7 +136,7 @@ def profile_layer_reuse(
         cache.crop(-steps)
         return logits.float().log_softmax(-1)
 
-    with _attention(model, look):
+    with intercept_attention(model, look, where=lambda name, module: name in names):
         base = read()
         progress(2, total)
         overlap, ratio = look.statistics()
@@ -161,11 +169,10 @@ def check_layers(model: nn.Module) -> None:
         NotImplementedError: naming what the model has instead.
     """
     config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(model, "set_attn_implementation"):
+    if config is None or not decoder_attention(model):
         raise NotImplementedError(f"{type(model).__name__} has no attention implementation to choose (transformers)")
-    other = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"})
-    if other or getattr(config, "sliding_window", None):
-        raise NotImplementedError(f"layers must attend to the whole past; the model has {other or 'a sliding window'}")
+    if other := sorted(set(attention_types(config)) - {"full_attention"}):
+        raise NotImplementedError(f"layers must attend to the whole past; the model has {other}")
 
 
 class _Look:
@@ -173,36 +180,31 @@ class _Look:
 
     def __init__(self, block_size: int, count: int, must: tuple[int, ...], shared: bool) -> None:
         self.block_size, self.count, self.must, self.shared = block_size, count, must, shared
+        self.thread = threading.get_ident()
         self.masses: list[Tensor] = []
         self.length = 0
         self.collect, self.restricted, self.error = True, -1, float("nan")
 
-    def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        steps, length = query.size(2), key.size(2)
-        out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-        if steps == length or not (self.collect or module.layer_idx == self.restricted):
-            return out, None
-        groups, self.length = key.size(1), length
-        scores = scaling * query.float().unflatten(1, (groups, -1)) @ key.float()[:, :, None].mT  # [1, G, h, T, S]
-        place = torch.arange(length, device=key.device)
-        seen = place <= place[length - steps :, None]
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    def __call__(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
+        """The rule; what other threads run meanwhile is left alone."""
+        out = attend(call)
+        mine = threading.get_ident() == self.thread and call.num_queries < call.num_keys
+        if not mine or not (self.collect or call.layer == self.restricted):
+            return out
+        weights = rows(call, slice(None)).unflatten(1, (call.num_kv_heads, -1))  # [1, G, h, T, S]
         mass = block_mass(weights.sum(2), self.block_size)[0].transpose(0, 1)  # [T, G, N]
         if self.shared:
             mass = mass.sum(1, keepdim=True)
         if self.collect:
             self.masses.append(mass)
-            return out, None
-        chosen = self.choose(mass, length).transpose(0, 1)[None, :, None]  # [1, G, 1, T, N]
-        kept = chosen.repeat_interleave(self.block_size, -1)[..., :length] & seen
-        sparse = (scores.masked_fill(~kept, -torch.inf).softmax(-1) @ value.float()[:, :, None]).flatten(1, 2)
-        sparse = sparse.transpose(1, 2).to(out.dtype)
-        self.error = ((sparse - out).float().norm() / out.float().norm()).item()
-        return sparse, None
+            self.length = call.num_keys
+            return out
+        chosen = self.choose(mass, call.num_keys).transpose(0, 1)[None]  # [1, G, T, N]
+        kept = chosen.repeat_interleave(self.block_size, -1)[..., : call.num_keys]
+        kept = kept.repeat_interleave(call.num_heads // kept.size(1), 1)
+        sparse = attend(call.replace(mask=kept & call.keep_mask(), causal=False))
+        self.error = ((sparse.out - out.out).float().norm() / out.out.float().norm()).item()
+        return sparse
 
     def choose(self, mass: Tensor, length: int) -> Tensor:
         """Which blocks each step chooses, bool [T, G, N]."""
@@ -220,21 +222,3 @@ class _Look:
         ends = [(self.length - steps + t) // self.block_size + 1 for t in range(steps)]
         ratio = torch.stack([ratio90(masses[:, t, :, : ends[t]]) for t in range(steps)])
         return overlap.cpu().numpy().astype(np.float32), ratio.cpu().numpy().astype(np.float32)
-
-
-@contextmanager
-def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Run a model of transformers with another attention function."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, function)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    try:
-        model.set_attn_implementation(_NAME)
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(_NAME, None)
-        AttentionMaskInterface._global_mapping.pop(_NAME, None)
