@@ -24,7 +24,7 @@
 
 from eff_embedded.scenes.cameras import Camera, Equirectangular, Lens, Pinhole
 from eff_embedded.scenes.clips import Clip, render_clip
-from eff_embedded.scenes.config import SceneConfig
+from eff_embedded.scenes.config import SceneConfig, Style
 from eff_embedded.scenes.flow import Flow, optical_flow
 from eff_embedded.scenes.geometry import pixel_grid, project_points, unproject_depth
 from eff_embedded.scenes.make import make_scene
@@ -53,6 +53,7 @@ __all__ = [
     "Scene",
     "SceneConfig",
     "SceneObject",
+    "Style",
     "Texture",
     "View",
     "make_camera",
