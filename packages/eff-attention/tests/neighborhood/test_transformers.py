@@ -125,6 +125,92 @@ def test_registration_is_taken_back(model):
     assert "another" not in AttentionMaskInterface._global_mapping
 
 
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
+    "num_key_value_heads": 2, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def gpt_oss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    more = {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}
+    model = GptOssForCausalLM(GptOssConfig(**SIZES, **more))
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(2.0)
+    return model
+
+
+def gemma2(window=8):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    more = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": window, "attn_logit_softcapping": 5.0}
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, **more))
+
+
+def qwen2_moe():
+    """Its layers do not hand their window on."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        **SIZES, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"] * 2, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    return Qwen2MoeForCausalLM(config)
+
+
+def qwen2_of_one():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=1, layer_types=["sliding_attention"] * 2)
+    )
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("make", [gpt_oss, gemma2, qwen2_moe, qwen2_of_one])
+def test_sinks_softcaps_and_windows_are_those_of_the_host(registered, make, side):
+    """Against transformers' own explicit attention, with weights large enough that each of them matters."""
+    torch.manual_seed(0)
+    model, ids, mask = make().eval(), torch.arange(1, 31).expand(2, -1), torch.ones(2, 30, dtype=torch.long)
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data.mul_(12)
+    if side:
+        mask[1, :9] = 0
+    found, steps = [], []
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+            if make is not qwen2_of_one:  # transformers' cache for windows of one token keeps all of them
+                steps.append(
+                    model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+                )
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()
+    assert not steps or torch.equal(*steps)
+
+
+def test_dropout_and_arguments_that_are_not_known(registered, model):
+    model.set_attn_implementation(NAME)
+    layer, x = model.model.layers[0].self_attn, torch.randn(1, 4, 12, 8)
+    from eff_attention.neighborhood.sliding_window import _attention
+
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.uint8).expand(1, 1, 1, 6)
+    torch.manual_seed(0)
+    mean = sum(_attention(layer, x, x, x, mask, dropout=0.5)[0] for _ in range(400)) / 400
+    assert (mean - _attention(layer, x, x, x, mask)[0]).abs().max() < 0.5
+    with pytest.raises(NotImplementedError, match=r"does not know what \['bias_by_head'\]"):
+        _attention(layer, x, x, x, mask, bias_by_head=torch.zeros(4))
+
+
+def test_autocast(registered, model):
+    tokens = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, actual = both(model, lambda: model(tokens).logits)
+    assert (wanted - actual).abs().max() < 0.05 * wanted.abs().max()
+
+
 def dinat_config():
     from transformers import DinatConfig
 
