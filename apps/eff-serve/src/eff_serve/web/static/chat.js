@@ -3,6 +3,7 @@
 const element = (id) => document.getElementById(id);
 const messages = element("messages");
 let history = []; // of this page: it is gone when the page is
+let conversation = 0; // an answer that belongs to an earlier one leaves no trace
 let running = null; // AbortController of the answer that is being written
 let pictures = []; // data URLs that go along with the next question
 let seesPictures = false;
@@ -92,8 +93,9 @@ function turn(question, shown) {
   return { role: "user", content: [...parts, { type: "text", text: question }] };
 }
 
-async function answer(question, shown) {
+async function answer(question, shown, asked) {
   const box = show("assistant", "");
+  const mine = conversation;
   const start = performance.now();
   let first = null;
   let usage = null;
@@ -133,7 +135,7 @@ async function answer(question, shown) {
     }
   } catch (error) {
     if (error.name !== "AbortError") {
-      show("error", error.message);
+      if (mine === conversation) show("error", error.message);
       reason = "error";
     } else {
       reason = "stopped";
@@ -142,10 +144,12 @@ async function answer(question, shown) {
     running = null;
     element("send").textContent = "Send";
   }
+  if (mine !== conversation) return;
   if (text) {
     history = [...turns, { role: "assistant", content: text }];
   } else {
     box.remove();
+    if (reason === "error") giveBack(question, shown, asked);
   }
   if (usage && first !== null) {
     const seconds = (performance.now() - first) / 1000;
@@ -157,6 +161,14 @@ async function answer(question, shown) {
   } else if (reason === "stopped") {
     element("status").textContent = "stopped";
   }
+}
+
+// A question that got no answer goes back to where it was written.
+function giveBack(question, shown, asked) {
+  asked.remove();
+  if (!element("prompt").value) element("prompt").value = question;
+  pictures = [...shown, ...pictures];
+  showAttached();
 }
 
 element("ask").addEventListener("submit", (event) => {
@@ -172,8 +184,7 @@ element("ask").addEventListener("submit", (event) => {
   const shown = pictures;
   pictures = [];
   showAttached();
-  show("user", question, shown);
-  answer(question, shown);
+  answer(question, shown, show("user", question, shown));
 });
 
 element("picture").addEventListener("change", (event) => {
@@ -194,6 +205,7 @@ element("prompt").addEventListener("keydown", (event) => {
 });
 
 element("reset").addEventListener("click", () => {
+  conversation += 1;
   running?.abort();
   history = [];
   pictures = [];
@@ -209,6 +221,9 @@ async function connect() {
     if (!response.ok) throw new Error(await failure(response));
     const model = (await response.json()).data[0];
     element("model").textContent = `${model.id}, up to ${model.max_model_len} tokens`;
+    const limit = element("max-tokens");
+    limit.max = model.max_model_len;
+    if (Number(limit.value) > model.max_model_len / 2) limit.value = Math.floor(model.max_model_len / 2);
     seesPictures = model.input_modalities.includes("image");
     element("attach").hidden = !seesPictures;
   } catch (error) {
