@@ -94,14 +94,17 @@ def score(cases: Sequence[Case], readings: Sequence[Reading], *, resamples: int 
     both = list(zip(cases, readings, strict=True))
     found = [[name in reading.names for name in case.objects] for case, reading in both]
     present = [all(each) for each in found]
-    asked = [i for i, case in enumerate(cases) if case.place is not None]
-    placed = {i: readings[i].place(*cases[i].objects[:2]) == cases[i].place for i in asked}
+    placed = {
+        i: reading.holds(case.objects[0], case.place, case.objects[1])
+        for i, (case, reading) in enumerate(both)
+        if case.place is not None
+    }
     strangers = [len(set(reading.names) - set(case.objects)) for case, reading in both]
     return Score(
         pictures=len(cases),
         present=_estimate(present, resamples),
         placed=_estimate(list(placed.values()), resamples) if placed else None,
-        placed_if_present=_estimate([placed[i] for i in asked if present[i]], resamples) if placed else None,
+        placed_if_present=_estimate([placed[i] for i in placed if present[i]], resamples) if placed else None,
         objects=_estimate([float(np.mean(each)) for each in found], resamples),
         strangers=float(np.mean(strangers)),
     )

@@ -39,8 +39,8 @@ class Judge(nn.Module):
         """Read pictures.
 
         Args:
-            pictures: A PIL picture or a sequence of them, a uint8 array [..., h, w, 3], or floats from 0 to 1 in a tensor
-                [..., 3, h, w]. Sides must be multiples of 8; trained on 128.
+            pictures: A PIL picture or a sequence of them, a uint8 array [..., h, w, 3], or a tensor of
+                floats from 0 to 1, [..., 3, h, w]. Sides must be multiples of 8; trained on 128.
         """
         scores = self.scores(pictures)
         shares, odds = scores.cells.softmax(1), scores.presence.sigmoid()

@@ -27,7 +27,7 @@ class JudgeNetwork(nn.Module):
 
     Args:
         objects: How many objects it knows.
-        width: Channels of the cells.
+        width: Channels of the cells, a multiple of 32.
         depth: Residual blocks on the cells.
     """
 

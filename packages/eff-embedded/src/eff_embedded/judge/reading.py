@@ -12,6 +12,7 @@ from eff_embedded.collages.relations import RelationKind
 
 APART = 0.125  # least distance of centres along the axis, as a fraction of the picture: as the collages' own rule
 SURE = 0.5
+_AXES: dict[str, tuple[int, int]] = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
 
 
 class Find(NamedTuple):
@@ -70,6 +71,24 @@ class Reading:
         if abs(down) >= max(abs(across), APART * self.size):
             return "above" if down > 0 else "below"
         return None
+
+    def holds(self, subject: str, kind: RelationKind, other: str, *, slack: float = 8.0) -> bool:
+        """Whether ``subject`` is left of, right of, above or below ``other``, within the error of boxes.
+
+        As `place`, but where the two axes differ by at most ``slack`` points both count: left of and above. False
+        if one of the two was not found.
+
+        Raises:
+            ValueError: another kind of relation.
+        """
+        if kind not in _AXES:
+            raise ValueError(f"kind={kind!r}; the judge knows {', '.join(_AXES)}")
+        one, two = self.find(subject), self.find(other)
+        if one is None or two is None:
+            return False
+        axis, sign = _AXES[kind]
+        away = [b - a for a, b in zip(one.centre, two.centre, strict=True)]
+        return sign * away[axis] + slack >= max(abs(away[1 - axis]), APART * self.size + slack)
 
 
 def box_of(share: Tensor, cell: int) -> tuple[float, float, float, float]:
