@@ -84,14 +84,13 @@ def test_an_answer_beyond_the_grace_is_cut_and_the_process_ends(start_server):
             f"{running.address}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
         seen = threading.Event()
+        lines = []
 
         def read():
-            try:
-                with urllib.request.urlopen(request, timeout=60) as response:
-                    for _ in response:
-                        seen.set()
-            except OSError:
-                pass
+            with urllib.request.urlopen(request, timeout=60) as response:
+                for line in response:
+                    lines.append(line)
+                    seen.set()
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -100,3 +99,6 @@ def test_an_answer_beyond_the_grace_is_cut_and_the_process_ends(start_server):
         assert running.process.wait(15) == 0
         reader.join(10)
         assert not reader.is_alive()
+        events = [line for line in lines if line.startswith(b"data: ")]
+        assert b'"code":"draining"' in events[-1]
+        assert not [line for line in running.lines if "Traceback" in line]
