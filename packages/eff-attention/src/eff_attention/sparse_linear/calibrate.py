@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from eff_kernels.edit import ModuleCall, calibrate
 from torch import Tensor, nn
 
+from eff_attention.autocast import alike
 from eff_attention.sparse_linear.apply import NAME, sla_modules
-from eff_attention.sparse_linear.modules import SparseLinearAttention, alike
+from eff_attention.sparse_linear.modules import SparseLinearAttention
 
 
 @dataclass(frozen=True, slots=True)

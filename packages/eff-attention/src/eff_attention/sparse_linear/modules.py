@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from eff_kernels import SparseLinearOutput, block_map, sparse_linear_attention
 from torch import Tensor, nn
 
+from eff_attention.autocast import alike
 from eff_attention.sparse_linear.config import SLAConfig
 from eff_attention.sparse_linear.token_level import token_linear_attention
 
@@ -89,11 +90,3 @@ class SparseLinearAttention(nn.Module):
     def extra_repr(self) -> str:
         """Settings that a printed model shows."""
         return f"sparsity={self.sparsity:.3g}, k_low={self.config.k_low}, scope={self.config.linear_scope!r}"
-
-
-def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast makes of the arguments of ``scaled_dot_product_attention``: one dtype, but for float64."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)

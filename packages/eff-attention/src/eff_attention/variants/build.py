@@ -11,8 +11,9 @@ import torch
 from eff_kernels import Handle, Report
 from torch import Tensor, nn
 
+from eff_attention.layers import attention_types
 from eff_attention.variants.config import AttentionVariantConfig
-from eff_attention.variants.context import STREAM, decoder_of, share_context
+from eff_attention.variants.context import STREAM, decoder_of, share
 from eff_attention.variants.layouts import standard_layers
 from eff_attention.variants.mixers import (
     MLPMixer,
@@ -81,7 +82,7 @@ def swap_layers_(
     decoder = decoder_of(model)
     layers: Any = decoder.layers
     report = Report("swap_layers_")
-    _check_layers(layers, variants)
+    _check_layers(layers, variants, attention_types(decoder.config))
     if {i for i, v in variants.items() if v.kind == "non_approximate"} == set(range(1, len(layers) + 1)):
         first = variants[1]
         if not (first.qk_norm or getattr(layers[0].self_attn, "q_norm", None) is not None):
@@ -101,8 +102,8 @@ def swap_layers_(
         report.change(name, bytes_before=_size(host), bytes_after=_size(mixer))
         noted = getattr(model.config, _ATTRIBUTE, {})
         setattr(model.config, _ATTRIBUTE, {**noted, str(i): settings.to_dict()})
-    if report.changed and share_context not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(share_context, with_kwargs=True)
+    if report.changed:
+        share(decoder)
     return report
 
 
@@ -117,7 +118,7 @@ def load_hybrid(path: str | Path, **kwargs: Any) -> Any:
         ValueError: the folder's config names no variants, or weights are missing or too many.
     """
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(path)
     noted = getattr(config, _ATTRIBUTE, None)
@@ -139,6 +140,8 @@ def load_hybrid(path: str | Path, **kwargs: Any) -> Any:
             f"the weights in {path} do not fit: missing {found.missing_keys}, too many {found.unexpected_keys}"
         )
     model.tie_weights()
+    if (Path(path) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
 
 
@@ -187,7 +190,7 @@ class _Skipped(nn.Module):
         return hidden_states
 
 
-def _check_layers(layers: Any, variants: Mapping[int, AttentionVariantConfig]) -> None:
+def _check_layers(layers: Any, variants: Mapping[int, AttentionVariantConfig], types: list[str]) -> None:
     outside = sorted(i for i in variants if not 1 <= i <= len(layers))
     if outside:
         raise ValueError(f"layers {outside} are outside of 1 to {len(layers)}; layers are counted from 1")
@@ -195,8 +198,8 @@ def _check_layers(layers: Any, variants: Mapping[int, AttentionVariantConfig]) -
         host = layers[i - 1].self_attn
         if isinstance(host, VariantMixer):
             raise ValueError(f"layer {i} has the mixer {host.settings.kind!r} already")
-        if getattr(host, "sliding_window", None) is not None:
-            raise ValueError(f"layer {i} has a sliding window of {host.sliding_window}; the variants have none")
+        if types[i - 1] != "full_attention":
+            raise ValueError(f"layer {i} has a window ({types[i - 1]}); the variants see the whole past")
 
 
 def _mixer(host: Any, settings: AttentionVariantConfig, match_params: bool) -> VariantMixer | None:
@@ -231,8 +234,7 @@ def _swap_for_loading(model: nn.Module, i: int, settings: AttentionVariantConfig
         return
     decoder: Any = decoder_of(model)
     decoder.layers[i - 1].self_attn = _new_mlp(decoder.layers[i - 1].self_attn, settings, inner)
-    if share_context not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(share_context, with_kwargs=True)
+    share(decoder)
 
 
 def _add_stream(decoder: Any, settings: list[AttentionVariantConfig]) -> None:

@@ -14,7 +14,8 @@ class VariantCacheLayer(CacheLayerMixin):
 
     Attributes:
         state: Of a recurrent mixer, [B, ...].
-        values: Of a mixer with a static map, [B, Hkv, S, D]: there are no keys to keep.
+        values: Of a mixer with a map, [B, Hkv, S, D].
+        keys: The same, of a mixer whose map follows from the tokens; a static map needs none.
         seen: Number of tokens so far.
     """
 
@@ -38,6 +39,11 @@ class VariantCacheLayer(CacheLayerMixin):
         self.values = values if self.values is None else torch.cat([self.values, values], -2)
         return self.values
 
+    def append_keys(self, keys: Tensor) -> Tensor:
+        """All keys so far, the new ones last."""
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], -2)
+        return self.keys
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask must cover."""
         return self.seen + query_length, 0
@@ -52,7 +58,7 @@ class VariantCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.values, self.seen = None, None, 0
+        self.state, self.keys, self.values, self.seen = None, None, None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (a negative number), which a state cannot."""
@@ -60,8 +66,9 @@ class VariantCacheLayer(CacheLayerMixin):
             return
         if self.state is not None:
             raise RuntimeError("a recurrent state cannot forget its last tokens; crop is not possible")
-        if self.values is not None:
-            self.values = self.values[..., : -abs(tokens_to_remove), :]
+        left = self.seen - abs(tokens_to_remove)
+        self.keys = None if self.keys is None else self.keys[..., :left, :]
+        self.values = None if self.values is None else self.values[..., :left, :]
         self.seen -= abs(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -84,6 +91,7 @@ class VariantCacheLayer(CacheLayerMixin):
 
     def _each(self, change: Any) -> None:
         self.state = None if self.state is None else change(self.state)
+        self.keys = None if self.keys is None else change(self.keys)
         self.values = None if self.values is None else change(self.values)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from eff_kernels import Handle
+from eff_kernels.edit.attention import AttentionCall, AttentionOutput, observe_attention
 from torch import Tensor, nn
 
 from eff_attention.variants.context import decoder_of
@@ -47,36 +50,26 @@ def attention_indicators(maps: Mapping[int, Tensor] | Sequence[Tensor]) -> dict[
 def attention_maps(model: nn.Module, **inputs: Any) -> dict[int, Tensor]:
     """The map [B, H, L, L] of each layer that has one, counted from 1, for the inputs of the model.
 
-    Layers with standard attention run with transformers' "eager" implementation meanwhile.
+    Layers with standard attention run as they are, and their maps are computed beside them, in float32.
     """
     decoder: Any = decoder_of(model)
-    found: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
-    hooks = [
-        layer.self_attn.register_forward_hook(_keeper(found, i))
-        for i, layer in enumerate(decoder.layers, 1)
-        if not hasattr(layer.self_attn, "settings")
-    ]
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    if len(hooks) < len(decoder.layers):
-        inputs["variant_weights"] = weights
-    try:
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-        with torch.no_grad():
-            decoder(**{**inputs, "use_cache": False})
-    finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
-        for hook in hooks:
-            hook.remove()
-    found.update({i + 1: a for i, a in weights.items()})
-    return dict(sorted(found.items()))
+    standard = {layer.self_attn for layer in decoder.layers if not hasattr(layer.self_attn, "settings")}
+    mixers = len(standard) < len(decoder.layers)
+    thread = threading.get_ident()
 
+    def keep(call: AttentionCall, output: AttentionOutput) -> None:
+        if threading.get_ident() == thread and call.layer is not None and output.weights is not None:
+            weights[call.layer] = output.weights
 
-def _keeper(found: dict[int, Tensor], layer: int) -> Any:
-    def keep(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        found[layer] = output[1]
-
-    return keep
+    look = (
+        observe_attention(decoder, keep, where=lambda name, module: module in standard, needs=("weights",))
+        if standard
+        else Handle()
+    )
+    with look, torch.no_grad():
+        decoder(**{**inputs, "use_cache": False, **({"variant_weights": weights} if mixers else {})})
+    return {i + 1: weights[i] for i in sorted(weights)}
 
 
 def _indicators(a: Tensor) -> Indicators:

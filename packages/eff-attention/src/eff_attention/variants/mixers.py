@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from eff_kernels import self_gated_scan, taylor_linear_attention
 from torch import Tensor, nn
 
+from eff_attention.autocast import alike
 from eff_attention.variants.config import AttentionVariantConfig
 from eff_attention.variants.context import VariantContext
 
@@ -88,7 +89,7 @@ class _Projected(VariantMixer):
         norms = (getattr(host, "q_norm", None), getattr(host, "k_norm", None))
         if settings.qk_norm and None in norms:
             weight = self.q_proj.weight
-            make = functools.partial(nn.RMSNorm, self.head_dim, 1e-6, device=weight.device, dtype=weight.dtype)
+            make = functools.partial(_Norm, self.head_dim, 1e-6, device=weight.device, dtype=weight.dtype)
             norms = make(), make()
         self.q_norm, self.k_norm = norms
 
@@ -109,19 +110,26 @@ class _Projected(VariantMixer):
         return out
 
 
+class _Norm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, as the norms of transformers' models are under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class TaylorAttention(_Projected):
     """Kind "approximate": weights 1 + s + s^2 / 2 in the place of exp(s), normalised together."""
 
     def mix(self, hidden: Tensor, rotation: Rotation | None, context: VariantContext, layer: Any) -> Tensor:
         """By the features in time linear in the tokens; the cache holds their sums."""
-        q, k = self.query_key(hidden, rotation)
+        q, k, v = alike(*self.query_key(hidden, rotation), self.heads(self.v_proj(hidden)))
         mask = None if context.key_mask is None else context.key_mask[:, -hidden.size(1) :]
         if context.weights is not None:
             score = _scores(q, k) * self.scaling
             weight = (1 + score + score.square() / 2).masked_fill(~_seen(score, mask), 0)
             context.weights[self.layer_idx] = weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
         out = taylor_linear_attention(
-            q, k, self.heads(self.v_proj(hidden)), mask, chunk_size=self.settings.chunk_size, scale=self.scaling,
+            q, k, v, mask, chunk_size=self.settings.chunk_size, scale=self.scaling,
             state=None if layer is None else layer.state, return_state=layer is not None,
         )  # fmt: skip
         if layer is not None:
@@ -158,7 +166,9 @@ class StaticMapAttention(_Projected):
     def mix(self, hidden: Tensor, rotation: Rotation | None, context: VariantContext, layer: Any) -> Tensor:
         """One map for the whole batch, unless there is padding; the cache holds values alone."""
         v = self.heads(self.v_proj(hidden))
-        if context.record is not None:
+        if context.stream_row:
+            q, k = self.query_key(hidden[:1], rotation and (rotation[0][:1], rotation[1][:1]))
+        elif context.record is not None:
             q, k = context.record[self.layer_idx] = self.query_key(hidden, rotation)
         elif self.layer_idx in context.maps:
             q, k = context.maps[self.layer_idx]
@@ -193,8 +203,7 @@ class StaticEmbAttention(_Projected):
         q, k = self.query_key(context.embeddings[self.layer_idx], rotation)
         v = self.heads(self.v_proj(hidden))
         if layer is not None:
-            layer.state = k if layer.state is None else torch.cat([layer.state, k], -2)
-            k, v = layer.state, layer.append(v)
+            k, v = layer.append_keys(k), layer.append(v)
         weight = _softmax(_scores(q, k) * self.scaling, context.key_mask, v.dtype)
         if context.weights is not None:
             context.weights[self.layer_idx] = weight
