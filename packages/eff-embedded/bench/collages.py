@@ -1,6 +1,6 @@
 """Times a collage of four sprites with its caption and masks, on one thread; appends to results/collages.jsonl.
 
-``python packages/eff-embedded/bench/collages.py`` takes a few seconds. Each call draws another collage; sprites that were
+``python packages/eff-embedded/bench/collages.py`` takes seconds. Each call draws another collage; sprites that were
 drawn before at one size are kept, as in a training.
 """
 
