@@ -32,7 +32,7 @@ class Config(TrainConfig):
         spoiled: Chance that an object is made unrecognisable: half of another, smeared, in wrong colours.
     """
 
-    steps: int = 3000
+    steps: int = 1500
     batch_size: int = 16
     lr: float = 1e-3
     warmup: int = 100

@@ -50,8 +50,8 @@ class Config(TrainConfig):
         compiled: Compile the blocks: one or two minutes at the start, and updates in two thirds of the time.
     """
 
-    steps: int = 6000
-    batch_size: int = 32
+    steps: int = 4000
+    batch_size: int = 48
     lr: float = 1e-3
     warmup: int = 100
     betas: tuple[float, float] = (0.9, 0.95)
