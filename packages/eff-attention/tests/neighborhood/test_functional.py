@@ -152,3 +152,18 @@ def test_layer_errors():
 def test_layer_compiles_to_one_graph():
     layer, x = NeighborhoodAttention2D(16, 2, 3), torch.randn(1, 6, 6, 16)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_layers_say_at_once_what_cannot_be():
+    from eff_attention.neighborhood import NeighborhoodAttention2D
+
+    with pytest.raises(ValueError, match="num_heads = 0, both at least 1"):
+        NeighborhoodAttention2D(8, 0, 3)
+    with pytest.raises(ValueError, match="kernel_size must be at least 2, got 1 on axis 0"):
+        NeighborhoodAttention2D(8, 2, 1)
+    with pytest.raises(ValueError, match="dilation must be one int, or one for each of the 2 axes"):
+        NeighborhoodAttention2D(8, 2, 3, dilation=(1, 2, 3))
+    with pytest.raises(ValueError, match=r"with the C = 8 channels last, got \[1, 8, 16, 16\]"):
+        NeighborhoodAttention2D(8, 2, 3)(torch.zeros(1, 8, 16, 16))
+    with pytest.raises(ValueError, match=r"head_dim of at least 1, got \[1, 6, 2, 0\]"):
+        na1d(*[torch.zeros(1, 6, 2, 0)] * 3, 3)

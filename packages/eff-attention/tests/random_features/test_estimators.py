@@ -307,3 +307,16 @@ def test_refusals_after_the_fit():
         kernel.fit(x, y).predict(x[..., :2])
     with pytest.raises(ValueError, match="no closed-form kernel"):
         RFAKernelRidge(query="self").fit(x, y)
+
+
+def test_ragged_lists_are_sets_or_are_named():
+    from eff_attention.random_features.inputs import as_sets
+
+    ragged = [[[1.0, 2], [3, 4], [5, 6]], [[7, 8], [9, 10]]]
+    found, wanted = as_sets(ragged, "mean", None), as_sets([np.array(s, float) for s in ragged], "mean", None)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="tokens of a sample have different lengths"):
+        as_sets([[[1.0, 2], [3]], [[7, 8]]], "mean", None)
+    with pytest.raises(ValueError, match=r"samples have shapes \[\(2,\), \(1,\)\]"):
+        as_sets([[1.0, 2], [3]], "mean", None)

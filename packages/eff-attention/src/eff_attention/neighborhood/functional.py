@@ -55,6 +55,8 @@ def neighborhood_attention(
     Raises:
         ValueError: shapes or windows do not fit; the message names the axis, the value and the limit.
     """
+    if query.dim() and not query.size(-1):
+        raise ValueError(f"query must have a head_dim of at least 1, got {list(query.shape)}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}; wanted a share of at least 0 and below 1")
     windows = kernel_size, stride, dilation, is_causal or False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
+from eff_kernels.ops.neighborhood_attention.api import check_windows, each_axis
 from torch import Tensor, nn
 
 from eff_attention.neighborhood.functional import neighborhood_attention
@@ -26,8 +28,13 @@ class _NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim = {embed_dim} must be a multiple of num_heads = {num_heads}")
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim = {embed_dim} must be a multiple of num_heads = {num_heads}, both at least 1")
+        axes = [each_axis(*args, self.rank, int) for args in (
+            ("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)
+        )]  # fmt: skip
+        check_windows([sys.maxsize] * self.rank, *axes)  # how long the axes are shows when it runs
+        each_axis("is_causal", is_causal, self.rank, bool)
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.kernel_size, self.stride, self.dilation, self.is_causal = kernel_size, stride, dilation, is_causal
         self.scale = qk_scale
@@ -37,8 +44,12 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, *S, embed_dim] to the same shape."""
-        if x.dim() != self.rank + 2:
-            raise ValueError(f"{type(self).__name__} takes {self.rank + 2} dimensions [B, *S, C], got {list(x.shape)}")
+        width = self.qkv.in_features
+        if x.dim() != self.rank + 2 or x.size(-1) != width:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.rank + 2} dimensions [B, *S, C] with the C = {width} channels last, "
+                f"got {list(x.shape)}"
+            )
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         windows = (self.kernel_size, self.stride, self.dilation, self.is_causal)
         out = neighborhood_attention(q, k, v, *windows, self.scale)

@@ -30,6 +30,8 @@ def as_sets(X: Any, query: QueryFrom, token_dim: int | None) -> Sets:
     if isinstance(X, tuple):
         return _pair(X)
     keep = None
+    if isinstance(X, list) and num_dimensions(X) == 0:
+        X = [np.asarray(x) for x in X]  # sets of different sizes, each a list of tokens
     if isinstance(X, list) and X and all(getattr(x, "ndim", 0) == 2 for x in X):
         X, keep = _padded(X)
     if num_dimensions(X) == 2:
@@ -59,8 +61,24 @@ def as_sets(X: Any, query: QueryFrom, token_dim: int | None) -> Sets:
 
 
 def num_dimensions(x: Any) -> int:
-    """Dimensions of an array, a frame, a list of lists or whatever else converts to an array."""
-    return int(x.ndim) if hasattr(x, "ndim") else np.asarray(x).ndim
+    """Dimensions of an array, a frame, a list of lists or whatever else converts to an array; 0 for ragged sets.
+
+    Raises:
+        ValueError: lists that are neither an array nor sets of tokens of one length.
+    """
+    if hasattr(x, "ndim"):
+        return int(x.ndim)
+    try:
+        return np.asarray(x).ndim
+    except ValueError:
+        pass
+    try:
+        shapes = [np.asarray(part).shape for part in x]
+    except ValueError as error:
+        raise ValueError("the tokens of a sample have different lengths; wanted sets [N_i, d] of one d") from error
+    if any(len(shape) != 2 for shape in shapes):
+        raise ValueError(f"samples have shapes {shapes[:3]} ...; wanted arrays [n, tokens, d] or sets [N_i, d] each")
+    return 0
 
 
 def _padded(samples: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -58,6 +58,8 @@ class RandomFeatureAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_activation(activation)
+        if min(dim, num_heads) < 1:
+            raise ValueError(f"dim={dim}, num_heads={num_heads}; wanted at least 1 of each")
         if head_chunk is not None and head_chunk < 1:
             raise ValueError(f"head_chunk={head_chunk}; wanted at least 1, or None")
         one = int(append_one)

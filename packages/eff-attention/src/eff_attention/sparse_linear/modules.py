@@ -30,6 +30,8 @@ class SparseLinearAttention(nn.Module):
 
     def __init__(self, head_dim: int, config: SLAConfig | None = None, *, device: torch.device | None = None) -> None:
         super().__init__()
+        if head_dim < 1:
+            raise ValueError(f"head_dim={head_dim}; wanted at least 1")
         self.config = config or SLAConfig()
         self.ran = ""
         self.proj = nn.Linear(head_dim, head_dim, device=device, dtype=torch.float32)

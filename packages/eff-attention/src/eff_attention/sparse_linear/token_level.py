@@ -42,6 +42,8 @@ def token_linear_attention(
     Returns:
         Both branches like q, and the logarithm of the sum of the exponentials of the scores kept, [B, H, L].
     """
+    if not q.size(-1):
+        raise ValueError(f"q must have a head dimension of at least 1, got {list(q.shape)}")
     blocks = BlockMap(q.new_zeros(*q.shape[:2], -(-q.size(2) // 64), -(-k.size(2) // 64), dtype=torch.int8), 64, 64)
     linear = sparse_linear_attention(q, k, v, blocks, feature_map=feature_map, linear_scope="all").linear
     wide = torch.promote_types(q.dtype, torch.float32)
