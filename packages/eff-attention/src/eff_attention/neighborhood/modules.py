@@ -47,8 +47,8 @@ class _NeighborhoodAttention(nn.Module):
         width = self.qkv.in_features
         if x.dim() != self.rank + 2 or x.size(-1) != width:
             raise ValueError(
-                f"{type(self).__name__} takes {self.rank + 2} dimensions [B, *S, C] with the C = {width} channels last, "
-                f"got {list(x.shape)}"
+                f"{type(self).__name__} takes {self.rank + 2} dimensions [B, *S, C] "
+                f"with the C = {width} channels last, got {list(x.shape)}"
             )
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         windows = (self.kernel_size, self.stride, self.dilation, self.is_causal)
