@@ -1,7 +1,7 @@
 """What reading and changing attention costs: ``python packages/eff-kernels/bench/edit/intercept.py --threads 1``.
 
 A decoder of SmolLM2-135M's sizes with random weights. Reading: one decoding step at 512 tokens, each layer's last row
-summed over the first four keys. Changing: a prompt of 512 tokens, one head of each layer at half strength. Beside the
+summed over the first four keys. Changing: a prompt of 256 tokens, one head of each layer at half strength. Beside the
 plain model stand hooks written by hand, the same thing under attn_implementation="eager", and nnsight if it is there.
 """
 
@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 RESULTS = Path(__file__).parents[1] / "results" / "intercept.jsonl"
 SOURCES = Path(__file__).parents[2] / "src" / "eff_kernels" / "edit" / "attention"
-CONTEXT, HEAD = 512, 64
+CONTEXT, PROMPT, HEAD = 512, 256, 64
 
 
 def smollm2(implementation):
@@ -85,7 +85,7 @@ def decode(recorder, ids):
             return outs
 
         providers.append(Provider("nnsight, output of attention saved", traced, check=lambda: len(traced(0)) == 30))
-    recorder.run(f"{CONTEXT} tokens fp32", providers, mode="decode")
+    recorder.run(f"{CONTEXT} tokens fp32", providers, mode="decode", rounds=15)
 
 
 def halve(module, args):
@@ -132,7 +132,7 @@ def prefill(recorder, ids):
 
         good = Provider("nnsight, output halved", traced, check=lambda: torch.allclose(traced(), want, atol=1e-4))
         providers.append(good)
-    recorder.run(f"{CONTEXT} tokens fp32", providers, mode="prefill", rounds=15)
+    recorder.run(f"{PROMPT} tokens fp32", providers, mode="prefill", rounds=5)
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def main():
     recorder = Recorder("intercept", None if options.no_record else RESULTS, sources=(SOURCES, Path(__file__)))
     ids = torch.randint(0, 49152, (1, CONTEXT))
     decode(recorder, ids)
-    prefill(recorder, ids)
+    prefill(recorder, ids[:, :PROMPT])
     print(recorder.table())
 
 
