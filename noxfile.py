@@ -34,8 +34,8 @@ class Target:
 
     def sync_args(self, *more_groups: str) -> list[str]:
         """Arguments of ``uv sync`` that select this target, its extras and its dependency groups."""
-        package = [f"--package={self.member}", "--all-extras"] if self.member else []
-        return [*package, *(f"--group={g}" for g in (*self.groups, *more_groups))]
+        package = [f"--package={self.member}"] if self.member else ["--all-packages"]
+        return [*package, "--all-extras", *(f"--group={g}" for g in (*self.groups, *more_groups))]
 
 
 MEMBERS = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproject.toml"))}
