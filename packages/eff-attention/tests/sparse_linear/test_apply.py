@@ -258,3 +258,11 @@ def test_distilling_lowers_the_error(net):
     assert cosine(0.1, 0.01)(1.0) == pytest.approx(0.01)
     with pytest.raises(ValueError, match="no sparse-linear attention to distil"):
         AttentionDistiller(net, net)
+
+
+def test_other_terms_of_attention_are_refused():
+    """Dropout, softcaps, sinks and biases would be lost."""
+    net = Net()
+    net.blocks[0].forward = lambda x, mask=None: F.scaled_dot_product_attention(*[x[:, None]] * 3, dropout_p=0.1)[:, 0]
+    with apply_sla(net, SMALL, targets="blocks.0"), pytest.raises(NotImplementedError, match=r"blocks.0 has dropout"):
+        net(torch.randn(1, 16, 16))
