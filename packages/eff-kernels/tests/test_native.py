@@ -4,6 +4,7 @@ import struct
 import pytest
 import torch
 from eff_kernels import int8_linear, int8_static_linear, native
+from eff_kernels.native import build
 from eff_kernels.ops.int4_linear import api as int4
 from eff_kernels.ops.int8_linear import api as int8
 
@@ -63,3 +64,30 @@ def test_beyond_the_limit_auto_is_still_exact():
     weight = torch.full((1, k), 127, dtype=torch.int8)
     found = int8_linear(torch.full((1, k), 127.0, dtype=torch.float64), weight, torch.tensor([127.0]))
     assert found.item() == 127.0 * 127.0 * k
+
+
+@pytest.mark.parametrize("harm", ["cut", "without its checksum"])
+def test_a_damaged_library_is_compiled_again(harm, tmp_path, monkeypatch):
+    """Calling into a library that was cut would end the process."""
+    monkeypatch.setenv("EFF_CACHE_DIR", str(tmp_path))
+    built = []
+
+    def compile_(command, flags, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"code" * 1000)
+        build._stamp(path).write_text(build._digest(path))
+        built.append(path)
+        raise build.NativeBuildError("far enough")
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    load = lambda: build.library.__wrapped__()  # noqa: E731
+    with pytest.raises(build.NativeBuildError, match="far enough"):
+        load()
+    assert build._whole(built[0])
+    if harm == "cut":
+        built[0].write_bytes(built[0].read_bytes()[:-1])
+    else:
+        build._stamp(built[0]).unlink()
+    with pytest.raises(build.NativeBuildError, match="far enough"):
+        load()
+    assert len(built) == 2

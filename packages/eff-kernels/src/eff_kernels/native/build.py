@@ -44,7 +44,7 @@ def library(*defines: str) -> ctypes.CDLL:
     command = _compiler()
     flags = (*_FLAGS, *(f"-D{d}" for d in defines))
     path = _cache_dir() / f"kernels-{_fingerprint(command, flags)}.so"
-    if not path.exists():
+    if not _whole(path):
         _compile(command, flags, path)
     try:
         lib = ctypes.CDLL(str(path))
@@ -122,9 +122,29 @@ def _compile(command: list[str], flags: tuple[str, ...], path: Path) -> None:
             )
             if run.returncode:
                 raise NativeBuildError(f"{shlex.join(command)} failed to compile the kernels:\n{run.stderr[-2000:]}")
+            stamp = Path(scratch) / "stamp"
+            stamp.write_text(_digest(built))
             built.replace(path)  # atomic: processes that build at the same time do not see half a file
+            stamp.replace(_stamp(path))
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeBuildError(f"compiling the kernels into {path.parent} failed: {error}") from error
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is there as it was built; calling into a cut one would end the process (bus error)."""
+    try:
+        return _stamp(path).read_text() == _digest(path)
+    except OSError:
+        return False
 
 
 def _share_openmp(lib: ctypes.CDLL) -> None:
