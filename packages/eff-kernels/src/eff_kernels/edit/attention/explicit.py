@@ -52,7 +52,7 @@ def attend_explicit(
         prob = softmax(call, part, block)
         kept = F.dropout(prob, call.dropout) if call.dropout else prob
         with _no_autocast(call):
-            outs.append(_mix(kept, value).to(dtype))
+            outs.append(_grouped(kept, value).to(dtype))
         if weights:
             maps.append(prob)
         if lse:
@@ -80,7 +80,7 @@ def logits(
         line = torch.tensor(at, device=device) if not isinstance(at, range) else torch.arange(*_ends(at), device=device)
         keep = call.keep_mask(line)
         with _no_autocast(call):
-            block = _scores(query[:, :, line], key) * call.scale
+            block = _grouped(query[:, :, line], key.mT) * call.scale
             if call.softcap is not None:
                 block = call.softcap * torch.tanh(block / call.softcap)
             block = block + _pick(call.additive_mask(line), heads).to(block.dtype)
@@ -144,16 +144,16 @@ def _of_heads(x: Tensor, heads: tuple[int, ...] | None, count: int) -> Tensor:
     return x[:, [h // group for h in heads]]
 
 
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    if query.shape[1] == key.shape[1]:
-        return query @ key.mT
-    return (query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT).flatten(1, 2)
+def _grouped(many: Tensor, few: Tensor) -> Tensor:
+    """Products [B, H, q, n] of query heads [B, H, q, m] with those of key heads [B, KV, m, n].
 
-
-def _mix(weights: Tensor, value: Tensor) -> Tensor:
-    if weights.shape[1] == value.shape[1]:
-        return weights @ value
-    return (weights.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]).flatten(1, 2)
+    The queries of a group are taken as rows of one matrix: a broadcast product would copy the keys for each of them.
+    """
+    if many.shape[1] == few.shape[1]:
+        return many @ few
+    batch, heads, length = many.shape[:3]
+    rows = many.reshape(batch, few.shape[1], -1, many.shape[3])
+    return (rows @ few).reshape(-1, heads, length, few.shape[3])
 
 
 def _of_sinks(call: AttentionCall, heads: tuple[int, ...] | None) -> Tensor | None:
