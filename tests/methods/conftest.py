@@ -1,0 +1,6 @@
+"""Makes `method_table` importable for the table and its rows."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,60 @@
+import torch
+from eff_attention.random_features import RandomFeatureAttention
+from eff_kernels import Handle
+from method_table import Row
+from torch import nn
+
+
+class Mean(nn.Module):
+    def forward(self, x, key_padding_mask=None):
+        return x.mean(1, keepdim=True).expand_as(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.mixer = nn.Linear(8, 8), Mean()
+
+    def forward(self, x, mask=None):
+        return self.mixer(self.first(x), key_padding_mask=None if mask is None else mask == 0)
+
+
+def make():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def apply(model):
+    handle = Handle()
+    handle.replace(model, "mixer", RandomFeatureAttention(8, 6).to(model.first.weight.dtype))
+    return handle
+
+
+def load(folder):
+    model = make()
+    apply(model)
+    model.load_state_dict(torch.load(folder / "state.pt"))
+    return model
+
+
+NO_LANGUAGE = "has no attribute 'generate'"
+ROWS = [
+    Row(
+        name="random_features",
+        make=make,
+        apply=apply,
+        run=lambda model, x, mask=None: model(x, mask),
+        data=lambda seed: torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed)),
+        save=lambda model, folder: torch.save(model.state_dict(), folder / "state.pt"),
+        load=load,
+        lora=("first",),
+        cannot={
+            "generate": NO_LANGUAGE,
+            "static_cache": NO_LANGUAGE,
+            "beams": NO_LANGUAGE,
+            "gqa": "has no attribute 'config'",
+            "checkpointing": "no attribute 'gradient_checkpointing_enable'",
+            "reentrant_checkpointing": "no attribute 'gradient_checkpointing_enable'",
+        },
+    )
+]
