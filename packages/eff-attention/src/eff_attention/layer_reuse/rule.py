@@ -109,6 +109,13 @@ class ReuseRule:
 
     def __call__(self, call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:
         """Answer a call of a layer."""
+        if torch.compiler.is_compiling():
+            # Choices depend on lengths and contents: each step would be compiled by itself. As a decorator this would
+            # import the compiler with the package.
+            return torch.compiler.disable(self._answer)(call, attend)
+        return self._answer(call, attend)
+
+    def _answer(self, call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:
         if ARGUMENT not in call.extra:
             raise NotImplementedError(f"{call.name} does not get the arguments of its decoder, which layer reuse needs")
         now: Pass = call.extra[ARGUMENT]
