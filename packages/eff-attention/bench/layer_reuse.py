@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sensitive", type=int, default=3, help="layers with the largest KL that stay full in it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    path = RESULTS / "layer_reuse_smollm2_profile.npz"
+    path = RESULTS / "layer_reuse_smollm2_profile.safetensors"
     if not path.is_file():
         measure().save(path)
     profile = ReuseProfile.load(path)

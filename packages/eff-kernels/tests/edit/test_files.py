@@ -47,6 +47,8 @@ def test_tensors_arrays_and_settings_come_back(tmp_path):
     saved = profile()
     saved.save(tmp_path / "profile")
     assert os.listdir(tmp_path) == ["profile"]  # exactly this name, and nothing beside it
+    (tmp_path / "other").touch()
+    assert (tmp_path / "profile").stat().st_mode == (tmp_path / "other").stat().st_mode
     again = Profile.load(tmp_path / "profile")
     assert isinstance(again.overlap, np.ndarray)
     assert again.overlap.dtype == np.float32

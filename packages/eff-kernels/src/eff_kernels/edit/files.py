@@ -82,7 +82,10 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(str(temporary))
+        temporary.chmod(mode)  # safetensors makes files for their owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
