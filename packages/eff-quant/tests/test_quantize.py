@@ -165,7 +165,7 @@ def test_static_columns_of_a_layer_that_is_not_quantised_are_an_error(llama):
 
 
 def test_what_cannot_be_done_is_refused():
-    with pytest.raises(TypeError, match="no quantisation method for a float; use Int8Config"):
+    with pytest.raises(TypeError, match="no quantisation method for a float; use FP4Config"):
         quantize_(nn.Sequential(), {"threshold": 6.0})
     with pytest.raises(ValueError, match="use from_linear"):
         quantize_(nn.Linear(4, 4), Int8Config())

@@ -1,4 +1,4 @@
-"""Looking into a safetensors checkpoint before it is loaded, and giving pages of the file back while it is."""
+"""Giving pages of a safetensors checkpoint back to the system while it is loaded."""
 
 from __future__ import annotations
 
@@ -11,33 +11,6 @@ from typing import NamedTuple
 
 # Looking through the process' mappings takes some milliseconds, so it is done once for this many bytes of weights.
 RELEASE_EVERY = 2**24
-
-
-def check_files(files: Iterable[str | Path], layers: Iterable[str]) -> None:
-    """Check that each layer that a checkpoint holds quantised is one that is going to be loaded so.
-
-    Only headers are read. Names may differ by what a model class puts in front of them.
-
-    Raises:
-        ValueError: one is not; its codes would be passed over and the layer would stay as it was initialised.
-    """
-    from safetensors import safe_open
-
-    stored = set()
-    for file in files:
-        with safe_open(file, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                name, _, leaf = key.rpartition(".")
-                if leaf == "SCB" or leaf.startswith("weight_"):
-                    stored.add(name)
-    loaded = tuple(layers)
-    ends = {name.split(".", n)[-1] for name in loaded for n in range(name.count(".") + 1)}
-    for name in sorted(stored):
-        if name not in ends and not any(name.endswith("." + other) for other in loaded):
-            raise ValueError(
-                f"the checkpoint holds {name} quantised, but its settings leave this layer as it is; "
-                "correct quantization_config in config.json"
-            )
 
 
 class CheckpointMemory:

@@ -16,14 +16,15 @@ import torch
 from eff_kernels.edit import Report, replace_module
 from torch import Tensor, nn
 
-from eff_quant.checkpoint import CheckpointMemory, check_files
-from eff_quant.linears import Found, find_linears, is_conv1d, on_skip_list, size_of
-from eff_quant.llm_int8.checkpoint import check_int8_files
-from eff_quant.llm_int8.layer import ROW_FORMAT, Int8Linear
+from eff_quant.checkpoint import CheckpointMemory
+from eff_quant.convert import dequantize_layers
+from eff_quant.hub import DTYPES, headers, is_code, quantized_entries, with_model_names
+from eff_quant.layer import QuantizedLinear
+from eff_quant.linears import Found, find_linears, is_conv1d, size_of
 from eff_quant.mixed import MixedConfig, as_mixed
-from eff_quant.plan import groups_of, name_of, plan, report_plan, settings_of
-from eff_quant.quantize import dequantize_
-from eff_quant.registry import LAYERS, METHODS, config_from_dict, method_of
+from eff_quant.plan import exactly, groups_of, name_of, plan, report_plan, settings_of
+from eff_quant.registry import config_from_dict, method_names, method_of
+from eff_quant.skips import on_skip_list
 
 try:
     from transformers.core_model_loading import ConversionOps
@@ -98,7 +99,8 @@ class EffHfQuantizer(HfQuantizer):
         self._planned: dict[str, Found] = {}
         self._groups: dict[str, tuple[str, ...]] = {}
         self._waiting: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self._old_format: set[str] = set()
+        self._missing: set[str] = set()
+        self._incomplete: list[QuantizedLinear] = []
 
     @property
     def rules(self) -> MixedConfig:
@@ -112,34 +114,51 @@ class EffHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         files = [f for f in checkpoint_files or () if str(f).endswith(".safetensors")]
-        if self.pre_quantized:
-            self._old_format = check_int8_files(files)
-        else:
+        entries: dict[str, dict[str, Tensor]] = {}
+        stored = None
+        if not self.pre_quantized:
             self.memory = CheckpointMemory(files)
-        found = plan(model, self.rules, keep={**_tied(model), **({} if self.pre_quantized else _in_float32(model))})
+        elif files:
+            entries = with_model_names(model, quantized_entries(headers(files)))
+            stored = set(entries)
+        else:  # a state dict, whose names are the model's
+            (_, config), *_ = self.rules.rules
+            linears = find_linears(model)
+            stored = {n for f in linears for n in f.names if not on_skip_list(model, config.skip, (n,), f.module)}
+        found = plan(model, self.rules, stored=stored)
         self.report = report_plan(self.report.action, found)
         self._groups = groups_of(found)
         for f in found:
             if f.reason:
                 continue
-            new = method_of(f.config).empty(f.names[0], f.module, f.config, None)
+            new = method_of(f.config).empty(f.names[0], f.module, f.config)
             size = size_of(new)
-            if not self.pre_quantized and "weight" not in new._buffers:
-                # transformers takes only entries that the model has; this one goes when its weight arrives
-                new._buffers["weight"] = torch.empty(new.out_features, new.in_features, device="meta")
-            if any(_ends_with_any(name, self._old_format) for name in f.names):
-                del new.weight_format  # not in the file: put back after loading, else it is reported as missing
+            if self.pre_quantized:
+                here = [entries[n] for n in f.names if n in entries]
+                if here:
+                    self._check(f.names[0], new, here[0])
+            else:
+                self._missing.add(f.names[0])
+                if "weight" not in new.stored_as.values():
+                    # transformers takes only entries that the model has; this one goes when its weight arrives
+                    new._buffers["weight"] = torch.empty(new.out_features, new.in_features, device="meta")
             for name in f.names:
                 replace_module(model, name, new)
                 self._planned[name] = f
             self.report.change(f.names[0], bytes_before=f.size, bytes_after=size)
-        if self.pre_quantized:
-            check_files(files, self._planned)
+
+    def _check(self, name: str, layer: QuantizedLinear, entries: Mapping[str, Tensor]) -> None:
+        """Check a layer's entries; what the file may lack goes, else it is reported as missing."""
+        layer.check_entries(name, entries)
+        for own in [n for n, t in layer._buffers.items() if t is not None]:
+            if layer.stored_as.get(own, own) not in entries:
+                del layer._buffers[own]
+                self._incomplete.append(layer)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether this is the weight of a layer that becomes quantised."""
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(module), LAYERS)
+        return leaf == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
 
     def take(self, model: nn.Module, module: str, weight: Tensor) -> dict[str, Tensor]:
         """Quantise a layer's weight; one of a group waits for the others. Returns tensors by their full names."""
@@ -155,19 +174,19 @@ class EffHfQuantizer(HfQuantizer):
         weights, tensors = self._waiting.pop(members), {}
         config = self._planned[members[0]].config
         method = method_of(config)
-        shared = method.share([weights[m] for m in members], config) if len(members) > 1 else None
+        shared = method.share([weights[m] for m in members], config) if len(members) > 1 else {}
         for module in members:
             new = method.tensors(module, weights.pop(module), config, shared)
             tensors.update({f"{module}.{leaf}": tensor for leaf, tensor in new.items()})
-            if "weight" not in new:
-                model.get_submodule(module)._buffers.pop("weight", None)
+            model.get_submodule(module)._buffers.pop("weight", None)
+            self._missing.discard(module)
         return tensors
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Cast nothing to or from a dtype of codes: a float weight must never be cut down to codes by a cast."""
         new = super().get_new_dtype(converter, param, dtype)
-        held = _STORED.get(param.get_dtype()) if hasattr(param, "get_dtype") else getattr(param, "dtype", None)
-        if new is not None and new != held and (_is_code(new) or (held is not None and _is_code(held))):
+        held = DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else getattr(param, "dtype", None)
+        if new is not None and new != held and (is_code(new) or (held is not None and is_code(held))):
             where = getattr(converter, "target_patterns", ["a layer"])[0]
             raise ValueError(
                 f"the checkpoint holds {where} in {held or param.get_dtype()}, its settings say that it is {new}; "
@@ -180,15 +199,10 @@ class EffHfQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self._waiting:
-            absent = [m for members, there in self._waiting.items() for m in members if m not in there]
-            raise ValueError(f"the checkpoint lacks the weights of {', '.join(absent)}")
-        for name, module in model.named_modules():
-            if isinstance(module, LAYERS) and "weight" in module._buffers and not _is_code(module.weight.dtype):
-                raise ValueError(f"the checkpoint lacks the weight of {name}")
-            if isinstance(module, Int8Linear) and "weight_format" not in module._buffers:
-                row = torch.tensor(ROW_FORMAT, dtype=torch.uint8, device=module.weight.device)
-                module.register_buffer("weight_format", row)
+        if self._missing:
+            raise ValueError(f"the checkpoint lacks the weights of {', '.join(sorted(self._missing))}")
+        for layer in self._incomplete:
+            layer.after_loading()
         return model
 
     @property
@@ -216,24 +230,14 @@ class EffHfQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_(model, dtype=dtype)
+        dequantize_layers(model, dtype=dtype)
+        detach(model)
         return model
 
 
-for _name in (*(c.quant_method for c in METHODS), MixedConfig.quant_method):  # type: ignore[attr-defined]
+for _name in (*method_names(), MixedConfig.quant_method):
     register_quantization_config(_name)(EffConfig)
     register_quantizer(_name)(EffHfQuantizer)
-
-# Names of dtypes in safetensors files
-_STORED = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def _is_code(dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point or dtype.itemsize == 1
 
 
 def attach(model: Any) -> None:
@@ -256,40 +260,22 @@ def record_settings(model: Any) -> None:
     Raises:
         ValueError: there are no quantised layers.
     """
-    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise ValueError("the model has no quantised layers; use quantize_ first")
     different = settings_of(model)
     if len(different) == 1:
         config = next(iter(layers.values())).config
         skip = tuple(p for p in config.skip if not any(on_skip_list(model, (p,), (n,), m) for n, m in layers.items()))
-        method = method_of(config)
-        found = find_linears(model, leave=partial(on_skip_list, model, skip), done=LAYERS, keep=_tied(model))
-        left = [f.names[0] for f in found if not f.reason and not method.refuse(f.module, config)]
+        found = find_linears(model, leave=partial(on_skip_list, model, skip), done=(QuantizedLinear,))
+        left = [exactly(f.names[0]) for f in found if not f.reason]
         settings = EffConfig(replace(config, skip=(*skip, *left)))
     else:
-        prefix = f"{model.base_model_prefix}."
         rules = []
         for config in different:
-            names = tuple(n.removeprefix(prefix) for n, m in layers.items() if replace(m.config, skip=()) == config)
+            names = tuple(exactly(n) for n, m in layers.items() if replace(m.config, skip=()) == config)
             rules.append((names, config))
         settings = EffConfig(MixedConfig(tuple(rules)))
     model.config.quantization_config = settings
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.quantization_config = settings
-
-
-def _tied(model: Any) -> dict[str, str]:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name.removesuffix(".weight"): "is tied" for pair in tied.items() for name in pair}
-
-
-def _in_float32(model: Any) -> dict[str, str]:
-    parts = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    names = (name for name, _ in model.named_modules() if parts & set(name.split(".")))
-    return dict.fromkeys(names, "is kept in float32 by its model class")
-
-
-def _ends_with_any(name: str, others: set[str]) -> bool:
-    return any(name == o or name.endswith("." + o) or o.endswith("." + name) for o in others)

@@ -42,7 +42,6 @@ def find_linears(
     where: Where = "*",
     leave: Choice = lambda names, module: "",
     done: tuple[type[nn.Module], ...] = (),
-    keep: Mapping[str, str] | None = None,
 ) -> list[Found]:
     """List the linear layers of a model in its order, each with a reason if it cannot be quantised.
 
@@ -51,17 +50,21 @@ def find_linears(
         where: Layers to quantise; others are left as the caller wants.
         leave: Says which layers the caller wants left, and why.
         done: Classes of layers that are quantised already.
-        keep: More modules to leave as they are, by name, with the reason.
     """
     names = _names_by_module(model)
     users = _users_of_parameters(model)
+    tied = _tied(model)
+    adapters = _adapters(model)
+    offloaded = not all(
+        p.is_meta for p in model.parameters()
+    )  # then those on the meta device have their values elsewhere
     found = []
     for module, where_it_is in names.items():
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         size = sum(t.numel() * t.element_size() for t in tensors)
         plain = [without_wrapper(name) for name in where_it_is]
         if not _is_linear(module):
-            found += _other_weights(where_it_is[0], module)
+            found += _stacked_experts(where_it_is[0], module)
         elif not any(fits(where, name, module) for name in plain):
             found.append(Found(where_it_is, module, "not asked for (where)", wanted=True, size=size))
         elif isinstance(module, done):
@@ -69,18 +72,13 @@ def find_linears(
         elif reason := leave(plain, module):
             found.append(Found(where_it_is, module, reason, wanted=True, size=size))
         else:
-            reason = _refusal(where_it_is, module, users) or next((keep[n] for n in plain if keep and n in keep), "")
+            reason = "belongs to an adapter" if module in adapters else _refusal(where_it_is, module, users)
+            if not reason and any(name in tied for name in where_it_is):
+                reason = "is tied"
+            if not reason and (_is_offloaded(module) or (offloaded and module.weight.is_meta)):
+                reason = "its weight is offloaded (on the meta device); quantise before that"
             found.append(Found(where_it_is, module, reason, size=size))
     return found
-
-
-def on_skip_list(model: nn.Module, skip: Sequence[str], names: Sequence[str], module: nn.Module) -> str:
-    """Why a skip list takes a layer in; "" if it does not. ``"lm_head"`` also means the output embedding."""
-    if pattern := next((p for p in skip if any(fits(p, name, module) for name in names)), None):
-        return f"on the skip list ({pattern})"
-    if "lm_head" in skip and module is _output_embedding(model):
-        return "is the output embedding (lm_head)"
-    return ""
 
 
 def size_of(module: nn.Module) -> int:
@@ -99,22 +97,50 @@ def linear_weight(linear: nn.Module) -> Tensor:
     return weight.T if is_conv1d(linear) else weight
 
 
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module that takes another's place the hooks of that: those of torch, and accelerate's."""
+    for name in _HOOKS:
+        if getattr(old, name, None):
+            setattr(new, name, getattr(old, name))
+    if (hook := getattr(old, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+        add_hook_to_module(new, hook)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _refusal(names: tuple[str, ...], module: nn.Module, users: Mapping[int, list[str]]) -> str:
-    weight = module.weight
-    if _is_adapter(names[0]):
-        return "belongs to an adapter"
+    weight: Any = module.weight
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"is a {type(module).__name__}, a subclass of nn.Linear that may use its weight in another way"
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return f"weight has dtype {getattr(weight, 'dtype', type(weight).__name__)}, not a floating one"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"weight is a {type(weight).__name__}, not a plain tensor"
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"weight has dtype {weight.dtype}, not a floating one"
     if len(users[id(weight)]) > 1:
         others = ", ".join(u for u in users[id(weight)] if u.rpartition(".")[0] not in names)
         return f"weight is tied to {others}"
     return ""
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate fetches the weights of a module for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 
 
 def _names_by_module(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
@@ -134,24 +160,39 @@ def _users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+def _tied(model: nn.Module) -> set[str]:
+    """Layers whose weights transformers ties, by name; while a model is loaded they are not the same tensors yet."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name.removesuffix(".weight") for pair in tied.items() for name in pair} if isinstance(tied, dict) else set()
 
 
 def without_wrapper(name: str) -> str:
-    """The name that a layer had before PEFT wrapped it as ``base_layer``."""
-    return name.removesuffix(".base_layer")
+    """The name that a layer had before PEFT wrapped it as ``base_layer``, or as ``original_module``."""
+    return name.removesuffix(".base_layer").removesuffix(".original_module")
 
 
-def _is_adapter(name: str) -> bool:
-    """Whether a linear layer is a low-rank factor that PEFT put beside a base layer."""
-    return any(part.startswith("lora_") for part in name.split("."))
+def _adapters(model: nn.Module) -> set[nn.Module]:
+    """All modules that PEFT put beside the layers of a model: low-rank factors, trainable copies of whole layers."""
+    added: set[nn.Module] = set()
+    for module in model.modules():
+        if any(
+            c.__module__.startswith("peft.tuners.") or c.__module__ == "peft.utils.other" for c in type(module).__mro__
+        ):
+            base = "base_layer" if hasattr(module, "base_layer") else "original_module"
+            if base in module._modules:
+                for name, child in module.named_children():
+                    if name != base:
+                        added.update(child.modules())
+    return added
 
 
-def _other_weights(name: str, module: nn.Module) -> list[Found]:
+def _stacked_experts(name: str, module: nn.Module) -> list[Found]:
     """Weights of a mixture of experts that are stacked in one 3-D parameter, which is no linear layer to exchange."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    count = next(
+        (getattr(module, n) for n in ("num_experts", "num_local_experts", "n_routed_experts") if hasattr(module, n)),
+        None,
+    )
+    if count is None and "expert" not in type(module).__name__.lower():
         return []
     return [
         Found(
@@ -161,5 +202,5 @@ def _other_weights(name: str, module: nn.Module) -> list[Found]:
             size=p.numel() * p.element_size(),
         )
         for leaf, p in module._parameters.items()
-        if p is not None and p.ndim == 3 and p.is_floating_point()
+        if p is not None and p.ndim == 3 and p.is_floating_point() and count in (None, p.shape[0])
     ]

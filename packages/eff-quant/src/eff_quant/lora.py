@@ -8,8 +8,8 @@ import torch
 from eff_kernels.edit import Report, replace_module
 from torch import nn
 
+from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import size_of, without_wrapper
-from eff_quant.registry import LAYERS, method_of
 
 
 def merge_lora(peft_model: Any, *, adapter_names: list[str] | None = None) -> tuple[nn.Module, Report]:
@@ -17,8 +17,7 @@ def merge_lora(peft_model: Any, *, adapter_names: list[str] | None = None) -> tu
 
     Each layer is dequantised to float32, PEFT merges, and the sum is quantised again with the layer's own settings.
     That rounds: weights change by up to half a step, so expect small differences. Layers without an adapter keep their
-    bytes. PEFT's own ``merge_and_unload`` cannot add to codes: with int8 it raises, and with ``safe_merge=True`` it
-    rounds the adapter away without a word, so use this function.
+    bytes. PEFT's own ``merge_and_unload`` does the same through ``layer.weight.data``, in the layer's dtype.
 
     Args:
         peft_model: What ``peft.get_peft_model`` or ``PeftModel.from_pretrained`` returned.
@@ -33,23 +32,40 @@ def merge_lora(peft_model: Any, *, adapter_names: list[str] | None = None) -> tu
     """
     if not hasattr(peft_model, "merge_and_unload"):
         raise TypeError(f"merge_lora takes a PEFT model, got {type(peft_model).__name__}")
-    below = {
-        name: module
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LAYERS) and name.endswith(".base_layer")
-    }
+    layers = {m for m in peft_model.modules() if isinstance(m, QuantizedLinear)}
+    below = [(n, m) for n, m in peft_model.named_modules() if m in layers and n.endswith(".base_layer")]
     if not below:
         raise ValueError("no quantised layer has an adapter; PEFT's merge_and_unload merges float layers")
-    paths = {}
-    base = peft_model.get_base_model()
-    inside = {module: name for name, module in base.named_modules()}
-    for name, layer in below.items():
-        paths[without_wrapper(inside[layer])] = layer
-        replace_module(peft_model, name, layer.to_linear(torch.float32))  # type: ignore[operator]
-    model = peft_model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
+    names = [_inner_name(peft_model, layer) for _, layer in below]
+    for name, layer in below:
+        replace_module(peft_model, name, layer.to_linear(torch.float32))
+    done = False
+    try:
+        model = peft_model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
+        merged = [model.get_submodule(name) for name in names]
+        tensors = [layer.requantized_tensors(linear.weight) for (_, layer), linear in zip(below, merged, strict=True)]
+        done = True
+    finally:
+        if not done:  # as it was: the adapters still lie beside the layers, or PEFT has taken some away
+            for (name, layer), inner in zip(below, names, strict=True):
+                _put_back(peft_model, name, inner, layer)
     report = Report("merge_lora")
-    for path, old in paths.items():
-        new = method_of(old.config).again(path, model.get_submodule(path), old)
-        replace_module(model, path, new)
-        report.change(path, bytes_before=size_of(old), bytes_after=size_of(new))
+    for name, (_, layer), new, linear in zip(names, below, tensors, merged, strict=True):
+        size = size_of(layer)
+        layer.fill(new)
+        layer.bias = linear.bias
+        replace_module(model, name, layer)
+        report.change(name, bytes_before=size, bytes_after=size_of(layer))
     return model, report
+
+
+def _inner_name(peft_model: Any, layer: nn.Module) -> str:
+    """The name that a layer has without the wrapper."""
+    return next(without_wrapper(n) for n, m in peft_model.get_base_model().named_modules() if m is layer)
+
+
+def _put_back(peft_model: Any, name: str, inner: str, layer: QuantizedLinear) -> None:
+    try:
+        replace_module(peft_model, name, layer)
+    except AttributeError:
+        replace_module(peft_model.get_base_model(), inner, layer)

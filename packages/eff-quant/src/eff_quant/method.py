@@ -1,14 +1,15 @@
-"""What the verb `quantize_`, transformers' loader and merging of adapters need to know of a quantisation method."""
+"""What the verb `quantize_`, the loaders and the merging of adapters need to know of a quantisation method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import Found, linear_weight
 
 
@@ -33,41 +34,43 @@ class Method:
 
     Attributes:
         config: Class of its settings, a `MethodConfig`; it has the class method ``from_dict``.
-        layer: Class of its layers, which hold their weights in buffers.
-        empty: ``empty(name, linear, config, device)`` returns an unfilled layer of the shape of ``linear``.
-        tensors: ``tensors(name, weight [N, K], config, shared)`` returns the buffers that hold a weight, by name.
+        layer: Class of its layers.
+        more: ``more(name, config)``: arguments by name, beside the settings, for an unfilled layer of this name and for
+            its tensors.
         refuse: ``refuse(linear, config)`` says why a layer of this shape cannot be stored so; "" if it can.
         groups: ``groups(config)``: last parts of the names of layers that share something, such as ``("q_proj",
             "k_proj", "v_proj")``; they count as a group where they have the same parent and the same config.
-        share: ``share(weights, config)`` computes what a group shares; ``tensors`` gets it, or None outside of groups.
+        share: ``share(weights, config)``: arguments by name, for the tensors of all members of a group.
         check: ``check(config, found)`` raises ValueError if settings name layers that are not there.
-        rebuild: ``rebuild(name, linear, old)``, for layers that hold more than their config says, see `again`.
         bytes_per_weight: ``bytes_per_weight(config)``: memory for one weight, scales included.
         compilable: ``compilable(config)``: whether no shape depends on data.
+        reads: ``reads(settings)``: whether `read` is for a folder of another library with this ``quantization_config``.
+        read: ``read(path, config, **kwargs)`` loads such a folder; the config is None or what a user asked for.
     """
 
     config: type[Any]
-    layer: type[nn.Linear]
-    empty: Callable[[str, nn.Module, Any, torch.device | str | None], Any]
-    tensors: Callable[[str, Tensor, Any, Any], dict[str, Tensor]]
+    layer: type[QuantizedLinear]
+    more: Callable[[str, Any], dict[str, Any]] = lambda name, config: {}
     refuse: Callable[[nn.Module, Any], str] = lambda linear, config: ""
     groups: Callable[[Any], Sequence[Sequence[str]]] = lambda config: ()
-    share: Callable[[Sequence[Tensor], Any], Any] = lambda weights, config: None
+    share: Callable[[Sequence[Tensor], Any], dict[str, Any]] = lambda weights, config: {}
     check: Callable[[Any, Sequence[Found]], None] = lambda config, found: None
-    rebuild: Callable[[str, nn.Module, Any], nn.Module] | None = None
     bytes_per_weight: Callable[[Any], float]
     compilable: Callable[[Any], bool] = lambda config: True
+    reads: Callable[[Mapping[str, Any]], bool] = lambda settings: False
+    read: Callable[..., Any] | None = None
 
-    def build(self, name: str, linear: nn.Module, config: Any, shared: Any = None) -> nn.Module:
+    def empty(
+        self, name: str, linear: nn.Module, config: Any, device: torch.device | str | None = None
+    ) -> QuantizedLinear:
+        """An unfilled layer for the place of ``linear``."""
+        return self.layer.empty_like(linear, config, device=device, **self.more(name, config))
+
+    def tensors(self, name: str, weight: Tensor, config: Any, shared: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The buffers that hold a weight [N, K], by name."""
+        return self.layer.quantized_tensors(weight, config, **self.more(name, config), **shared)
+
+    def build(self, name: str, linear: nn.Module, config: Any, shared: Mapping[str, Any]) -> QuantizedLinear:
         """Quantise a layer, which is left as it was; the bias is shared with it."""
-        new: nn.Module = self.empty(name, linear, config, "meta")
-        for leaf, tensor in self.tensors(name, linear_weight(linear), config, shared).items():
-            setattr(new, leaf, tensor)
-        new.bias = linear.bias
-        return new.train(linear.training)
-
-    def again(self, name: str, linear: nn.Module, old: Any) -> nn.Module:
-        """Quantise a layer whose weights have changed with all that ``old``, the layer in its place, had."""
-        if self.rebuild is not None:
-            return self.rebuild(name, linear, old)
-        return self.build(name, linear, old.config)
+        new = self.empty(name, linear, config, "meta")
+        return new.take_over(linear, self.tensors(name, linear_weight(linear), config, shared))

@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from eff_kernels.edit import Report, Where
 from torch import nn
 
-from eff_quant.linears import Found, find_linears, on_skip_list, without_wrapper
+from eff_quant.layer import QuantizedLinear
+from eff_quant.linears import Found, find_linears, without_wrapper
 from eff_quant.mixed import MixedConfig
-from eff_quant.registry import LAYERS, method_of
+from eff_quant.registry import method_of
+from eff_quant.skips import check_used, in_float32, on_skip_list
 
 
 def plan(
-    model: nn.Module, config: MixedConfig, *, where: Where = "*", keep: Mapping[str, str] | None = None
+    model: nn.Module, config: MixedConfig, *, where: Where = "*", stored: Collection[str] | None = None
 ) -> list[Found]:
     """List the linear layers of a model in its order, each with its settings or the reason why it stays as it is.
+
+    The plan is the same for a model in memory and for one whose weights are still to be read.
 
     Args:
         model: Any module; its tensors may be on the meta device.
         config: Settings by layer.
         where: Layers to quantise; others are left as the caller wants.
-        keep: More modules to leave as they are, by name, with the reason.
+        stored: The layers that a checkpoint holds quantised, by name: these become quantised, and no others.
 
     Raises:
-        ValueError: settings name a layer that is not there or is left.
+        ValueError: settings name a layer that is not there or is left, a pattern fits nothing, or a checkpoint holds a
+            layer quantised that cannot be.
     """
 
     def leave(names: Sequence[str], module: nn.Module) -> str:
-        chosen = config.choose(names, module)
-        return on_skip_list(model, chosen.skip, names, module) if chosen else "no rule takes it in"
+        chosen = config.choose(known_as(names), module)
+        if stored is not None:
+            return "" if any(n in stored for n in names) else "is not quantised in the checkpoint"
+        if chosen is None:
+            return "no rule takes it in"
+        if reason := on_skip_list(model, chosen.skip, names, module):
+            return reason
+        return "is kept in float32 by its model class" if in_float32(model, names) else ""
 
+    prefix = "" if stored is None else f"{getattr(model, 'base_model_prefix', '')}."
+
+    def known_as(names: Sequence[str]) -> Sequence[str]:
+        """Settings that were saved with another class of the same model name layers with or without its prefix."""
+        return (
+            names if stored is None else [n for name in names for n in (name, prefix + name, name.removeprefix(prefix))]
+        )
+
+    if stored is None:
+        check_used(model, [p for _, c in config.rules for p in c.skip], where)
     found = []
-    for f in find_linears(model, where=where, leave=leave, done=LAYERS, keep=keep):
-        chosen = config.choose([without_wrapper(n) for n in f.names], f.module)
-        reason = f.reason or method_of(chosen).refuse(f.module, chosen)
+    for f in find_linears(model, where=where, leave=leave, done=(QuantizedLinear,)):
+        chosen = config.choose(known_as([without_wrapper(n) for n in f.names]), f.module)
+        reason = f.reason
+        if not reason:
+            reason = "no rule takes it in" if chosen is None else method_of(chosen).refuse(f.module, chosen)
+        if reason and stored is not None and any(n in stored for n in f.names):
+            raise ValueError(
+                f"the checkpoint holds {f.names[0]} quantised, which {reason}; correct quantization_config"
+            )
         found.append(f if f.reason else replace(f, reason=reason, config=chosen))
     for _, settings in config.rules:
         others = "has other settings"
@@ -72,6 +100,11 @@ def report_plan(action: str, found: Sequence[Found]) -> Report:
     return report
 
 
+def exactly(name: str) -> str:
+    """A pattern that takes in the layer of this name alone."""
+    return f"re:{re.escape(name)}"
+
+
 def name_of(config: MixedConfig) -> str:
     """The classes of the settings, for reports."""
     return ", ".join(dict.fromkeys(type(c).__name__ for _, c in config.rules))
@@ -81,8 +114,8 @@ def settings_of(model: nn.Module) -> list[Any]:
     """The different settings of a model's quantised layers, without their skip lists, in the model's order."""
     different: list[Any] = []
     for module in model.modules():
-        if isinstance(module, LAYERS):
-            config = replace(module.config, skip=())  # type: ignore[type-var]
+        if isinstance(module, QuantizedLinear):
+            config = replace(module.config, skip=())
             if config not in different:
                 different.append(config)
     return different

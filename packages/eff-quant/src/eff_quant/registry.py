@@ -1,20 +1,19 @@
-"""All quantisation methods, by the class of their config and by the name in a checkpoint."""
+"""All quantisation methods, by the class of their config and by the name in a checkpoint; each registers itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from eff_quant.fp4.method import METHOD as FP4
-from eff_quant.fp8_qat.method import METHOD as FP8
-from eff_quant.llm_int8.method import METHOD as INT8
 from eff_quant.method import Method
-from eff_quant.quantvla.method import METHOD as W4A8
 
-METHODS: dict[type, Method] = {m.config: m for m in (INT8, FP4, FP8, W4A8)}
-LAYERS: tuple[type[nn.Linear], ...] = tuple(m.layer for m in METHODS.values())
+METHODS: dict[type[Any], Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make a method known to `quantize_`, to the loaders and to the merging of adapters."""
+    METHODS[method.config] = method
+    return method
 
 
 def method_of(config: object) -> Method:
@@ -38,7 +37,16 @@ def config_from_dict(values: Mapping[str, Any]) -> Any:
     """
     name = values.get("quant_method")
     for config in METHODS:
-        if config.quant_method == name:  # type: ignore[attr-defined]
-            return config.from_dict(values)  # type: ignore[attr-defined]
-    known = ", ".join(repr(c.quant_method) for c in METHODS)  # type: ignore[attr-defined]
-    raise ValueError(f"no quantisation method {name!r}; eff_quant has {known}")
+        if config.quant_method == name:
+            return config.from_dict(values)
+    raise ValueError(f"no quantisation method {name!r}; eff_quant has {', '.join(map(repr, method_names()))}")
+
+
+def method_names() -> list[str]:
+    """The names that methods have in a checkpoint."""
+    return [config.quant_method for config in METHODS]
+
+
+def reader_of(settings: Mapping[str, Any]) -> Any:
+    """The function that loads a folder of another library with this ``quantization_config``; None if nobody does."""
+    return next((m.read for m in METHODS.values() if m.read is not None and m.reads(settings)), None)

@@ -126,7 +126,7 @@ def test_files_of_the_other_format_do_not_load(linear):
 
 
 def test_a_float_weight_is_not_quantised_by_loading_it(linear):
-    with pytest.raises(TypeError, match="the state dict holds a float weight, wanted FP4"):
+    with pytest.raises(TypeError, match="the checkpoint holds a float weight, wanted FP4"):
         FP4Linear(64, 24).load_state_dict(linear.state_dict(), strict=False)
 
 
@@ -174,7 +174,7 @@ def test_to_takes_dtype_and_device_at_once(linear):
 def test_a_cast_of_the_codes_is_refused_and_changes_nothing(linear):
     layer = FP4Linear.from_linear(linear)
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(TypeError, match="FP4 weights cannot be cast"):
+    with pytest.raises(TypeError, match="codes cannot be cast"):
         layer.type(torch.float16)
     assert same_bytes(before, layer.state_dict())
 

@@ -94,13 +94,13 @@ def test_to_takes_dtype_and_device_at_once(linear):
     scale = fp8.weight_scale.clone()
     fp8.to("cpu", torch.bfloat16)
     assert torch.equal(fp8.weight_scale, scale)
-    assert FP8Linear(48, 24, device="meta").to_empty(device="cpu").weight.dtype == torch.float8_e4m3fn
+    assert FP8Linear(48, 24, device="meta").to_empty(device="cpu").codes.dtype == torch.float8_e4m3fn
 
 
 def test_a_cast_of_the_codes_is_refused_and_changes_nothing(linear):
     fp8 = FP8Linear.from_linear(linear)
     before = copy.deepcopy(fp8.state_dict())
-    with pytest.raises(TypeError, match="FP8 weights cannot be cast"):
+    with pytest.raises(TypeError, match="codes cannot be cast"):
         fp8.type(torch.float16)
     assert all(v.dtype == fp8.state_dict()[k].dtype for k, v in before.items())
     assert torch.equal(fp8.weight_scale, before["weight_scale"])
@@ -118,7 +118,7 @@ def test_blocks_of_rows_change_nothing(linear, monkeypatch):
     whole = FP8Linear.quantized_tensors(linear.weight, FP8Config())
     monkeypatch.setattr("eff_quant.fp8_qat.layer._BLOCK", 100)
     parts = FP8Linear.quantized_tensors(linear.weight, FP8Config())
-    assert torch.equal(whole["weight"].view(torch.uint8), parts["weight"].view(torch.uint8))
+    assert torch.equal(whole["codes"].view(torch.uint8), parts["codes"].view(torch.uint8))
     assert torch.equal(whole["weight_scale"], parts["weight_scale"])
 
 
@@ -128,7 +128,7 @@ def test_dequantised_and_quantised_again_it_has_the_same_bytes(linear):
     assert torch.equal(back.weight, fp8.dequantize())
     assert back.bias is fp8.bias
     again = FP8Linear.from_linear(back)
-    assert torch.equal(again.weight.view(torch.uint8), fp8.weight.view(torch.uint8))
+    assert torch.equal(again.codes.view(torch.uint8), fp8.codes.view(torch.uint8))
 
 
 def test_infinite_weights_are_refused_with_their_row(linear):
@@ -166,7 +166,7 @@ def test_quantize_and_back():
     codes = fp8_quantize(model[0].weight.detach())
     report = quantize_(model, FP8Config(skip=("2",)))
     assert [e.name for e in report.changed] == ["0"]
-    assert torch.equal(model[0].weight.view(torch.uint8), codes.codes.view(torch.uint8))
+    assert torch.equal(model[0].codes.view(torch.uint8), codes.codes.view(torch.uint8))
     assert type(model[2]) is nn.Linear
     dequantize_(model)
     torch.testing.assert_close(model[0].weight, codes.codes.float() * codes.scale[:, None], rtol=0, atol=0)
@@ -202,8 +202,8 @@ def test_storage_is_that_of_torchao(linear):
     ours = FP8Linear.quantized_tensors(weight.float(), FP8Config())
     stored = theirs[0].weight
     # its scale is rounded to bfloat16, the dtype of the weight, so that codes may differ by a step
-    assert stored.qdata.shape == ours["weight"].shape
+    assert stored.qdata.shape == ours["codes"].shape
     assert stored.scale.shape == ours["weight_scale"].shape
     torch.testing.assert_close(stored.scale.float(), ours["weight_scale"], rtol=2**-8, atol=0)
-    mine = ours["weight"].float() * ours["weight_scale"]
+    mine = ours["codes"].float() * ours["weight_scale"]
     torch.testing.assert_close(stored.qdata.float() * stored.scale.float(), mine, rtol=2**-3, atol=1e-4)

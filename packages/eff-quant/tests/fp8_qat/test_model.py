@@ -31,7 +31,7 @@ ACTIVATIONS = ["none", "dynamic"]
 
 def fp8_bytes(model):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FP8Linear)}
-    return {n: (m.weight.view(torch.uint8).clone(), m.weight_scale.clone()) for n, m in layers.items()}
+    return {n: (m.codes.view(torch.uint8).clone(), m.weight_scale.clone()) for n, m in layers.items()}
 
 
 def same_bytes(a, b):
@@ -209,7 +209,7 @@ class TestCompressedTensors:
         name = "model.layers.1.mlp.up_proj"
         layer = ours.get_submodule(name)
         assert layer.config.activations == activations
-        assert torch.equal(layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
+        assert torch.equal(layer.codes.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
         assert type(ours.lm_head) is torch.nn.Linear
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-3, atol=1e-4)

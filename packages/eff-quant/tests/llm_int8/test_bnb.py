@@ -43,7 +43,7 @@ def test_the_product_is_within_a_step_of_float16(threshold):
     x, linear = (torch.randn(20, 96) * 3).half(), torch.nn.Linear(96, 40)
     int8 = Int8Linear.from_linear(linear, Int8Config(threshold=threshold, activation_group=None)).half()
     codes, absmax, columns = torch.ops.bitsandbytes.int8_vectorwise_quant(x.clone(), threshold)
-    args = (x, codes, int8.weight, absmax, int8.SCB, columns, int8.bias)
+    args = (x, codes, int8.codes, absmax, int8.SCB, columns, int8.bias)
     theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(*args)
     # theirs rounds twice (int8 part, then the sum with the outlier part), each to float16 at the size of the result
     scale = theirs.abs().max().float()

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 from eff_quant.checkpoint import RELEASE_EVERY, CheckpointMemory
-from eff_quant.llm_int8.checkpoint import check_int8_files
+from eff_quant.hub import headers, quantized_entries
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -62,10 +62,12 @@ def test_other_mappings_and_written_pages_are_left_alone(file, tmp_path):
     assert CheckpointMemory([]).release() == 0
 
 
-def test_files_are_checked_together(tmp_path):
-    """Scales may be in another shard than the weight."""
-    save_file({"a.weight": torch.zeros(2, 2, dtype=torch.int8), "b.weight": torch.zeros(2)}, tmp_path / "1.safetensors")
+def test_entries_are_found_by_what_they_are(tmp_path):
+    """Scales may be in another shard than the weight, and may be missing."""
+    code = torch.zeros(2, 2, dtype=torch.int8)
+    save_file({"a.weight": code, "b.weight": torch.zeros(2), "c.weight": code.clone()}, tmp_path / "1.safetensors")
     save_file({"a.SCB": torch.zeros(2)}, tmp_path / "2.safetensors")
-    assert check_int8_files(tmp_path.glob("*.safetensors")) == {"a"}
-    with pytest.raises(KeyError, match="a: int8 weight without its scales"):
-        check_int8_files([tmp_path / "1.safetensors"])
+    found = quantized_entries(headers(tmp_path.glob("*.safetensors")))
+    assert {name: sorted(e) for name, e in found.items()} == {"a": ["SCB", "weight"], "c": ["weight"]}
+    assert found["a"]["weight"].is_meta
+    assert found["a"]["weight"].dtype == torch.int8

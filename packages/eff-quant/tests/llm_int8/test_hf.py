@@ -62,7 +62,7 @@ def test_a_model_that_was_quantised_in_place_saves_just_as_well(llama, tmp_path,
     model = llama()
     quantize_(model, Int8Config(threshold=3.0), where="*.mlp.*")
     assert model.config.quantization_config.settings.skip[1:] == tuple(
-        f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"
+        rf"re:model\.layers\.{i}\.self_attn\.{p}_proj" for i in (0, 1) for p in "qkvo"
     )
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
@@ -182,17 +182,18 @@ def test_a_float_weight_in_an_int8_checkpoint_is_an_error(int8_folder):
         state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].float()
 
     rewrite(int8_folder, change)
-    with pytest.raises(ValueError, match=r"up_proj\.weight in torch\.float32, its settings say that it is torch\.int8"):
+    with pytest.raises(TypeError, match=r"layers\.1\.mlp\.up_proj: weight has dtype torch\.float32, wanted int8"):
         load(int8_folder)
 
 
-def test_an_int8_weight_for_a_layer_on_the_skip_list_is_an_error(int8_folder):
+def test_the_checkpoint_says_what_is_quantised_in_it(int8_folder):
+    """A skip list that does not fit, because it was written for another class, is no reason to pass over codes."""
+    before = load(int8_folder)
     file = int8_folder / "config.json"
     settings = json.loads(file.read_text())
     settings["quantization_config"]["skip"].append("model.layers.1.mlp.up_proj")
     file.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"holds model\.layers\.1\.mlp\.up_proj quantised, but its settings leave"):
-        load(int8_folder)
+    same_state(load(int8_folder), before)
 
 
 def test_load_says_what_it_needs(folder, int8_folder):

@@ -31,7 +31,7 @@ def layer(weight, bias=None, **settings):
 )
 def test_worked_example(threshold, output, backend):
     int8 = layer(W, threshold=threshold, backend=backend)
-    assert int8.weight.tolist() == [[32, -64, 16, 127], [32, 32, -127, 16]]
+    assert int8.codes.tolist() == [[32, -64, 16, 127], [32, 32, -127, 16]]
     assert int8.SCB.tolist() == [2.0, 4.0]
     # The expected values were computed in float16, whose step at 32 is 1/32 and at 5 is 1/256.
     torch.testing.assert_close(int8(A), torch.tensor(output), atol=4e-3, rtol=1e-3)

@@ -197,11 +197,11 @@ def test_folding_commutes_with_rope_and_grouped_heads(llama, ids):
 def test_folding_into_quantised_projections_changes_scales_alone(plain, tokens):
     model = plain()
     quantize_layout_(model, QuantLayout(include=("re:attn.*",)), W4A8Config())
-    codes = model["attn"].q.weight.clone()
+    codes = model["attn"].q.weight_packed.clone()
     table = ScaleTable({"attn": ModuleScales(ALPHA, 1.2)})
     check_folding(model, "attn", lambda m: run(m, tokens[0]), table)
     apply_scale_table(model, table)
-    assert torch.equal(model["attn"].q.weight, codes)
+    assert torch.equal(model["attn"].q.weight_packed, codes)
 
 
 def test_rotated_rows_that_mix_heads_are_refused(plain):

@@ -6,8 +6,10 @@ from eff_quant.fp4.config import FP4Config
 from eff_quant.fp4.fake import fake_fp4
 from eff_quant.fp4.layer import FP4Linear
 from eff_quant.fp4.layouts import from_layout, to_layout
+from eff_quant.fp4.method import METHOD
 
 __all__ = [
+    "METHOD",
     "FP4Config",
     "FP4Linear",
     "InputRanges",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +17,15 @@ from eff_quant.fp4.config import Activations, Format, FP4Config
 from eff_quant.fp4.files import Folder
 from eff_quant.fp4.layer import FP4Linear
 from eff_quant.fp4.settings import FileLayout, compressed_tensors_settings, modelopt_settings, read_compressed_tensors
+from eff_quant.hub import (
+    check_transformers_model,
+    empty_model,
+    model_class,
+    quantization_settings,
+    save_as,
+    with_model_names,
+)
+from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import find_linears, is_conv1d, linear_weight
 from eff_quant.settings import check_choice
 
@@ -42,8 +50,7 @@ def save_fp4_checkpoint(
             3-D parameter, or a group of ``config.fuse_groups`` with different precisions or tensor scales. The message
             names the layers.
     """
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
-        raise TypeError(f"save_fp4_checkpoint takes a transformers model, got {type(model).__name__}")
+    check_transformers_model(model, "save_fp4_checkpoint")
     check_choice("layout", layout, get_args(FileLayout))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FP4Linear)}
     config = check_exportable(model, layers)
@@ -56,15 +63,7 @@ def save_fp4_checkpoint(
     state = dict(model.state_dict())
     if layout == "modelopt":
         state = _as_modelopt(state, layers)
-    quantizer, own = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
-    model.hf_quantizer = None  # it would put our settings in place
-    model.config.quantization_config = settings
-    try:
-        model.save_pretrained(path, state_dict=state, **kwargs)
-    finally:
-        model.hf_quantizer, model.config.quantization_config = quantizer, own
-        if own is None:
-            del model.config.quantization_config
+    save_as(model, path, settings, state=state, **kwargs)
     if more:
         (Path(path) / "hf_quant_config.json").write_text(json.dumps(more, indent=4))
 
@@ -87,12 +86,11 @@ def check_exportable(model: nn.Module, layers: Mapping[str, FP4Linear]) -> FP4Co
             f"{unknown[0]} has no scale for its input yet; use calibrate_fp4(model, batches).set_input_scales(model)"
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in layers:
-            weight = module._parameters.get("weight")
-            if weight is None or weight.dtype.itemsize == 1:
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}; a folder of FP4 layers takes float layers beside"
-                )
+        if not isinstance(module, nn.Linear):
+            continue
+        codes = isinstance(module, QuantizedLinear) or module.weight.dtype.itemsize == 1
+        if name not in layers and codes:
+            raise ValueError(f"{name} is a {type(module).__name__}; a folder of FP4 layers takes float layers beside")
     for f in find_linears(model):
         if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
             raise ValueError(f"{f.names[0]} {f.reason}; other libraries expect these in FP4, too. Use save_pretrained")
@@ -167,8 +165,7 @@ def load_fp4_checkpoint(
         ValueError: the folder holds no FP4 weights of these libraries, a setting that FP4 layers do not have, a damaged
             file, a wrong shape, or a scale that is NaN or not positive.
     """
-    from eff_quant import hf
-    from eff_quant.load import model_class, quantization_settings
+    from eff_quant import hf  # imports transformers
 
     folder = Folder(path)
     hf_config, cls = model_class(path)
@@ -217,17 +214,13 @@ def _check_model(
     activations: Activations | None,
 ) -> tuple[str, ...]:
     """Check the layers of a folder against the model's, and return patterns of the linear layers that stay float."""
-    with torch.device("meta"):
-        hf_config = copy.deepcopy(hf_config)
-        hf_config.quantization_config = None  # in the folder of ModelOpt there may be none to delete
-        del hf_config.quantization_config
-        model = cls(hf_config)
+    model = empty_model(cls, hf_config)
+    layers = with_model_names(model, layers)
     left, taken = [], set()
     for f in find_linears(model):
         if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
             continue
         stored = [n for n in f.names if n in layers]
-        stored = stored or [n for n in layers if any(_same_layer(n, name) for name in f.names)]
         if not stored:
             left.append(f"re:{re.escape(f.names[0])}")
             continue
@@ -242,8 +235,3 @@ def _check_model(
             "(experts that are stacked in one parameter are not supported)"
         )
     return tuple(left)
-
-
-def _same_layer(stored: str, name: str) -> bool:
-    """Whether two names mean one layer; a model class may put something in front."""
-    return stored == name or stored.endswith("." + name) or name.endswith("." + stored)

@@ -13,17 +13,7 @@ from torch import Tensor
 from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import Activations, Format
 from eff_quant.fp4.settings import warn_of_cache
-
-_DTYPES = {
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "I32": torch.int32,
-}
+from eff_quant.hub import DTYPES
 
 # ModelOpt's names beside ours. Its tensor scales multiply, ours divide.
 _NAMES = {
@@ -75,7 +65,7 @@ class Folder:
                 for key in f.keys():  # noqa: SIM118 - a safetensors handle is no dict
                     part = f.get_slice(key)
                     # A dtype that no FP4 layer has is as good as any other for the checks
-                    dtype = _DTYPES.get(part.get_dtype(), torch.float64)
+                    dtype = DTYPES.get(part.get_dtype(), torch.float64)
                     self._headers[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
                     self._files[key] = file
         except SafetensorError as error:

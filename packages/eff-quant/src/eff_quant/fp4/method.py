@@ -1,25 +1,20 @@
-"""FP4 as `quantize_` and transformers' loader see it."""
+"""FP4 as `quantize_` and the loaders see it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from eff_quant.fp4.checkpoint import load_fp4_checkpoint
 from eff_quant.fp4.config import FP4Config
 from eff_quant.fp4.layer import FP4Linear
 from eff_quant.fp4.weight import shape_refusal, shared_reciprocal_scale
+from eff_quant.hub import packed_formats, refuse_config
 from eff_quant.linears import linear_weight
 from eff_quant.method import Method
-
-
-def _empty(name: str, linear: nn.Module, config: FP4Config, device: torch.device | str | None) -> nn.Module:
-    return FP4Linear.empty_like(linear, config, device=device)
-
-
-def _tensors(name: str, weight: Tensor, config: FP4Config, shared: Tensor | None) -> dict[str, Tensor]:
-    return FP4Linear.quantized_tensors(weight, config, reciprocal=shared)
+from eff_quant.registry import register
 
 
 def _refuse(linear: nn.Module, config: FP4Config) -> str:
@@ -30,24 +25,30 @@ def _groups(config: FP4Config) -> Sequence[Sequence[str]]:
     return config.fuse_groups if config.format == "nvfp4" else ()
 
 
-def _share(weights: Sequence[Tensor], config: FP4Config) -> Tensor:
-    return shared_reciprocal_scale(weights)
+def _share(weights: Sequence[Tensor], config: FP4Config) -> dict[str, Tensor]:
+    return {"reciprocal": shared_reciprocal_scale(weights)}
 
 
-def _rebuild(name: str, linear: nn.Module, old: FP4Linear) -> nn.Module:
-    new = FP4Linear.from_linear(linear, old.config)
-    new.input_global_scale = old.input_global_scale
-    return new
+def _reads(settings: Mapping[str, Any]) -> bool:
+    method = settings.get("quant_method")
+    packed = any("fp4" in f for f in packed_formats(settings))
+    return method in ("modelopt", "modelopt_fp4") or (method == "compressed-tensors" and packed)
 
 
-METHOD = Method(
-    config=FP4Config,
-    layer=FP4Linear,
-    empty=_empty,
-    tensors=_tensors,
-    refuse=_refuse,
-    groups=_groups,
-    share=_share,
-    rebuild=_rebuild,
-    bytes_per_weight=lambda config: 0.5 + 1 / config.block,
+def _read(path: Any, config: None = None, **kwargs: Any) -> Any:
+    refuse_config(path, config)
+    return load_fp4_checkpoint(path, **kwargs)
+
+
+METHOD = register(
+    Method(
+        config=FP4Config,
+        layer=FP4Linear,
+        refuse=_refuse,
+        groups=_groups,
+        share=_share,
+        bytes_per_weight=lambda config: 0.5 + 1 / config.block,
+        reads=_reads,
+        read=_read,
+    )
 )

@@ -71,6 +71,8 @@ def largest_magnitude(weight: Tensor) -> Tensor:
         ValueError: the weight holds inf or NaN; the message names the row.
     """
     largest = torch.zeros((), dtype=torch.float32, device=weight.device)
+    if weight.is_meta:
+        return largest
     for start, piece in _pieces(weight.detach()):
         largest = torch.maximum(largest, _largest_of_piece(start, piece))
     return largest

@@ -6,9 +6,11 @@ from eff_quant.fp8_qat.distill import AttentionOutputDistiller, cosine_weight
 from eff_quant.fp8_qat.fake import fake_quant_fp8
 from eff_quant.fp8_qat.files import load_compressed_fp8, save_compressed_fp8
 from eff_quant.fp8_qat.layer import FP8Linear
+from eff_quant.fp8_qat.method import METHOD
 from eff_quant.fp8_qat.qat import FP8QATLinear, QATHandle, freeze_except_, prepare_qat_
 
 __all__ = [
+    "METHOD",
     "AttentionOutputDistiller",
     "FP8Config",
     "FP8Linear",

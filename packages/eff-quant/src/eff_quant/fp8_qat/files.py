@@ -5,7 +5,6 @@ The tensors are those of `FP8Linear` (``weight`` float8_e4m3fn, ``weight_scale``
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from eff_quant.fp8_qat.config import FP8Config
 from eff_quant.fp8_qat.layer import FP8Linear
+from eff_quant.hub import check_transformers_model, model_class, quantization_settings, save_as
 
 _FORMATS = ("float-quantized", "naive-quantized")
 _WEIGHTS = {
@@ -45,8 +45,7 @@ def load_compressed_fp8(path: str | Path, **kwargs: Any) -> Any:
         OSError: no such model.
         ValueError: the folder is not one of compressed-tensors, or has another scheme; the message says which part.
     """
-    from eff_quant import hf  # registers the quantiser
-    from eff_quant.load import model_class, quantization_settings
+    from eff_quant import hf  # imports transformers
 
     hf_config, cls = model_class(path)
     config = fp8_config(quantization_settings(hf_config), str(path))
@@ -106,19 +105,8 @@ def save_compressed_fp8(model: Any, path: str | Path, **kwargs: Any) -> None:
         TypeError: not a transformers model.
         ValueError: see `compressed_settings`.
     """
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
-        raise TypeError(f"save_compressed_fp8 takes a transformers model, got {type(model).__name__}")
-    settings = compressed_settings(model)
-    quantizer, own = model.hf_quantizer, model.config.quantization_config
-    model.hf_quantizer = None  # it would put our settings in place
-    model.config.quantization_config = settings
-    try:
-        model.save_pretrained(path, **kwargs)
-    finally:
-        model.hf_quantizer, model.config.quantization_config = quantizer, own
-    written = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
-    if written != settings:
-        raise RuntimeError(f"transformers wrote other settings than given: {written}")
+    check_transformers_model(model, "save_compressed_fp8")
+    save_as(model, path, compressed_settings(model), **kwargs)
 
 
 def compressed_settings(model: nn.Module) -> dict[str, Any]:

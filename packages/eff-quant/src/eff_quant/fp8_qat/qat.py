@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from eff_quant.fp8_qat.config import FP8QATConfig
 from eff_quant.fp8_qat.fake import fake_quant_fp8
-from eff_quant.linears import find_linears, on_skip_list
+from eff_quant.linears import find_linears
+from eff_quant.skips import on_skip_list
 
 
 class FP8QATLinear(nn.Linear):

@@ -5,8 +5,6 @@ The tensors on disk are the same on both sides (``weight``, ``SCB``, ``weight_fo
 
 from __future__ import annotations
 
-import copy
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,12 @@ import torch
 from eff_kernels.edit import Report, replace_module
 from torch import nn
 
+from eff_quant.hub import check_transformers_model, model_class, quantization_settings, save_as
 from eff_quant.linears import find_linears, size_of
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.layer import Int8Linear
+from eff_quant.plan import settings_of
+from eff_quant.quantize import tell_transformers
 
 
 def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: Any) -> Any:
@@ -39,9 +40,10 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
             static outlier columns, whose original weights are not in the file.
         KeyError: an int8 weight has no scales; the message names the module.
     """
-    from eff_quant import hf
-    from eff_quant.load import model_class, quantization_settings
+    from eff_quant import hf  # imports transformers
 
+    if not isinstance(config, Int8Config | None):
+        raise TypeError(f"{path} is int8 of bitsandbytes; its config is an Int8Config, got {type(config).__name__}")
     hf_config, cls = model_class(path)
     settings = quantization_settings(hf_config)
     if not settings.get("load_in_8bit"):
@@ -52,23 +54,8 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
         )
     _check_no_columns(config)
     config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0), activation_group=None)
-    names = _float_layers(cls, hf_config, settings.get("llm_int8_skip_modules"))
-    values = {**config.to_dict(), "skip": [f"re:{re.escape(n)}" for n in names]}
-    hf_config.quantization_config = hf.EffConfig.from_dict(values).to_dict()
+    hf_config.quantization_config = hf.EffConfig(config).to_dict()
     return cls.from_pretrained(path, config=hf_config, **kwargs)
-
-
-def _float_layers(cls: Any, hf_config: Any, skip: list[str] | None) -> list[str]:
-    """The linear layers that transformers leaves float when it quantises a model of this class with bitsandbytes."""
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    with torch.device("meta"):
-        hf_config = copy.deepcopy(hf_config)
-        del hf_config.quantization_config
-        model = cls(hf_config)
-    patterns = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
-    return [f.names[0] for f in find_linears(model) if not should_convert_module(f.names[0], patterns)]
 
 
 def _check_no_columns(config: Int8Config | None) -> None:
@@ -83,8 +70,6 @@ def bnb_settings(model: nn.Module) -> dict[str, Any]:
         ValueError: settings that bitsandbytes does not have (weight-only, groups of activations, per-token outliers,
             static outlier columns), or layers with different settings.
     """
-    from eff_quant.plan import settings_of
-
     different = settings_of(model)
     if len(different) != 1 or not isinstance(different[0], Int8Config):
         raise ValueError(f"bitsandbytes' int8 needs int8 layers of one setting, the model has {different or 'none'}")
@@ -123,19 +108,8 @@ def save_bnb_int8(model: Any, path: str | Path, **kwargs: Any) -> None:
         TypeError: not a transformers model.
         ValueError: see `bnb_settings`.
     """
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
-        raise TypeError(f"save_bnb_int8 takes a transformers model, got {type(model).__name__}")
-    settings = bnb_settings(model)
-    quantizer, own = model.hf_quantizer, model.config.quantization_config
-    model.hf_quantizer = None  # it would put our settings in place
-    model.config.quantization_config = settings
-    try:
-        model.save_pretrained(path, **kwargs)
-    finally:
-        model.hf_quantizer, model.config.quantization_config = quantizer, own
-    written = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
-    if written != settings:
-        raise RuntimeError(f"transformers wrote other settings than given: {written}")
+    check_transformers_model(model, "save_bnb_int8")
+    save_as(model, path, bnb_settings(model), **kwargs)
 
 
 def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Report:
@@ -156,8 +130,6 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
         from bitsandbytes.nn import Linear8bitLt
     except ImportError as error:
         raise ImportError("convert_from_bnb_ needs bitsandbytes: pip install bitsandbytes") from error
-    from eff_quant.quantize import tell_transformers
-
     _check_no_columns(config)
     report = Report("convert_from_bnb_")
     for name, old in list(model.named_modules()):
@@ -172,14 +144,14 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
         if scales is None:
             raise KeyError(f"{name}: int8 weight without its scales SCB")
         device = old.weight.device
-        new.weight = old.weight.data
+        new.codes = old.weight.data
         new.SCB = scales.to(device=device, dtype=torch.float32)
         new.weight_format = torch.zeros((), dtype=torch.uint8, device=device)
         new.bias = old.bias
         replace_module(model, name, new.train(old.training))
         report.change(name, bytes_before=size_of(old), bytes_after=size_of(new))
     if report.changed:
-        tell_transformers(model, "attach")
+        tell_transformers(model)
         _forget_bnb(model)
     return report
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from eff_kernels import int8_linear
 from torch import Tensor, nn
 
-from eff_quant.buffers import as_integers
-from eff_quant.linears import is_conv1d, linear_weight
+from eff_quant.layer import QuantizedLinear, check_entry
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.weight import dequantize_weight, quantize_weight
 
 ROW_FORMAT = 0
 
 
-class Int8Linear(nn.Linear):
+class Int8Linear(QuantizedLinear):
     """Linear layer y = x @ W.T + bias with W in int8, one scale per output row.
 
     It is an `nn.Linear`, so that PEFT, accelerate and hooks find it, but its weight is a buffer and gets no gradient;
@@ -40,99 +39,53 @@ class Int8Linear(nn.Linear):
     A fresh layer holds zeros; `from_linear` or `load_state_dict` fill it.
     """
 
+    config_class = Int8Config
+    stored_as = {"codes": "weight"}  # noqa: RUF012
+    follow_casts = frozenset({"outlier_weight"})
+
+    codes: Tensor
     SCB: Tensor
     weight_format: Tensor
     outlier_columns: Tensor | None
     outlier_weight: Tensor | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        config: Int8Config | None = None,
-        *,
-        num_outlier_columns: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a float weight
-        self.in_features = in_features
-        self.out_features = out_features
-        self.config = config or Int8Config()
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("SCB", torch.zeros(out_features, dtype=torch.float32, device=device))
-        self.register_buffer("weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8, device=device))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self._make_outlier_buffers(num_outlier_columns, device, dtype)
-
-    def _make_outlier_buffers(self, n: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        columns = torch.zeros(n, dtype=torch.int64, device=device) if n else None
-        weight = torch.zeros(self.out_features, n, device=device, dtype=dtype) if n else None
-        self.register_buffer("outlier_columns", columns)
-        self.register_buffer("outlier_weight", weight)
+    def empty_tensors(  # type: ignore[override]
+        self, device: torch.device | str | None, outlier_columns: Sequence[int] = ()
+    ) -> dict[str, Tensor | None]:
+        """Zeros; buffers of outlier columns where there are some."""
+        n, k = self.out_features, self.in_features
+        columns = weight = None
+        if outlier_columns:
+            _check_columns(outlier_columns, k)
+            columns = torch.zeros(len(outlier_columns), dtype=torch.int64, device=device)
+            weight = torch.zeros(n, len(outlier_columns), device=device, dtype=self.dtype)
+        return {
+            "codes": torch.zeros(n, k, dtype=torch.int8, device=device),
+            "SCB": torch.zeros(n, dtype=torch.float32, device=device),
+            "weight_format": torch.tensor(ROW_FORMAT, dtype=torch.uint8, device=device),
+            "outlier_columns": columns,
+            "outlier_weight": weight,
+        }
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Module, config: Int8Config | None = None, *, outlier_columns: Sequence[int] = ()
-    ) -> Int8Linear:
-        """Quantise a layer; it is left as it was, and the bias is shared with it.
+    def quantized_tensors(  # type: ignore[override]
+        cls, weight: Tensor, config: Any = None, *, outlier_columns: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
+        """The buffers, by name, that hold ``weight`` [N, K].
 
         Args:
-            linear: An `nn.Linear`, or GPT-2's ``Conv1D``, whose weight is [K, N] and gets transposed.
-            config: Settings of the new layer.
+            weight: Left as it was.
+            config: Plays no part.
             outlier_columns: Columns whose weights are also kept in the original dtype and which never enter the int8
                 product.
 
         Raises:
-            TypeError: neither an `nn.Linear` nor a ``Conv1D``.
             ValueError: a column number is not in the layer, or the weight holds inf or NaN.
         """
-        if isinstance(linear, cls) or not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
-            raise TypeError(f"cannot quantise a {type(linear).__name__}; use nn.Linear or transformers' Conv1D")
-        weight = linear_weight(linear)
-        new = cls.empty_like(linear, config, outlier_columns=outlier_columns, device="meta")
-        new.fill(weight, outlier_columns)
-        new.bias = linear.bias  # type: ignore[assignment]
-        return new.train(linear.training)
-
-    @classmethod
-    def empty_like(
-        cls,
-        linear: nn.Module,
-        config: Int8Config | None = None,
-        *,
-        outlier_columns: Sequence[int] = (),
-        device: torch.device | str | None = None,
-    ) -> Int8Linear:
-        """An unfilled layer of the shape of an `nn.Linear` or ``Conv1D``, on the same device unless one is named."""
-        weight = linear_weight(linear)
-        out_features, in_features = weight.shape
-        if outlier_columns and max(outlier_columns) >= in_features:
-            raise ValueError(f"outlier column {max(outlier_columns)} is not in a layer of in_features={in_features}")
-        return cls(
-            in_features,
-            out_features,
-            linear.bias is not None,
-            config,
-            num_outlier_columns=len(outlier_columns),
-            device=device or weight.device,
-            dtype=weight.dtype,
-        )
-
-    def fill(self, weight: Tensor, outlier_columns: Sequence[int] = ()) -> None:
-        """Quantise ``weight`` [N, K] into this layer, on the weight's device."""
-        for name, value in self.quantized_tensors(weight, outlier_columns).items():
-            setattr(self, name, value)
-
-    @staticmethod
-    def quantized_tensors(weight: Tensor, outlier_columns: Sequence[int] = ()) -> dict[str, Tensor]:
-        """The buffers, by their names in the state dict, that hold ``weight`` [N, K]."""
+        _check_columns(outlier_columns, weight.shape[1])
         codes, absmax = quantize_weight(weight)
         tensors = {
-            "weight": codes,
+            "codes": codes,
             "SCB": absmax,
             "weight_format": torch.tensor(ROW_FORMAT, dtype=torch.uint8, device=weight.device),
         }
@@ -142,20 +95,30 @@ class Int8Linear(nn.Linear):
             tensors["outlier_weight"] = weight.detach().index_select(1, columns)
         return tensors
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias for x [..., K]: int8 product, outlier columns apart (section 3 of the paper)."""
+    def requantized_tensors(self, weight: Tensor) -> dict[str, Tensor]:
+        """With the same outlier columns, in their dtype."""
+        columns = () if self.outlier_columns is None else self.outlier_columns.tolist()
+        tensors = self.quantized_tensors(weight, outlier_columns=columns)
+        if self.outlier_weight is not None:
+            tensors["outlier_weight"] = tensors["outlier_weight"].to(self.outlier_weight.dtype)
+        return tensors
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x @ W.T + bias for an input x [..., K]: int8 product, outlier columns apart (paper, section 3)."""
         if self.outlier_columns is None or self.outlier_weight is None:
-            return self._int8(x)
+            return self._int8(input)
         # The static columns leave the int8 product by being zero in it, so they do not enlarge the rows' scales either.
-        inside = self._int8(x.index_fill(-1, self.outlier_columns, 0))
-        outside = nn.functional.linear(x.index_select(-1, self.outlier_columns), self.outlier_weight.to(x.dtype))
+        inside = self._int8(input.index_fill(-1, self.outlier_columns, 0))
+        outside = nn.functional.linear(
+            input.index_select(-1, self.outlier_columns), self.outlier_weight.to(input.dtype)
+        )
         return inside + outside.to(inside.dtype)
 
     def _int8(self, x: Tensor) -> Tensor:
         config = self.config
         return int8_linear(
             x,
-            self.weight,
+            self.codes,
             self.SCB,
             self.bias,
             threshold=config.threshold if config.activation == "dynamic" else 0.0,
@@ -168,17 +131,10 @@ class Int8Linear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K] that the layer stands for: codes * SCB / 127, static columns as they were."""
-        weight = dequantize_weight(self.weight, self.SCB, dtype)
+        weight = dequantize_weight(self.codes, self.SCB, dtype)
         if self.outlier_columns is not None and self.outlier_weight is not None:
             weight[:, self.outlier_columns] = self.outlier_weight.to(dtype)
         return weight
-
-    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """Return an `nn.Linear` with the dequantised weight; the bias is shared."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype))
-        linear.bias = self.bias
-        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows between the brackets."""
@@ -188,28 +144,40 @@ class Int8Linear(nn.Linear):
             text += f", activation_group={self.config.activation_group}"
         return text + (f", outlier_columns={columns}" if columns else "")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        dtype = fn(torch.empty(0, dtype=torch.int8, device=self.weight.device)).dtype
-        if dtype != torch.int8:
-            raise TypeError(f"int8 weights cannot be cast to {dtype}; use dequantize_(model) for float weights")
-        with as_integers(self, ["SCB"]):  # not the original weights of outlier columns, which follow a cast
-            super()._apply(fn, recurse)
-        return self
+    def check_entries(self, name: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``weight_format`` may be missing; outlier columns become as many as the checkpoint holds."""
+        if "weight" not in entries:
+            raise KeyError(f"{name}: the checkpoint holds it quantised, but has no weight")
+        weight = entries["weight"]
+        if weight.dtype != torch.int8:
+            raise TypeError(f"{name}: weight has dtype {weight.dtype}, wanted int8; quantise after loading instead")
+        check_int8_entry(f"{name}.", has_scales="SCB" in entries, weight_format=entries.get("weight_format"))
+        checked = {}
+        for leaf, like in (("weight", self.codes), ("SCB", self.SCB)):
+            checked[leaf] = entries[leaf]
+            check_entry(name, leaf, entries[leaf], like)
+        checked["weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+        kept = entries.get("outlier_weight")
+        if kept is not None:
+            n = kept.shape[-1]
+            if kept.ndim != 2 or len(kept) != self.out_features or entries["outlier_columns"].shape != (n,):
+                raise ValueError(
+                    f"{name}: outlier_weight has shape {list(kept.shape)}, wanted [{self.out_features}, n]"
+                )
+            if self.outlier_weight is None or self.outlier_weight.shape != kept.shape:
+                self.outlier_weight = torch.zeros(kept.shape, dtype=kept.dtype, device=self.device)
+                self.outlier_columns = torch.zeros(n, dtype=torch.int64, device=self.device)
+            checked |= {leaf: entries[leaf] for leaf in ("outlier_columns", "outlier_weight")}
+        return checked
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None:
-            if weight.dtype != torch.int8:
-                name = prefix.removesuffix(".") or "the layer"
-                raise TypeError(f"{name}: weight has dtype {weight.dtype}, wanted int8; quantise after loading instead")
-            check_int8_entry(
-                prefix, has_scales=prefix + "SCB" in state_dict, weight_format=state_dict.get(prefix + "weight_format")
-            )
-            state_dict[prefix + "weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
-            kept = state_dict.get(prefix + "outlier_weight")
-            if kept is not None and (self.outlier_weight is None or self.outlier_weight.shape != kept.shape):
-                self._make_outlier_buffers(kept.shape[1], self.weight.device, kept.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def after_loading(self) -> None:
+        """Old files have no ``weight_format``, which then is row-major."""
+        self.register_buffer("weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8, device=self.device))
+
+
+def _check_columns(columns: Sequence[int], in_features: int) -> None:
+    if columns and max(columns) >= in_features:
+        raise ValueError(f"outlier column {max(columns)} is not in a layer of in_features={in_features}")
 
 
 def check_int8_entry(prefix: str, *, has_scales: bool, weight_format: Tensor | str | int | None) -> None:
@@ -222,6 +190,8 @@ def check_int8_entry(prefix: str, *, has_scales: bool, weight_format: Tensor | s
     name = prefix.removesuffix(".") or "the layer"
     if not has_scales:
         raise KeyError(f"{name}: int8 weight without its scales {prefix}SCB")
-    found = weight_format.item() if isinstance(weight_format, Tensor) else weight_format
+    found: Any = weight_format
+    if isinstance(weight_format, Tensor):
+        found = None if weight_format.is_meta else weight_format.item()
     if found not in (None, ROW_FORMAT, "row"):
         raise ValueError(f"{name}: weight_format={found!r} is a tiled layout; only 0 or 'row' (row-major) is supported")

@@ -5,11 +5,12 @@ from eff_quant.quantvla.calibrate import ActivationCalibration, calibrate_activa
 from eff_quant.quantvla.config import W4A8Config
 from eff_quant.quantvla.layer import LayerCalibration, W4A8Linear
 from eff_quant.quantvla.layout import QuantLayout
-from eff_quant.quantvla.method import QuantizedPolicy, calibrate_vla, quantize_layout_
+from eff_quant.quantvla.method import METHOD, QuantizedPolicy, calibrate_vla, quantize_layout_
 from eff_quant.quantvla.scales import ModuleScales, ScaleMatchConfig, ScaleTable, calibrate_scales
 from eff_quant.quantvla.stats import AttentionStats, ModuleStats, collect_attention_stats
 
 __all__ = [
+    "METHOD",
     "ActivationCalibration",
     "AttentionStats",
     "LayerCalibration",

@@ -10,6 +10,7 @@ import torch
 from eff_kernels.edit import Handle, Report
 from torch import Tensor, nn
 
+from eff_quant.layer import QuantizedLinear
 from eff_quant.quantvla.attention import AttentionParts, attention_parts
 from eff_quant.quantvla.scales import ModuleScales, ScaleTable
 
@@ -128,9 +129,9 @@ def _per_row(alpha: tuple[float, ...], rows: int) -> Tensor:
 
 def _scaled_rows(name: str, layer: Any, factors: Tensor) -> list[Change]:
     """Multiply the outputs of a linear layer, float or quantised."""
-    weight = getattr(layer, "weight", None)
+    weight = None if isinstance(layer, QuantizedLinear) else getattr(layer, "weight", None)
     shape: tuple[int, ...]
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+    if isinstance(weight, Tensor) and weight.is_floating_point():
         target, shape = weight, (-1, 1)
     else:
         found = (getattr(layer, n, None) for n in _ROW_SCALES)

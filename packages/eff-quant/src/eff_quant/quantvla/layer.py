@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from eff_kernels import int4_linear, int4_pack, int4_unpack, int8_linear, int8_static_linear
 from torch import Tensor, nn
 
-from eff_quant.buffers import as_integers
-from eff_quant.linears import linear_weight
+from eff_quant.layer import QuantizedLinear
 from eff_quant.quantvla.config import W4A8Config
 from eff_quant.quantvla.rotation import (
     BlockRotation,
@@ -20,7 +18,7 @@ from eff_quant.quantvla.rotation import (
     transposed,
     zigzag_permutation,
 )
-from eff_quant.quantvla.rounding import round_rows
+from eff_quant.quantvla.rounding import check_finite, round_rows
 
 
 class LayerCalibration(NamedTuple):
@@ -37,7 +35,7 @@ class LayerCalibration(NamedTuple):
     permutation: Tensor | None
 
 
-class W4A8Linear(nn.Linear):
+class W4A8Linear(QuantizedLinear):
     """Linear layer y = x @ W.T + bias with W in 4 or 8 bits and x in 8.
 
     x' = x P R, y = (int product of codes(x') and codes(W')) * scale, rotated back where ``row_rotation`` asks for it.
@@ -46,7 +44,7 @@ class W4A8Linear(nn.Linear):
     input and the bias do. Moving or casting the layer never quantises or rotates anything: codes, scales and rotations
     stay as they are, whatever the dtype.
 
-    State dict: ``weight`` uint8 [N, ceil(K / 2)] (codes from -8 to 7, low half first) or int8 [N, K] for 8 bits,
+    State dict: ``weight_packed`` uint8 [N, ceil(K / 2)] (codes from -8 to 7, low half first) or int8 [N, K] for 8 bits,
     ``scale`` float32 [N], ``bias``; with static scales ``input_scale`` float32 [K] (an even K: [K + K mod 2]); with
     rotation ``rotation_in`` float32 [n, B, B] and ``rotation_in_tail`` [r, r], the same with ``_out`` for rows;
     ``permutation`` int64 [K].
@@ -61,6 +59,9 @@ class W4A8Linear(nn.Linear):
     A fresh layer holds zeros; `from_linear` or `load_state_dict` fill it.
     """
 
+    config_class = W4A8Config
+
+    weight_packed: Tensor
     scale: Tensor
     input_scale: Tensor | None
     rotation_in: Tensor | None
@@ -69,30 +70,18 @@ class W4A8Linear(nn.Linear):
     rotation_out_tail: Tensor | None
     permutation: Tensor | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        config: W4A8Config | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a float weight
-        self.in_features = in_features
-        self.out_features = out_features
-        self.config = config = config or W4A8Config()
-        for name, (shape, kind) in _buffers(in_features, out_features, config).items():
-            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=kind, device=device))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        )
+    def empty_tensors(self, device: torch.device | str | None, **more: Any) -> dict[str, Tensor | None]:
+        """Zeros."""
+        shapes = _buffers(self.in_features, self.out_features, self.config)
+        return {
+            name: None if shape is None else torch.zeros(shape, dtype=kind, device=device)
+            for name, (shape, kind) in shapes.items()
+        }
 
     @classmethod
-    def from_linear(
+    def from_linear(  # type: ignore[override]
         cls, linear: nn.Module, config: W4A8Config | None = None, calibration: LayerCalibration | None = None
-    ) -> W4A8Linear:
+    ) -> Self:
         """Quantise an `nn.Linear`; it is left as it was, and the bias is shared with it.
 
         Args:
@@ -104,28 +93,17 @@ class W4A8Linear(nn.Linear):
             TypeError: not an `nn.Linear` with a floating weight.
             ValueError: the weight holds inf or NaN, or static scales are asked for without calibration.
         """
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
-            raise TypeError(f"cannot quantise a {type(linear).__name__}; use nn.Linear with a floating weight")
-        new = cls.empty_like(linear, config, device="meta")
-        for name, value in cls.quantized_tensors(linear.weight, new.config, calibration).items():
-            setattr(new, name, value)
-        new.bias = linear.bias
-        return new.train(linear.training)
+        return super().from_linear(linear, config, calibration=calibration)
 
     @classmethod
-    def empty_like(
-        cls, linear: nn.Module, config: W4A8Config | None = None, *, device: torch.device | str | None = None
-    ) -> W4A8Linear:
-        """An unfilled layer of the shape of an `nn.Linear`, on the same device unless one is named."""
-        weight = linear_weight(linear)
-        n, k = weight.shape
-        return cls(k, n, linear.bias is not None, config, device=device or weight.device, dtype=weight.dtype)
-
-    @staticmethod
-    def quantized_tensors(
-        weight: Tensor, config: W4A8Config | None = None, calibration: LayerCalibration | None = None
+    def quantized_tensors(  # type: ignore[override]
+        cls, weight: Tensor, config: W4A8Config | None = None, calibration: LayerCalibration | None = None
     ) -> dict[str, Tensor]:
-        """The buffers, by their names in the state dict, that hold ``weight`` [N, K]. ``weight`` is left as it was."""
+        """The buffers, by name, that hold ``weight`` [N, K]. ``weight`` is left as it was."""
+        if weight.is_meta:
+            shapes = _buffers(weight.shape[1], weight.shape[0], config or W4A8Config())
+            return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in shapes.items() if s is not None}
+        check_finite(weight)
         config = config or W4A8Config()
         if calibration is None:
             if config.activation == "static_folded":
@@ -146,15 +124,19 @@ class W4A8Linear(nn.Linear):
             rotated = rotated * calibration.input_scale
             tensors["input_scale"] = _even(calibration.input_scale, config.weight_bits, 1.0)
         codes, tensors["scale"] = round_rows(rotated, config.weight_bits, config.candidates)
-        tensors["weight"] = int4_pack(_even(codes, 4, 0)) if config.weight_bits == 4 else codes
-        return {name: t.to(weight.device) for name, t in tensors.items() if t is not None}
+        tensors["weight_packed"] = int4_pack(_even(codes, 4, 0)) if config.weight_bits == 4 else codes
+        return {name: t.to(weight.device).contiguous() for name, t in tensors.items() if t is not None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias for x [..., K]."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x has shape {list(x.shape)}; the last dimension must be in_features={self.in_features}")
-        dtype = self.config.out_dtype or x.dtype
-        turned = self.rotate_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x @ W.T + bias for an input x [..., K]."""
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"x has shape {list(input.shape)}; the last dimension must be in_features={self.in_features}"
+            )
+        if not input.is_floating_point():
+            raise TypeError(f"x must be of a float dtype, got {input.dtype}")
+        dtype = self.config.out_dtype or input.dtype
+        turned = self.rotate_input(input)
         if self.rotation_out is None:
             return self._product(turned, self.bias, dtype)
         y = rotate(self._product(turned, None, turned.dtype), BlockRotation(self.rotation_out, self.rotation_out_tail))
@@ -171,14 +153,15 @@ class W4A8Linear(nn.Linear):
     def _product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         options: Any = {"out_dtype": dtype, "backend": self.config.backend}
         if self.config.weight_bits == 4:
-            return int4_linear(x, self.weight, self.scale, bias, input_scale=self.input_scale, **options)
+            return int4_linear(x, self.weight_packed, self.scale, bias, input_scale=self.input_scale, **options)
         if self.input_scale is not None:
-            return int8_static_linear(x, self.weight, self.scale, self.input_scale, bias, **options)
-        return int8_linear(x, self.weight, self.scale * 127, bias, **options)
+            return int8_static_linear(x, self.weight_packed, self.scale, self.input_scale, bias, **options)
+        return int8_linear(x, self.weight_packed, self.scale * 127, bias, **options)
 
     def codes(self) -> Tensor:
         """The weight's codes, int8 [N, K], of the rotated (and folded) weight."""
-        return int4_unpack(self.weight)[:, : self.in_features] if self.config.weight_bits == 4 else self.weight
+        packed = self.weight_packed
+        return int4_unpack(packed)[:, : self.in_features] if self.config.weight_bits == 4 else packed
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K] that the layer stands for, in the original coordinates."""
@@ -193,12 +176,9 @@ class W4A8Linear(nn.Linear):
             weight = weight[:, self.permutation.argsort()]
         return weight.to(dtype)
 
-    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """Return an `nn.Linear` with the dequantised weight; the bias is shared."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype))
-        linear.bias = self.bias
-        return linear.train(self.training)
+    def requantized_tensors(self, weight: Tensor) -> dict[str, Tensor]:
+        """With the same static scales."""
+        return self.quantized_tensors(weight, self.config, self.calibration())
 
     def calibration(self) -> LayerCalibration | None:
         """What a layer with static scales was made with; None with dynamic ones."""
@@ -213,25 +193,6 @@ class W4A8Linear(nn.Linear):
         return (
             f"{super().extra_repr()}, weight_bits={c.weight_bits}, activation={c.activation!r}, rotation={c.rotation!r}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W4A8Linear:
-        kind = self.weight.dtype
-        dtype = fn(torch.empty(0, dtype=kind, device=self.weight.device)).dtype
-        if dtype != kind:
-            raise TypeError(
-                f"{self.config.weight_bits}-bit codes cannot be cast to {dtype}; use dequantize() for floats"
-            )
-        with as_integers(self):
-            super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.dtype != self.weight.dtype:
-            name = prefix.removesuffix(".") or "the layer"
-            wanted = f"{self.weight.dtype} ({self.config.weight_bits} bits)"
-            raise TypeError(f"{name}: weight has dtype {weight.dtype}, wanted {wanted}; quantise after loading instead")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def input_rotation(
@@ -281,7 +242,7 @@ def _buffers(k: int, n: int, config: W4A8Config) -> dict[str, tuple[tuple[int, .
     """Shapes and dtypes of a layer's buffers; the shape is None for one that the config does not need."""
     four, real = config.weight_bits == 4, torch.float32
     shapes: dict[str, tuple[tuple[int, ...] | None, torch.dtype]] = {
-        "weight": ((n, (k + 1) // 2), torch.uint8) if four else ((n, k), torch.int8),
+        "weight_packed": ((n, (k + 1) // 2), torch.uint8) if four else ((n, k), torch.int8),
         "scale": ((n,), real),
         "input_scale": (((k + k % 2 if four else k),) if config.activation == "static_folded" else None, real),
         "permutation": ((k,) if config.permute else None, torch.int64),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from eff_kernels.edit import Report, fits, replace_module
-from torch import Tensor, nn
+from torch import nn
 
 from eff_quant.method import Method
 from eff_quant.quantvla.apply import ScaleHandle, apply_scale_table
@@ -18,6 +17,7 @@ from eff_quant.quantvla.layout import QuantLayout
 from eff_quant.quantvla.runs import Run
 from eff_quant.quantvla.scales import ScaleMatchConfig, ScaleTable, calibrate_scales
 from eff_quant.quantvla.stats import collect_attention_stats, find_attention
+from eff_quant.registry import register
 
 
 def quantize_layout_(
@@ -144,24 +144,5 @@ def calibrate_vla(
     return QuantizedPolicy(report, calibration, ScaleTable(entries), handle)
 
 
-def _empty(name: str, linear: nn.Module, config: W4A8Config, device: torch.device | str | None) -> nn.Module:
-    return W4A8Linear.empty_like(linear, config, device=device)
-
-
-def _tensors(name: str, weight: Tensor, config: W4A8Config, shared: None) -> dict[str, Tensor]:
-    return W4A8Linear.quantized_tensors(weight, config)
-
-
-def _rebuild(name: str, linear: nn.Module, old: W4A8Linear) -> nn.Module:
-    return W4A8Linear.from_linear(linear, old.config, old.calibration())
-
-
-# How `quantize_` and transformers' loader see these layers; static scales come from `quantize_layout_` alone.
-METHOD = Method(
-    config=W4A8Config,
-    layer=W4A8Linear,
-    empty=_empty,
-    tensors=_tensors,
-    rebuild=_rebuild,
-    bytes_per_weight=lambda config: config.weight_bits / 8,
-)
+# How `quantize_` and the loaders see these layers; static scales come from `quantize_layout_` alone.
+METHOD = register(Method(config=W4A8Config, layer=W4A8Linear, bytes_per_weight=lambda config: config.weight_bits / 8))

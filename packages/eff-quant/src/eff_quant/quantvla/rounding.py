@@ -18,6 +18,18 @@ class RoundedRows(NamedTuple):
     scale: Tensor
 
 
+def check_finite(weight: Tensor) -> None:
+    """Check the weights [N, K] of a layer.
+
+    Raises:
+        ValueError: a row holds inf or NaN; the message names it.
+    """
+    finite = weight.isfinite().all(1)
+    if not finite.all():
+        row = int(torch.nonzero(~finite)[0])
+        raise ValueError(f"weight row {row} holds inf or NaN; quantisation needs finite weights")
+
+
 def round_rows(weight: Tensor, bits: int, candidates: Sequence[float] = CANDIDATES) -> RoundedRows:
     """Quantise each row of ``weight`` [N, K] symmetrically to codes from -2^(bits-1) to 2^(bits-1) - 1.
 
@@ -30,9 +42,7 @@ def round_rows(weight: Tensor, bits: int, candidates: Sequence[float] = CANDIDAT
     weight = weight.detach().float()
     top = 2 ** (bits - 1) - 1
     absmax = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(len(weight))
-    if not absmax.isfinite().all():
-        row = int(torch.nonzero(~absmax.isfinite())[0])
-        raise ValueError(f"weight row {row} holds inf or NaN; quantisation needs finite weights")
+    check_finite(absmax[:, None])
     best = RoundedRows(torch.zeros_like(weight, dtype=torch.int8), torch.zeros_like(absmax))
     least = torch.full_like(absmax, torch.inf, dtype=torch.float64)
     for a in candidates:
