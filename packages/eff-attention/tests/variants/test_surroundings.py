@@ -184,3 +184,26 @@ def test_a_copy_of_a_cache_goes_its_own_way(kind):
         wanted = model(IDS[:, :2], use_cache=True, **cache_kwargs(model, cache)).logits
         model(IDS[:, 4:9], use_cache=True, **cache_kwargs(model, cache))
         assert torch.equal(model(IDS[:, :2], use_cache=True, **cache_kwargs(model, twin)).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", ["approximate", "mlp"])
+def test_a_folder_is_not_taken_for_a_standard_model(kind, tmp_path):
+    import pickle
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = make(kind)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(logits(twin), logits(model)) for twin in twins)
+    twins[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention_variants_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = load_hybrid(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_hybrid(tmp_path / "again")), logits(model))
+    assert isinstance(again.config, LlamaConfig)
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "standard")
+    with pytest.raises(ValueError, match="names no attention variants"):
+        load_hybrid(tmp_path / "standard")
+    assert AutoConfig.from_pretrained(tmp_path / "standard").model_type == "llama"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from eff_kernels import Handle, Report
 from torch import Tensor, nn
 
 from eff_attention.layers import attention_types
+from eff_attention.variants import saved_config
 from eff_attention.variants.config import AttentionVariantConfig
 from eff_attention.variants.context import STREAM, decoder_of, share
 from eff_attention.variants.layouts import standard_layers
@@ -58,7 +60,7 @@ def build_hybrid(
 
     settings = AttentionVariantConfig(kind=variant) if isinstance(variant, str) else variant  # type: ignore[arg-type]
     kept = standard_layers(config.num_hidden_layers, layout)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # what is noted in it is not for other models
     chosen = {i: settings for i in range(1, config.num_hidden_layers + 1) if i not in kept}
     if settings.kind != "standard":
         swap_layers_(model, chosen, match_params=match_params)
@@ -104,11 +106,14 @@ def swap_layers_(
         setattr(model.config, _ATTRIBUTE, {**noted, str(i): settings.to_dict()})
     if report.changed:
         share(decoder)
+        saved_config.mark(model.config)
     return report
 
 
 def load_hybrid(path: str | Path, **kwargs: Any) -> Any:
     """Load what ``model.save_pretrained`` wrote of a model with mixers.
+
+    AutoModel does not know such a folder and says so.
 
     Args:
         path: The folder.
@@ -118,9 +123,9 @@ def load_hybrid(path: str | Path, **kwargs: Any) -> Any:
         ValueError: the folder's config names no variants, or weights are missing or too many.
     """
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(path)
+    config = saved_config.read(path)
     noted = getattr(config, _ATTRIBUTE, None)
     if not noted:
         raise ValueError(f"the config in {path} names no attention variants; load it with AutoModelForCausalLM")
@@ -235,6 +240,7 @@ def _swap_for_loading(model: nn.Module, i: int, settings: AttentionVariantConfig
     decoder: Any = decoder_of(model)
     decoder.layers[i - 1].self_attn = _new_mlp(decoder.layers[i - 1].self_attn, settings, inner)
     share(decoder)
+    saved_config.mark(decoder.config)
 
 
 def _add_stream(decoder: Any, settings: list[AttentionVariantConfig]) -> None:
