@@ -17,9 +17,10 @@ from eff_quant import (
     quantize_,
 )
 from eff_quant.layer import QuantizedLinear
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+peft = pytest.importorskip("peft")
 
 # PEFT asks transformers for what that has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -83,7 +84,7 @@ def same(a, b):
 
 
 def lora(model, **options):
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **options)).eval()
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], **options)).eval()
 
 
 class TestWhatWeightMeans:
@@ -283,7 +284,9 @@ class TestAdapters:
         assert 0 < distance(adapted(IDS).logits, before) < 0.2
 
     def test_trainable_copies_stay_float(self):
-        model = get_peft_model(qwen(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["up_proj"]))
+        model = peft.get_peft_model(
+            qwen(), peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["up_proj"])
+        )
         count = len([k for k, p in model.named_parameters() if p.requires_grad and "modules_to_save" in k])
         report = quantize_(model, Int8Config())
         assert len([k for k, p in model.named_parameters() if p.requires_grad and "modules_to_save" in k]) == count == 2
@@ -360,3 +363,37 @@ class TestLayers:
         torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
         (entry,) = quantize_(model, Int8Config()).skipped
         assert "not a plain tensor" in entry.reason
+
+
+class TestDiffusers:
+    @pytest.fixture
+    def sd3(self):
+        diffusers = pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        return diffusers.SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=32, caption_projection_dim=64, pooled_projection_dim=48, out_channels=4,
+            pos_embed_max_size=8,
+        ).eval()  # fmt: skip
+
+    @formats
+    def test_saved_it_loads_as_it_was(self, sd3, config, tmp_path):
+        sd3.save_pretrained(tmp_path / "float")
+        quantize_(sd3, config)
+        sd3.save_pretrained(tmp_path / "quantised")
+        same(load(tmp_path / "quantised"), sd3)
+        same(type(sd3).from_pretrained(tmp_path / "quantised"), sd3)
+        half = load(tmp_path / "quantised", torch_dtype=torch.bfloat16)
+        for name, layer in layers(half).items():
+            assert torch.equal(layer.dequantize(), layers(sd3)[name].dequantize())
+        same(load(tmp_path / "float", config), sd3)
+        with pytest.raises(ValueError, match="quantised already"):
+            load(tmp_path / "quantised", config)
+        dequantize_(sd3)
+        sd3.save_pretrained(tmp_path / "again")
+        assert not layers(type(sd3).from_pretrained(tmp_path / "again"))
+
+    def test_layers_with_different_settings(self, sd3, tmp_path):
+        quantize_(sd3, {"*.attn.*": Int8Config(), "*.ff.*": FP4Config()})
+        sd3.save_pretrained(tmp_path)
+        same(load(tmp_path), sd3)

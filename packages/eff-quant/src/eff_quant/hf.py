@@ -8,8 +8,6 @@ was saved to loads it as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +19,9 @@ from eff_quant.convert import dequantize_layers
 from eff_quant.hub import DTYPES, headers, is_code, quantized_entries, with_model_names
 from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import Found, find_linears, is_conv1d, size_of
-from eff_quant.mixed import MixedConfig, as_mixed
-from eff_quant.plan import exactly, groups_of, name_of, plan, report_plan, settings_of
-from eff_quant.registry import config_from_dict, method_names, method_of
+from eff_quant.mixed import MixedConfig, as_mixed, settings_from_dict
+from eff_quant.plan import groups_of, name_of, plan, report_plan, saved_settings
+from eff_quant.registry import method_names, method_of
 from eff_quant.skips import on_skip_list
 
 try:
@@ -49,14 +47,12 @@ class EffConfig(QuantizationConfigMixin):
     @property
     def settings(self) -> Any:
         """The config of the one method that all layers have, or the `MixedConfig`."""
-        (patterns, first), *others = self.rules.rules
-        return first if not others and patterns == ("*",) else self.rules
+        return self.rules.plain
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Rebuild from `to_dict`; keyword arguments are not settings of a method and are handed back."""
-        mixed = config_dict.get("quant_method") == MixedConfig.quant_method
-        config = cls(MixedConfig.from_dict(config_dict) if mixed else config_from_dict(config_dict))
+        config = cls(settings_from_dict(config_dict))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,22 +256,7 @@ def record_settings(model: Any) -> None:
     Raises:
         ValueError: there are no quantised layers.
     """
-    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if not layers:
-        raise ValueError("the model has no quantised layers; use quantize_ first")
-    different = settings_of(model)
-    if len(different) == 1:
-        config = next(iter(layers.values())).config
-        skip = tuple(p for p in config.skip if not any(on_skip_list(model, (p,), (n,), m) for n, m in layers.items()))
-        found = find_linears(model, leave=partial(on_skip_list, model, skip), done=(QuantizedLinear,))
-        left = [exactly(f.names[0]) for f in found if not f.reason]
-        settings = EffConfig(replace(config, skip=(*skip, *left)))
-    else:
-        rules = []
-        for config in different:
-            names = tuple(exactly(n) for n, m in layers.items() if replace(m.config, skip=()) == config)
-            rules.append((names, config))
-        settings = EffConfig(MixedConfig(tuple(rules)))
+    settings = EffConfig(saved_settings(model))
     model.config.quantization_config = settings
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.quantization_config = settings

@@ -44,6 +44,12 @@ def model_class(path: str | Path) -> tuple[Any, Any]:
     return config, cls
 
 
+def is_diffusers_folder(path: str | Path) -> bool:
+    """Whether a folder's config.json is of diffusers."""
+    file = Path(path) / "config.json"
+    return file.is_file() and "_class_name" in json.loads(file.read_text())
+
+
 def quantization_settings(hf_config: Any) -> dict[str, Any]:
     """The entry ``quantization_config`` of a model's config.json; empty if there is none."""
     return dict(getattr(hf_config, "quantization_config", None) or {})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eff_quant.hub import model_class, quantization_settings
+from eff_quant.hub import is_diffusers_folder, model_class, quantization_settings
 from eff_quant.method import MethodConfig
 from eff_quant.mixed import MixedConfig
 from eff_quant.registry import method_names, reader_of
@@ -17,7 +17,8 @@ def load(
 ) -> Any:
     """Load a model: quantised by us or another library, or float weights that are quantised on the way.
 
-    Of other libraries it reads int8 of bitsandbytes, FP4 and FP8 of compressed-tensors, and NVFP4 of ModelOpt.
+    The model may be one of transformers or of diffusers. What other libraries have quantised it reads, too: int8 of
+    bitsandbytes, FP4 and FP8 of compressed-tensors, and NVFP4 of ModelOpt.
 
     Args:
         path: Folder with config.json and safetensors files, or a model's name.
@@ -33,7 +34,11 @@ def load(
         OSError: no such model.
         ValueError: float weights and no config, a config for a folder that has its own, or another quantisation method.
     """
-    from eff_quant import hf  # imports transformers, and registers the quantiser
+    if is_diffusers_folder(path):
+        from eff_quant import diffusion  # imports diffusers
+
+        return diffusion.load(path, config, **kwargs)
+    from eff_quant import hf  # imports transformers
 
     hf_config, cls = model_class(path)
     found = quantization_settings(hf_config)

@@ -44,6 +44,12 @@ class MixedConfig:
             method_of(config)
         object.__setattr__(self, "rules", rules)
 
+    @property
+    def plain(self) -> Any:
+        """The config of the one method that all layers have, or these rules."""
+        (patterns, first), *others = self.rules
+        return first if not others and patterns == ("*",) else self
+
     def choose(self, names: Sequence[str], module: nn.Module) -> Any:
         """The settings of the layer with these names, or None."""
         return next((c for patterns, c in self.rules if any(fits(patterns, n, module) for n in names)), None)
@@ -64,6 +70,12 @@ class MixedConfig:
         if unknown := sorted(set(values) - {"quant_method", "version", "rules"}):
             raise ValueError(f"unknown settings {unknown}; MixedConfig has ['rules']")
         return cls(tuple((tuple(r["where"]), config_from_dict(r["config"])) for r in values["rules"]))
+
+
+def settings_from_dict(values: Mapping[str, Any]) -> Any:
+    """Settings of a method or of several, from their ``to_dict``."""
+    mixed = values.get("quant_method") == MixedConfig.quant_method
+    return MixedConfig.from_dict(values) if mixed else config_from_dict(values)
 
 
 def as_mixed(config: Any) -> MixedConfig:

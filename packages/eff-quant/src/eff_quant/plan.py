@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from eff_kernels.edit import Report, Where
@@ -119,3 +120,23 @@ def settings_of(model: nn.Module) -> list[Any]:
             if config not in different:
                 different.append(config)
     return different
+
+
+def saved_settings(model: nn.Module) -> Any:
+    """The settings of all layers as they are saved with a model: one config or rules by layer.
+
+    Raises:
+        ValueError: there are no quantised layers.
+    """
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not layers:
+        raise ValueError("the model has no quantised layers; use quantize_ first")
+    different = settings_of(model)
+    if len(different) > 1:
+        of = {name: replace(m.config, skip=()) for name, m in layers.items()}
+        names = [tuple(exactly(n) for n, c in of.items() if c == config) for config in different]
+        return MixedConfig(tuple(zip(names, different, strict=True)))
+    config = next(iter(layers.values())).config
+    skip = tuple(p for p in config.skip if not any(on_skip_list(model, (p,), (n,), m) for n, m in layers.items()))
+    found = find_linears(model, leave=partial(on_skip_list, model, skip), done=(QuantizedLinear,))
+    return replace(config, skip=(*skip, *(exactly(f.names[0]) for f in found if not f.reason)))

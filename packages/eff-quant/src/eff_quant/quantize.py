@@ -11,7 +11,7 @@ from torch import nn
 from eff_quant.convert import Progress, dequantize_layers, has_quantized_layers, quantize_layers
 from eff_quant.method import MethodConfig
 from eff_quant.mixed import MixedConfig, as_mixed
-from eff_quant.skips import transformers_model
+from eff_quant.skips import diffusers_models, transformers_model
 
 
 def quantize_(
@@ -48,7 +48,7 @@ def quantize_(
     """
     report = quantize_layers(model, as_mixed(config), where=where, strict=strict, progress=progress)
     if report.changed:
-        tell_transformers(model)
+        tell_library(model)
     return report
 
 
@@ -64,13 +64,17 @@ def dequantize_(model: nn.Module, *, where: Where = "*", dtype: torch.dtype | No
         Every quantised layer with its size before and after.
     """
     report = dequantize_layers(model, where=where, dtype=dtype)
-    tell_transformers(model)
+    tell_library(model)
     return report
 
 
-def tell_transformers(model: nn.Module) -> None:
-    """Let a transformers model know that it is (no longer) quantised; a model of another kind is left alone."""
+def tell_library(model: nn.Module) -> None:
+    """Let a model of transformers or diffusers know that it is (no longer) quantised; others are left alone."""
     if (outer := transformers_model(model)) is not None:
         from eff_quant import hf  # imports transformers
 
         hf.attach(outer) if has_quantized_layers(outer) else hf.detach(outer)
+    for part in diffusers_models(model):
+        from eff_quant import diffusion  # imports diffusers
+
+        diffusion.attach(part) if has_quantized_layers(part) else diffusion.detach(part)

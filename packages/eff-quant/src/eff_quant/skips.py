@@ -52,6 +52,13 @@ def transformers_model(model: nn.Module) -> Any:
     return None
 
 
+def diffusers_models(model: nn.Module) -> list[Any]:
+    """The models of diffusers in a module, told by their classes."""
+    return [
+        m for m in model.modules() if any(c.__module__ == "diffusers.models.modeling_utils" for c in type(m).__mro__)
+    ]
+
+
 def in_float32(model: nn.Module, names: Sequence[str]) -> bool:
     """Whether the class of a transformers model keeps a layer in float32, whatever the dtype of the model."""
     outer = transformers_model(model)

@@ -10,7 +10,7 @@ from torch import nn
 from eff_quant.fp8_qat.config import FP8Config, FP8QATConfig, FP8Spec
 from eff_quant.fp8_qat.layer import FP8Linear
 from eff_quant.fp8_qat.qat import qat_layers, unprepare
-from eff_quant.quantize import tell_transformers
+from eff_quant.quantize import tell_library
 from eff_quant.settings import check_choice
 
 Target = Literal["fp8_weight_only", "fp8_dynamic", "plain"]
@@ -56,7 +56,7 @@ def convert_qat_(model: nn.Module, target: Target = "fp8_weight_only", *, allow_
             replace_module(model, name, new)
         report.change(name, bytes_before=before, bytes_after=_size(new))
     if target != "plain":
-        tell_transformers(model)
+        tell_library(model)
     return report
 
 

@@ -18,7 +18,7 @@ from eff_quant.linears import find_linears, size_of
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.layer import Int8Linear
 from eff_quant.plan import settings_of
-from eff_quant.quantize import tell_transformers
+from eff_quant.quantize import tell_library
 
 
 def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ def convert_from_bnb_(model: nn.Module, config: Int8Config | None = None) -> Rep
         replace_module(model, name, new.train(old.training))
         report.change(name, bytes_before=size_of(old), bytes_after=size_of(new))
     if report.changed:
-        tell_transformers(model)
+        tell_library(model)
         _forget_bnb(model)
     return report
 
