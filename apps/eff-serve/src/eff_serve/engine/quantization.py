@@ -41,7 +41,7 @@ def stored_settings(entry: dict[str, Any] | None) -> MixedConfig | None:
     method = entry.get("quant_method")
     if method == "bitsandbytes" and entry.get("load_in_8bit"):
         return as_mixed(Int8Config(threshold=float(entry.get("llm_int8_threshold", 6.0)), activation_group=None))
-    known = [c.quant_method for c in METHODS]  # type: ignore[attr-defined]
+    known = [c.quant_method for c in METHODS]
     if method == MixedConfig.quant_method:
         rules = MixedConfig.from_dict(entry)
     elif method in known:
