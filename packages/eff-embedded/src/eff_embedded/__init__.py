@@ -6,13 +6,14 @@ import importlib
 from typing import Any
 
 _LOADERS = {
+    "load_collage_diffusion": "eff_embedded.diffusion",
     "load_smollm2": "eff_embedded.language",
     "load_smollm2_eyes": "eff_embedded.eyes",
     "load_vit": "eff_embedded.vision",
 }
 """Where the loaders lie; each comes with its libraries when it is first asked for."""
 
-__all__ = ["load_smollm2", "load_smollm2_eyes", "load_vit"]
+__all__ = ["load_collage_diffusion", "load_smollm2", "load_smollm2_eyes", "load_vit"]
 
 
 def __getattr__(name: str) -> Any:

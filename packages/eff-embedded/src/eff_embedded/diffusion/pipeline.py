@@ -38,10 +38,16 @@ class CollageDiffusionPipeline(StableDiffusion3Pipeline):  # type: ignore[misc]
         scheduler: Any,
         text_encoder: Any,
         tokenizer: Any,
-        prompt_mean: Sequence[float],
-        prompt_std: Sequence[float],
+        # With a default, diffusers takes them for settings and not for components.
+        prompt_mean: Sequence[float] = (),
+        prompt_std: Sequence[float] = (),
     ) -> None:
         super(StableDiffusion3Pipeline, self).__init__()
+        width = transformer.config.joint_attention_dim
+        if len(prompt_mean) != width or len(prompt_std) != width:
+            raise ValueError(
+                f"prompt_mean and prompt_std need {width} numbers each, got {len(prompt_mean)} and {len(prompt_std)}"
+            )
         self.register_modules(
             vae=vae, transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )

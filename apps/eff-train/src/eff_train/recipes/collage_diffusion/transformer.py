@@ -38,6 +38,7 @@ class Config(TrainConfig):
 
     Attributes:
         vae: Folder of the autoencoder; by default the one in eff-embedded.
+        begin: Folder of an exported transformer to go on from; by default the weights are random.
         pictures: Training pictures; their latents and prompts are computed once, before the first update.
         layers: Transformer blocks.
         heads: Attention heads of a block.
@@ -61,6 +62,7 @@ class Config(TrainConfig):
     eval_every: int = 500
     save_every: int = 500
     vae: Path | None = None
+    begin: Path | None = None
     pictures: int = 16000
     layers: int = 8
     heads: int = 4
@@ -124,6 +126,9 @@ class Transformer(Recipe[Config]):
             qk_norm="rms_norm",
         )
         start(model)
+        if c.begin:
+            weights = SD3Transformer2DModel.from_pretrained(c.begin, torch_dtype=torch.float32).state_dict()
+            model.load_state_dict(weights)
         if c.compiled:
             for block in model.transformer_blocks:
                 block.compile(dynamic=False)
