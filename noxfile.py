@@ -42,11 +42,14 @@ MEMBERS = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproje
 MEMBERS |= {p.parent.name: p.parent for p in sorted(ROOT.glob("apps/*/pyproject.toml"))}
 # Groups beyond "test" that a target's tests use: other libraries to compare with, clients to talk to the server with.
 EXTRA_GROUPS = {
+    "eff-adapters": ("adapters-test",),
     "eff-attention": ("attention-peers",),
+    "eff-guidance": ("guidance-test",),
     "eff-http": ("serve-test",),
     "eff-kernels": ("edit-test",),
     "eff-quant": ("peers",),
     "eff-serve": ("serve-test",),
+    "eff-studio": ("serve-test",),
     "eff-vision": ("vision-peers",),
 }
 TARGETS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = ["eff_attention", "eff_embedded", "eff_kernels", "eff_quant", "eff_vision"]
+LIBRARIES = ["eff_adapters", "eff_attention", "eff_embedded", "eff_guidance", "eff_kernels", "eff_quant", "eff_vision"]
 HEAVY = [
     "transformers",
     "diffusers",
