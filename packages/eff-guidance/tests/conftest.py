@@ -134,7 +134,7 @@ def prompts(pipe, *, count=1, tokens=6, seed=0, guided=True):
 
 
 def inputs(model, *, count=1, tokens=6, side=8, seed=0):
-    """Arguments of one call of a transformer or UNet: ``side`` x ``side`` picture tokens (UNet: twice that in latents)."""
+    """Arguments of one call: ``side`` x ``side`` picture tokens (UNet: twice that in latents)."""
     draw = torch.Generator().manual_seed(seed)
     randn = functools.partial(torch.randn, generator=draw)
     name, text = type(model).__name__, randn(count, tokens, 32)
@@ -180,7 +180,7 @@ PIPELINES = {
 
 
 class Tiny:
-    """What tests ask for: ``tiny.model("sd3")``, ``tiny.pipeline("flux")``, ``tiny.prompts(pipe)``, ``tiny.inputs(model)``."""
+    """``tiny.model("sd3")``, ``tiny.pipeline("flux")``, ``tiny.prompts(pipe)``, ``tiny.inputs(model)``."""
 
     size = SIZE
     prompts = staticmethod(prompts)

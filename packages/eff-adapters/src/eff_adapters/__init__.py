@@ -1,4 +1,4 @@
 """Adapters of language models, one sub-package a method.
 
-Importing this package loads torch and nothing larger; transformers and peft are imported by the functions that need them.
+Importing this package loads torch and nothing larger; the functions that need transformers or peft import them.
 """

@@ -1,5 +1,4 @@
 """Control of diffusion transformers, one sub-package a method.
 
-Importing this package loads torch and nothing larger; diffusers and transformers are imported by the functions that need
-them.
+Importing this package loads torch and nothing larger; the functions that need diffusers or transformers import them.
 """
