@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from eff_kernels.edit.attention import Role, Tokens, decoder_attention, observe_attention
+from eff_kernels.edit.attention import (
+    Role,
+    Tokens,
+    decoder_attention,
+    find_decoder,
+    observe_attention,
+    tokens_of,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,6 +199,42 @@ def test_gemma(make, count, side):
     _, found, keys = changed_places(make(), ids, torch.randn(2, 3, 16, 16), cut, **extra)
     assert found == (1, 0, 1, 0)
     assert keys.grid(0, 0) == (side, side)
+
+
+@torch.no_grad()
+def test_tokens_in_a_hook_on_the_decoder():
+    model, seen, calls = llava(), [], []
+    decoder = find_decoder(model)
+    assert decoder is model.model.language_model
+    ids = torch.cat([prompt(5, [IMAGE] * 16, 6), prompt(0, [IMAGE] * 16, 7)])
+    inputs = {"attention_mask": (ids != 0).long(), "pixel_values": torch.randn(2, 3, 16, 16)}
+    names = decoder_attention(model)
+    with observe_attention(model, lambda c, o: calls.append(c.roles), where=names[-1], needs=("roles",)):
+        hook = decoder.register_forward_pre_hook(lambda m, a, k: seen.append(tokens_of(k)), with_kwargs=True)
+        model.generate(ids, **inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)
+        model(input_ids=ids[:, 1:], attention_mask=inputs["attention_mask"][:, 1:], pixel_values=inputs["pixel_values"])
+        hook.remove()
+    for found, roles in zip(seen, calls, strict=True):
+        assert torch.equal(found.queries.role, roles.queries.role)
+        assert torch.equal(found.keys.role, roles.keys.role)
+        assert (found.position, found.prompt_length) == (roles.position, roles.prompt_length)
+    assert [r.prompt_length for r in seen] == [18, 18, None]
+    assert [r.position for r in seen] == [0, 18, 0]
+    assert tokens_of({}) is None
+    with pytest.raises(NotImplementedError, match="0 language decoders"):
+        find_decoder(torch.nn.Linear(2, 2))
+
+
+def test_offset_of_the_keys_in_a_layer_with_a_window():
+    model, seen = gemma3(), []
+    ids = prompt(5, [IMAGE] * 4, *range(6, 20))
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16), "token_type_ids": (ids == IMAGE).long()}
+    names = decoder_attention(model)
+    with observe_attention(
+        model, lambda c, o: seen.append((c.layer, c.roles, c.num_keys)), where=names, needs=["roles"]
+    ):
+        model.generate(ids, **inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert [(layer, r.offset, keys) for layer, r, keys in seen[2:]] == [(0, 12, 8), (1, 0, 20)]
 
 
 def letters(tokens, row=0):

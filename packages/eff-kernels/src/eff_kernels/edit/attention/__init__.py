@@ -6,6 +6,7 @@
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, Part, head_indices
 from eff_kernels.edit.attention.explicit import attend_explicit, dense
+from eff_kernels.edit.attention.follow import find_decoder, tokens_of
 from eff_kernels.edit.attention.intercept import (
     Found,
     decoder_attention,
@@ -35,10 +36,12 @@ __all__ = [
     "dense",
     "entropy",
     "find_attention",
+    "find_decoder",
     "head_indices",
     "intercept_attention",
     "log_sum_exp",
     "masses",
     "observe_attention",
     "rows",
+    "tokens_of",
 ]

@@ -59,11 +59,13 @@ class Step:
         history: All tokens up to the last of this forward.
         position: Place of the first token of this forward.
         offsets: For each layer the place of the first key that it gets.
+        prompt_length: See `TokenRoles`.
     """
 
     history: History
     position: int
     offsets: tuple[int, ...]
+    prompt_length: int | None = None
 
     def roles(self, call: AttentionCall) -> TokenRoles | None:
         """The roles of a layer's queries and keys, or None if its queries are not the tokens of this forward."""
@@ -72,7 +74,7 @@ class Step:
             return None
         offset = self.offsets[call.layer] if call.layer is not None and call.layer < len(self.offsets) else 0
         queries = tokens.slice(self.position, call.num_queries)
-        return TokenRoles(queries, tokens.slice(offset, call.num_keys), self.position)
+        return TokenRoles(queries, tokens.slice(offset, call.num_keys), self.position, offset, self.prompt_length)
 
 
 _seen: contextvars.ContextVar[tuple[_Seen, ...]] = contextvars.ContextVar("eff_model_arguments", default=())
@@ -111,6 +113,38 @@ def decoder_of(modules: Mapping[str, nn.Module], name: str) -> str | None:
     if above is None or any(_decodes(m) for m in modules[above].modules() if m is not modules[above]):
         return None
     return above
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The language decoder of a model: the innermost module that takes embeddings and a cache.
+
+    Raises:
+        NotImplementedError: there is none, or several.
+    """
+    found = [m for m in model.modules() if _decodes(m) and not any(_decodes(c) for c in m.modules() if c is not m)]
+    if len(found) != 1:
+        raise NotImplementedError(
+            f"{type(model).__name__} has {len(found)} language decoders of transformers, wanted 1"
+        )
+    return found[0]
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> TokenRoles | None:
+    """What the tokens of one forward of a decoder are, for hooks on the decoder and its layers.
+
+    Args:
+        arguments: Keyword arguments that the hook gets.
+
+    Returns:
+        Roles of this forward's tokens as queries and of all tokens up to the last as keys; None where no rule on the
+        decoder's attention has asked for roles.
+    """
+    step: Step | None = arguments.get(ROLES)
+    if step is None:
+        return None
+    tokens = step.history.tokens
+    count = tokens.role.shape[1] - step.position
+    return TokenRoles(tokens.slice(step.position, count), tokens, step.position, 0, step.prompt_length)
 
 
 def _decodes(module: nn.Module) -> bool:
@@ -157,10 +191,11 @@ def _before_decoder(
     if like is None:
         return None
     ids = outer.arguments.get("input_ids")
+    masks: tuple[Any, ...] = (outer.arguments.get("attention_mask"), own.get("attention_mask"))
     if ids is None or ids.shape != like.shape[:2]:
+        masks = masks if ids is None else masks[1:]  # of other tokens than those around the decoder
         ids = torch.full(like.shape[:2], -1, device=like.device)
     cache = own.get("past_key_values")
-    masks = (outer.arguments.get("attention_mask"), own.get("attention_mask"))
     step = _step(ids, cache, outer, masks)
     if cache is not None:
         setattr(cache, _HISTORY, step.history)
@@ -189,7 +224,7 @@ def _step(ids: Tensor, cache: Any, outer: _Seen, masks: tuple[Any, ...]) -> Step
     if pads is not None and pads.shape[0] == ids.shape[0]:
         role = history.tokens.role.masked_fill(pads.to(ids.device), int(Role.PAD))
         history = History(history.ids, history.tokens.with_role(role), history.grids)
-    return Step(history, past, offsets)
+    return Step(history, past, offsets, None if prompt is None else prompt.length)
 
 
 def _recalled(old: History | None, ids: Tensor, past: int) -> History:

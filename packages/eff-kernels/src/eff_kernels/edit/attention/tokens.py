@@ -127,8 +127,12 @@ class TokenRoles:
         queries: Tokens that ask, [B, Sq].
         keys: Tokens that are looked at, [B, Sk].
         position: Place of the first query in the whole sequence.
+        offset: Place of the first key: above 0 where a layer with a window has let go of the keys before.
+        prompt_length: Tokens of the prompt that ``generate`` is working on, padding included; None outside of it.
     """
 
     queries: Tokens
     keys: Tokens
     position: int
+    offset: int = 0
+    prompt_length: int | None = None
