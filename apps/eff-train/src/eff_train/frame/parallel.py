@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -155,4 +156,8 @@ def workers(device: str = "auto", parallel: str = "ddp") -> Iterator[Workers]:
     try:
         yield Workers(dist.get_rank(), count, chosen, parallel)
     finally:
+        # A wrapped model that is still there, in a circle, keeps the group's threads alive beyond its end. One of them
+        # that wants the interpreter while it shuts down ends the process with "terminate called".
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
