@@ -9,6 +9,7 @@ from eff_kernels.edit.attention import (
     dense,
     find_attention,
     intercept_attention,
+    joint_attention,
     observe_attention,
     rows,
 )
@@ -311,6 +312,38 @@ def test_streams_of_joint_attention(zoo):
     (old, streams), (new, _) = keys
     assert torch.equal(old[:, :, streams["image"]], new[:, :, streams["image"]])
     assert not torch.isclose(old[:, :, streams["text"]], new[:, :, streams["text"]]).all()
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@torch.no_grad()
+def test_streams_of_mochi_leave_padding_out(zoo):
+    from diffusers import MochiTransformer3DModel
+
+    model = MochiTransformer3DModel(
+        num_attention_heads=8, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
+        text_embed_dim=16, time_embed_dim=4,
+    ).eval()  # fmt: skip
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    given = {
+        "hidden_states": torch.randn(2, 4, 1, 8, 8), "encoder_hidden_states": torch.randn(2, 6, 16),
+        "timestep": torch.tensor([500.0, 500.0]), "encoder_attention_mask": mask,
+    }  # fmt: skip
+    names = ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    assert joint_attention(model) == names
+    before, seen = model(**given).sample, []
+    with observe_attention(model, lambda c, o: seen.append((c.name, dict(c.streams)))):
+        assert torch.equal(model(**given).sample, before)
+    both = [{"image": slice(0, 16), "text": slice(16, end)} for end in (22, 20)]
+    assert seen == [(name, streams) for name in names for streams in both]
+    assert "forward" not in vars(model.transformer_blocks[0].attn1)
+
+
+def test_joint_attention_of_models(zoo):
+    assert joint_attention(zoo("sd3")[0]) == [f"transformer_blocks.{i}.attn" for i in range(3)]
+    kinds = ("transformer_blocks", "single_transformer_blocks")
+    assert joint_attention(zoo("flux")[0]) == [f"{kind}.{i}.attn" for kind in kinds for i in range(2)]
+    assert joint_attention(zoo("unet")[0]) == []
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 """
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, Part, head_indices
+from eff_kernels.edit.attention.diffusers import joint_attention
 from eff_kernels.edit.attention.explicit import attend_explicit, dense
 from eff_kernels.edit.attention.follow import find_decoder, tokens_of
 from eff_kernels.edit.attention.intercept import (
@@ -39,6 +40,7 @@ __all__ = [
     "find_decoder",
     "head_indices",
     "intercept_attention",
+    "joint_attention",
     "log_sum_exp",
     "masses",
     "observe_attention",

@@ -18,13 +18,15 @@ from eff_kernels.edit.attention.forward import Forward
 TEXT = "eff_text_tokens"
 _CARRIER, _CARRIED_AT = "joint_attention_kwargs", 4
 
-_IMAGE_FIRST = ("JointAttn", "FusedJointAttn", "SD3IPAdapterJointAttn")
+_IMAGE_FIRST = ("JointAttn", "FusedJointAttn", "SD3IPAdapterJointAttn", "Mochi")
 _TEXT_FIRST = ("Flux", "QwenDouble", "AuraFlow", "FusedAuraFlow")
 
 
 def is_diffusers_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention of diffusers: it works through an exchangeable processor."""
-    return callable(getattr(module, "processor", None)) and callable(getattr(module, "set_processor", None))
+    """Whether a module is an attention of diffusers: it works through a processor."""
+    # Mochi's has a processor that cannot be exchanged.
+    own = callable(getattr(module, "set_processor", None)) or type(module).__module__.startswith("diffusers.")
+    return own and callable(getattr(module, "processor", None))
 
 
 def single_block(names: Mapping[str, nn.Module], name: str) -> nn.Module | None:
@@ -51,6 +53,31 @@ class SingleBlock(Forward):
         return self.plain(*args, **{**kwargs, _CARRIER: more})
 
 
+def joint_attention(model: nn.Module) -> list[str]:
+    """Names of the attention modules that join a text and a picture stream, in the order of their blocks.
+
+    Those of SD3, FLUX (single blocks too), Mochi and their kin; their calls carry `AttentionCall.streams`.
+    """
+    names = dict(model.named_modules())
+    return [n for n, m in names.items() if is_diffusers_attention(m) and (_joins(m) or single_block(names, n))]
+
+
+def _joins(module: nn.Module) -> bool:
+    processor = type(module.processor).__name__
+    return getattr(module, "add_k_proj", None) is not None and processor.startswith(_IMAGE_FIRST + _TEXT_FIRST)
+
+
+def leaves_padding(module: nn.Module) -> bool:
+    """Whether a joint attention calls once a sample, without the padding of its text."""
+    return type(getattr(module, "processor", None)).__name__.startswith("Mochi")
+
+
+def cut(streams: Mapping[str, slice], length: int) -> Mapping[str, slice] | None:
+    """Streams, the picture first, of a call whose text is shorter; None if it does not hold the picture."""
+    image = streams["image"].stop
+    return None if length < image else _two("image", image, "text", length)
+
+
 def describe(
     module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, Mapping[str, slice] | None, int | None]:
@@ -67,7 +94,7 @@ def describe(
     image, text = hidden.shape[1], other.shape[1]
     processor = type(getattr(module, "processor", None)).__name__
     streams = None
-    if getattr(module, "added_kv_proj_dim", None) is not None:
+    if _joins(module):
         if processor.startswith(_IMAGE_FIRST):
             streams = _two("image", image, "text", image + text)
         elif processor.startswith(_TEXT_FIRST):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput
-from eff_kernels.edit.attention.diffusers import TEXT, describe
+from eff_kernels.edit.attention.diffusers import TEXT, cut, describe, leaves_padding
 from eff_kernels.edit.attention.explicit import dense
 from eff_kernels.edit.attention.forward import Forward
 from eff_kernels.edit.attention.stack import Stack, stack_of
@@ -103,6 +103,9 @@ class Route(TorchFunctionMode):
         # A module may call more than once, such as for the keys of an adapter: its streams are those of the joint call.
         streams = self.setting.streams
         joined = q.shape[2] == k.shape[2] == self.setting.length
+        if streams and not joined and q.shape[2] == k.shape[2] and leaves_padding(self.module):
+            streams = cut(streams, q.shape[2])
+            joined = streams is not None
         call = AttentionCall(
             module=self.module,
             name=self.stack.name,
