@@ -303,6 +303,14 @@ def test_streams_of_joint_attention(zoo):
             assert list(streams) == order
             assert {n: s.stop - s.start for n, s in streams.items()} == {"image": 16, "text": 5}
         seen.clear()
+    # FLUX tells how it rotated: back to where queries have no place
+    turned = []
+    model, arguments = zoo("flux")
+    with observe_attention(model, lambda call, _: turned.append(call)):
+        zoo.answer(model, arguments)
+    for call in turned:
+        cos, sin = call.extra["image_rotary_emb"]
+        assert cos.shape == sin.shape == (call.num_queries, call.q.shape[-1])
     # the text stream is where the text arrives: a changed prompt changes its keys alone in the first block
     model, arguments = zoo("flux")
     keys = []

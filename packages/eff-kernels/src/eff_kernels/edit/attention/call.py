@@ -85,7 +85,8 @@ class AttentionCall:
         streams: For joint attention the slice of each stream, such as ``{"image": slice(0, 64), "text": ...}``.
         roles: What the tokens are, where that was asked for and is known.
         edits: Changes of logits and weights that outer rules have asked for.
-        extra: Further arguments of the host, which are passed on to it.
+        extra: Further arguments of the host, which are passed on to it; in joint attention of diffusers
+            ``image_rotary_emb``, (cosines, sines) by which queries and keys have been rotated.
         recomputed: Whether gradient checkpointing is computing this forward again.
         wants_weights: Whether the host returns its weights.
     """

@@ -16,6 +16,8 @@ from eff_kernels.edit.attention.forward import Forward
 
 # Argument by which a single-stream block tells the attention inside how many text tokens come first.
 TEXT = "eff_text_tokens"
+# Argument by which FLUX and its like hand their attention the cosines and sines of places.
+ROTARY = "image_rotary_emb"
 _CARRIER, _CARRIED_AT = "joint_attention_kwargs", 4
 
 _IMAGE_FIRST = ("JointAttn", "FusedJointAttn", "SD3IPAdapterJointAttn", "Mochi")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput
-from eff_kernels.edit.attention.diffusers import TEXT, cut, describe, leaves_padding
+from eff_kernels.edit.attention.diffusers import ROTARY, TEXT, cut, describe, leaves_padding
 from eff_kernels.edit.attention.explicit import dense
 from eff_kernels.edit.attention.forward import Forward
 from eff_kernels.edit.attention.stack import Stack, stack_of
@@ -31,11 +31,13 @@ class Setting:
         is_cross: Whether it attends to another sequence, unless it joins the two.
         streams: Its streams if it joins two.
         length: How long the two are together.
+        rotary: Cosines and sines by which a joint attention has rotated its queries and keys, if it has.
     """
 
     is_cross: bool
     streams: Mapping[str, slice] | None
     length: int | None
+    rotary: Any = None
 
 
 class Routed(Forward):
@@ -47,7 +49,7 @@ class Routed(Forward):
         stack = stack_of(module)
         if stack is None:
             return self.plain(*args, **kwargs)
-        setting = Setting(*describe(module, stack.name, args, kwargs))
+        setting = Setting(*describe(module, stack.name, args, kwargs), kwargs.get(ROTARY))
         kwargs.pop(TEXT, None)
         if not stack.entries:
             return self.plain(*args, **kwargs)
@@ -119,6 +121,7 @@ class Route(TorchFunctionMode):
             dropout=dropout_p,
             is_cross=self.setting.is_cross and not joined,
             streams=streams if joined else None,
+            extra={} if self.setting.rotary is None or not joined else {ROTARY: self.setting.rotary},
             recomputed=recomputing(),
         )
 
