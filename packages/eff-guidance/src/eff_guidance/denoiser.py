@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,22 +87,26 @@ class Watched(Forward):
         """Run the model."""
         names = list(inspect.signature(self.by_class).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        token = _calls.set((*_calls.get(), DenoiserCall(*self._step(given.get("timestep")), _text(given))))
+        step = step_of(self.scheduler, given.get("timestep"), self.module)
+        token = _calls.set((*_calls.get(), DenoiserCall(*step, text_of(given))))
         try:
             return self.plain(*args, **kwargs)
         finally:
             _calls.reset(token)
 
-    def _step(self, timestep: Any) -> tuple[int | None, int | None]:
-        steps = getattr(self.scheduler, "timesteps", None)
-        if steps is None or timestep is None:
-            return None, None
-        # FLUX is given the fraction of the schedule where the others are given its index.
-        factor = 1000 if type(self.module).__name__.startswith("Flux") else 1
-        now = torch.as_tensor(timestep).flatten()[0].double().cpu() * factor
-        return int((steps.double().cpu() - now).abs().argmin()), len(steps)
+
+def step_of(scheduler: Any, timestep: Any, model: nn.Module) -> tuple[int | None, int | None]:
+    """Index of a denoiser's timestep among those of a scheduler, and their number; None where there are none."""
+    steps = getattr(scheduler, "timesteps", None)
+    if steps is None or timestep is None:
+        return None, None
+    # FLUX is given the fraction of the schedule where the others are given its index.
+    factor = 1000 if type(model).__name__.startswith("Flux") else 1
+    now = torch.as_tensor(timestep).flatten()[0].double().cpu() * factor
+    return int((steps.double().cpu() - now).abs().argmin()), len(steps)
 
 
-def _text(given: dict[str, Any]) -> Tensor | None:
+def text_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The text among the arguments of a denoiser; adapters for pictures pass a tuple that begins with it."""
     text = given.get("encoder_hidden_states")
     return text[0] if isinstance(text, tuple) else text
