@@ -43,7 +43,7 @@ class FrozenFeatureExtractor(nn.Module):
         self.kind: Kind = kind
         block = find_blocks(backbone)[layer]
         self._source, self._part = (block, None) if kind == "tokens" else _projection(block, kind)
-        self.patch_size = _patch_size(backbone)
+        self.patch_size = patch_size(backbone)
 
     def train(self, mode: bool = True) -> FrozenFeatureExtractor:
         """Stay in eval mode whatever is asked: the backbone is frozen."""
@@ -110,7 +110,12 @@ def _projection(block: nn.Module, kind: str) -> tuple[nn.Module, int | None]:
     raise TypeError(f"{type(block).__name__} has no projection called {', '.join(_NAMES[kind])} or qkv")
 
 
-def _patch_size(model: nn.Module) -> int:
+def patch_size(model: nn.Module) -> int:
+    """Pixels a side of the patches of a vision transformer.
+
+    Raises:
+        TypeError: it does not say.
+    """
     config: Any = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
     size = getattr(config, "patch_size", None)

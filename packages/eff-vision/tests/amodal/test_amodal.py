@@ -349,8 +349,8 @@ class TestModel:
         full[..., 5:20, 5:20] = 1
         visible = full.clone()
         visible[..., 12:] = 0
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for _ in range(60):
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+        for _ in range(40):
             loss = amodal_loss(model(crops, k), full, visible)
             optimizer.zero_grad()
             loss.backward()
