@@ -11,6 +11,7 @@ from eff_kernels.ops.fp4_linear import fp4_linear
 from eff_kernels.ops.fp4_quantize import FP4Codes, fp4_dequantize, fp4_quantize
 from eff_kernels.ops.fp8_linear import fp8_linear
 from eff_kernels.ops.fp8_quantize import FP8Rows, fp8_quantize, fp8_round
+from eff_kernels.ops.grouped_lora import grouped_lora
 from eff_kernels.ops.int4_linear import int4_linear, int4_pack, int4_unpack, int8_static_linear
 from eff_kernels.ops.int8_linear import int8_linear
 from eff_kernels.ops.int8_quantize import Int8Columns, Int8Rows, int8_quantize_columns, int8_quantize_rows
@@ -54,6 +55,7 @@ __all__ = [
     "fp8_linear",
     "fp8_quantize",
     "fp8_round",
+    "grouped_lora",
     "int4_linear",
     "int4_pack",
     "int4_unpack",

@@ -1,0 +1,53 @@
+"""Backward of grouped_lora: an op of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.ops.grouped_lora import reference
+
+
+def _fake(
+    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, ids: Tensor, weights: Any, scale: Any, experts: bool
+) -> tuple[Tensor, ...]:
+    grad_a, grad_b = (t.new_empty(t.shape if experts else (0, *t.shape[1:])) for t in (a, b))
+    return x.new_empty(x.shape), grad_a, grad_b, (x if weights is None else weights).new_empty(ids.shape)
+
+
+BACKWARD_OP = Op(
+    "grouped_lora_backward",
+    "(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor ids, Tensor? weights, Tensor? scale, bool experts)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    [
+        triton_backend("eff_kernels.ops.grouped_lora.triton", run="run_backward", reject="reject_backward"),
+        Backend("reference", reference.grouped_lora_backward),
+    ],
+    fake=_fake,
+)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the inputs; the low-rank sums are computed again, which costs little beside storing them."""
+    x, a, b, ids, weights, scale, y = inputs
+    ctx.save_for_backward(x, a, b, ids, weights, scale)
+    ctx.y_dtype = None if y is None else y.dtype
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients to x, a, b, ids, weights, scale and y."""
+    x, a, b, ids, weights, scale = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx = da = db = dweights = None
+    if any(needs[:5]):
+        # Compiled CPU code has no backward: grouped products of PyTorch are as quick on the many rows of training.
+        backend = "reference" if ctx.backend == "cpu" else ctx.backend
+        dx, da, db, dweights = BACKWARD_OP(
+            grad, x, a, b, ids, weights, scale, bool(needs[1] or needs[2]), backend=backend
+        )
+    return (
+        dx if needs[0] else None, da if needs[1] else None, db if needs[2] else None, None,
+        dweights if needs[4] else None, None, grad.to(ctx.y_dtype) if needs[6] else None,
+    )  # fmt: skip
