@@ -1,0 +1,43 @@
+import torch
+from eff_adapters.llamafusion import ModalityTowerConfig, Routing, add_modality_tower
+from eff_adapters.llamafusion.routing import ARGUMENT
+from method_table import Row, llama, token_ids
+
+CONFIG = ModalityTowerConfig(
+    boi_token_id=97, eoi_token_id=98, patchify="linear", latent_channels=1, latent_size=4, tokens_per_image=4
+)
+
+
+def apply(model):
+    tower = add_modality_tower(model, CONFIG)
+    with torch.no_grad():  # away from the copies that they start as, and the same for any number of heads
+        for parameter in tower.picture_parameters().values():
+            parameter.mul_(1.1)
+    return tower
+
+
+def run(model, ids, mask=None):
+    """Logits where every token with an odd id goes through the picture weights."""
+    more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return model(input_ids=ids, use_cache=False, **{ARGUMENT: Routing.of(ids % 2)}, **more).logits
+
+
+def load(folder):
+    model = llama()
+    apply(model)
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    return model
+
+
+ROWS = [
+    Row(
+        name="llamafusion",
+        make=llama,
+        apply=apply,
+        run=run,
+        data=token_ids,
+        save=lambda model, folder: torch.save(model.state_dict(), folder / "weights.pt"),
+        load=load,
+        lora=("q_proj.text", "up_proj"),
+    )
+]
