@@ -27,7 +27,7 @@ class Case:
         self.handle = apply_layerbind(self.pipe, layout, prompts=scene.prompts(self.pipe, len(layout.layers)))
         self.prompts = tiny.prompts(self.pipe, count=2, seed=9)
 
-    def streams(self, *, texts=(4, 7), seed=5):
+    def streams(self, *, texts=(7, 7), seed=5):
         draw = torch.Generator().manual_seed(seed)
         pooled = self.args["pooled_projections"].shape[-1]
         tokens = self.host.to_tokens(self.model, self.args["hidden_states"])
@@ -85,10 +85,13 @@ def test_branches_do_not_see_each_other(case, kind, hard):
     with torch.enable_grad():
         _, (first, found) = made.run(other, hard=hard)
         assert torch.equal(found, second)
-        assert first.requires_grad
-        assert not found.requires_grad
+        by = other[0].tokens
+        assert torch.autograd.grad(first.square().sum(), by, retain_graph=True)[0].any()
+        if found.requires_grad:  # one batch with the first
+            (none,) = torch.autograd.grad(found.square().sum(), by)
+            assert not none.any()
     alone = made.streams()[1:]
-    assert torch.equal(made.run(alone, hard=hard)[1][0], second)
+    assert (made.run(alone, hard=hard)[1][0] - second).norm() <= 1e-5 * second.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,20 +136,31 @@ class Watch:
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 @pytest.mark.parametrize("hard", [False, True])
-def test_phase_one_is_masked_attention(case, kind, hard):
+@pytest.mark.parametrize("texts", [(4, 7), (7, 7)])
+def test_phase_one_is_masked_attention(case, kind, hard, texts):
     """All streams joined in one sequence under one mask give the same, in the first block."""
     made = case(kind)
-    watch, streams = Watch(made), made.streams()
+    watch, streams = Watch(made), made.streams(texts=texts)
     made.run(streams, hard=(0,) if hard else (), reverse=True)
-    calls = watch.calls[:3]
-    (glob, out), *branches = calls[::-1][:1] + calls[:2] if hard else calls
+    together = kind == "sd3" and texts == (7, 7)  # branches of one size are one batch
+    calls = watch.calls[: 2 if together else 3]
+    glob, out = calls.pop(-1 if hard else 0)
+    branches = [
+        (call, *parts)
+        for call, found in calls
+        for parts in zip(*(x.split(2) for x in (call.q, call.k, call.v, found)), strict=False)
+    ]
+    if not hard:  # what a branch sees of the background stands behind its own keys
+        branches = [(c, q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]], o) for c, q, k, v, o in branches]
     picture = glob.streams["image"]
     # sequence: the background's own, then each branch's
-    q, k, v = (torch.cat([getattr(glob, n), *(getattr(c, n) for c, _ in branches)], 2) for n in "qkv")
+    q, k, v = (
+        torch.cat([own, *(b[i] for b in branches)], 2) for i, own in enumerate((glob.q, glob.k, glob.v), start=1)
+    )
     keep = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
     size, at = glob.num_queries, glob.num_queries
     keep[:size, :size] = True
-    for (call, _), region in zip(branches, made.regions, strict=True):
+    for (call, *_), region in zip(branches, made.regions, strict=True):
         own = slice(at, at + call.num_queries)
         keep[own, own] = True
         outside = region.outside + picture.start
@@ -157,7 +171,7 @@ def test_phase_one_is_masked_attention(case, kind, hard):
             keep[own.start : own.stop, outside] = True
         at += call.num_queries
     wanted = masked_rows(q, k, v, keep)
-    found = torch.cat([out, *(o for _, o in branches)], 2)
+    found = torch.cat([out, *(b[4] for b in branches)], 2)
     assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 

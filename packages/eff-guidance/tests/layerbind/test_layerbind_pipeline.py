@@ -103,6 +103,18 @@ def test_each_picture_of_a_batch_is_its_own(tiny, scene, kind):
         assert (several[0] - both[0]).norm() <= 1e-4 * both[0].norm()
 
 
+@pytest.mark.parametrize("kind", ["sd3", "sd3.5"])
+@pytest.mark.parametrize("blocks", [(), (0, 2), (0, 1, 2)])
+def test_rows_with_and_without_prompt_may_run_apart(tiny, scene, kind, blocks, monkeypatch):
+    pipe, config = tiny.pipeline(kind), LayerBindConfig(hard_blocks=blocks, eta1=0.5)
+    prompts = scene.prompts(pipe, tokens=(6, 6, 6))
+    with apply_layerbind(pipe, scene.layout, config, prompts=prompts):
+        together = scene.draw(pipe, count=2)
+        monkeypatch.setattr("eff_guidance.layerbind.run.Run._one_length", lambda run, length: False)
+        apart = scene.draw(pipe, count=2)
+    assert (together - apart).norm() <= 1e-5 * apart.norm()
+
+
 def test_without_guidance_only_the_prompt_runs(tiny, scene):
     pipe = tiny.pipeline("sd3")
     with apply_layerbind(pipe, scene.layout, prompts=scene.prompts(pipe)):

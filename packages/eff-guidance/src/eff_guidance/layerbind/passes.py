@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,9 +86,30 @@ class Stream:
     text: Tensor
     pooled: Tensor
     velocity: Tensor | None = None
-    hidden: Tensor = field(init=False)
-    temb: Tensor = field(init=False)
-    more: dict[str, Any] = field(init=False)
+
+
+@dataclass(eq=False)
+class Bundle:
+    """Branches of one size that run as one batch, branch by branch: [L * B, ...]."""
+
+    places: list[int]
+    streams: list[Stream]
+    hidden: Tensor
+    text: Tensor
+    temb: Tensor
+    more: dict[str, Any]
+
+    def rows(self, x: Tensor, rows: slice) -> Tensor:
+        """Some pictures of each branch."""
+        return x if rows == slice(None) else x.unflatten(0, (len(self.streams), -1))[:, rows].flatten(0, 1)
+
+    def put(self, x: Tensor, rows: slice, part: Tensor) -> Tensor:
+        """``x`` with some pictures of each branch replaced."""
+        if rows == slice(None):
+            return part
+        made = x.unflatten(0, (len(self.streams), -1)).clone()
+        made[:, rows] = part.unflatten(0, (len(self.streams), -1))
+        return made.flatten(0, 1)
 
 
 class BranchPass(Pass):
@@ -105,20 +126,29 @@ class BranchPass(Pass):
         streams: The branches.
         hard: The hard-binding blocks.
         reverse: Whether the background sees branches there.
+        bound: First row of the batch that hard binding is for; those before it are without prompt.
     """
 
     def __init__(
-        self, host: Host, model: Any, args: dict[str, Any], streams: Sequence[Stream], *, hard: frozenset[int],
+        self,
+        host: Host,
+        model: Any,
+        args: dict[str, Any],
+        streams: Sequence[Stream],
+        *,
+        hard: frozenset[int],
         reverse: bool,
-    ) -> None:  # fmt: skip
+        bound: int = 0,
+    ) -> None:
         self.host, self.model, self.args, self.streams = host, model, args, streams
-        self.hard, self.reverse = hard, reverse
+        self.hard, self.reverse, self.bound = hard, reverse, bound
         self.grid: Grid = host.grid(model, args)
         self.last = len(host.blocks(model)) - 1
         self.block = -1
-        self.role: Stream | None = None
+        self.bundles: list[Bundle] = []
+        self.role: tuple[Bundle, slice, bool] | None = None  # who runs, which rows, and whether hard binding is on
         self.background: dict[str, tuple[Tensor, Tensor]] = {}
-        self.branches: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.branches: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         self.groups = (
             groups_by_neighbours([s.region for s in streams], self.grid.high * self.grid.wide) if reverse else []
         )
@@ -132,37 +162,54 @@ class BranchPass(Pass):
         self.block = index
         self.background, self.branches = {}, {}
         if index in self.hard:
-            self._run(block, args)
+            self._run(block, args, slice(self.bound, None) if self.bound else slice(None), hard=True)
 
     def after(self, index: int, block: nn.Module, args: dict[str, Any]) -> None:
         """End a block: a normal one runs the branches now, the last one takes their velocities."""
         if self.role is not None:
             return
         if index not in self.hard:
-            self._run(block, args)
+            self._run(block, args, slice(None), hard=False)
+        elif self.bound:
+            self._run(block, args, slice(0, self.bound), hard=False)
         if index == self.last:
-            for stream in self.streams:
-                stream.velocity = self.host.output(self.model, stream.hidden, stream.temb)
+            for bundle in self.bundles:
+                found = self.host.output(self.model, bundle.hidden, bundle.temb).chunk(len(bundle.streams))
+                for stream, velocity in zip(bundle.streams, found, strict=True):
+                    stream.velocity = velocity
 
     def _enter(self) -> None:
-        latents = self.args["hidden_states"]
-        for s in self.streams:
-            s.hidden = self.host.embed(self.model, latents, s.tokens, s.region.idx, self.grid)
-            s.temb = self.host.modulation(self.model, self.args, s.pooled)
-            s.more = self.host.block_arguments(self.model, self.args, s.text.shape[1], s.region.idx)
-            s.text = self.model.context_embedder(s.text)
+        kinds: dict[Any, list[int]] = {}
+        for i, s in enumerate(self.streams):
+            # FLUX's positions hold for a whole batch.
+            key = i if self.host.flux else (s.tokens.shape[1], s.text.shape[1])
+            kinds.setdefault(key, []).append(i)
+        latents, host, model = self.args["hidden_states"], self.host, self.model
+        for places in kinds.values():
+            streams = [self.streams[i] for i in places]
+            hidden = [host.embed(model, latents, s.tokens, s.region.idx, self.grid) for s in streams]
+            temb = [host.modulation(model, self.args, s.pooled) for s in streams]
+            text = model.context_embedder(torch.cat([s.text for s in streams]))
+            more = host.block_arguments(model, self.args, text.shape[1], streams[0].region.idx)
+            self.bundles.append(Bundle(places, streams, torch.cat(hidden), text, torch.cat(temb), more))
 
-    def _run(self, block: nn.Module, args: dict[str, Any]) -> None:
+    def _run(self, block: nn.Module, args: dict[str, Any], rows: slice, *, hard: bool) -> None:
         extra = args.get("joint_attention_kwargs")
-        for s in self.streams:
-            self.role = s
+        for b in self.bundles:
+            self.role = b, rows, hard
             try:
-                s.text, s.hidden = block(
-                    hidden_states=s.hidden, encoder_hidden_states=s.text, temb=s.temb, joint_attention_kwargs=extra,
-                    **s.more,
-                )  # fmt: skip
+                text, hidden = block(
+                    hidden_states=b.rows(b.hidden, rows),
+                    encoder_hidden_states=b.rows(b.text, rows),
+                    temb=b.rows(b.temb, rows),
+                    joint_attention_kwargs=extra,
+                    **b.more,
+                )
             finally:
                 self.role = None
+            b.hidden = b.put(b.hidden, rows, hidden)
+            if text is not None:  # SD3's last block drops it
+                b.text = b.put(b.text, rows, text)
 
     def attend(self, call: AttentionCall, attend: Attend) -> AttentionOutput | Tensor:
         """Answer one attention."""
@@ -170,40 +217,46 @@ class BranchPass(Pass):
         picture = slice(None) if call.streams is None else call.streams["image"]
         own = call.k[:, :, picture], call.v[:, :, picture]
         if self.role is None:
-            if self.block not in self.hard:
+            if self.block not in self.hard or self.bound:
                 self.background[call.name] = own
-            elif self.reverse:
-                return self._with_branches(call, attend, picture)
+            return self._with_branches(call, attend, picture) if self.block in self.hard else attend(call)
+        bundle, rows, hard = self.role
+        if hard:
+            if self.reverse:
+                parts = zip(*(x.chunk(len(bundle.streams)) for x in own), strict=True)
+                self.branches.setdefault(call.name, {}).update(zip(bundle.places, parts, strict=True))
             return attend(call)
-        if self.block in self.hard:
-            self.branches.setdefault(call.name, []).append(own)
+        outside = [s.region.outside for s in bundle.streams]
+        if not len(outside[0]):
             return attend(call)
-        outside = self.role.region.outside
-        if not len(outside):
-            return attend(call)
-        k, v = (x.index_select(2, outside) for x in self.background[call.name])
-        return attend(call.replace(k=torch.cat([call.k, k], 2), v=torch.cat([call.v, v], 2), streams=None))
+        around = (torch.cat([x[rows].index_select(2, at) for at in outside]) for x in self.background[call.name])
+        k, v = (torch.cat([x, y], 2) for x, y in zip((call.k, call.v), around, strict=True))
+        return attend(call.replace(k=k, v=v, streams=None))
 
-    def _with_branches(self, call: AttentionCall, attend: Attend, picture: slice) -> Tensor:
+    def _with_branches(self, call: AttentionCall, attend: Attend, picture: slice) -> AttentionOutput | Tensor:
         """Attention of the background in which each picture token also sees the branches that do not cover it."""
-        start = picture.start or 0
-        count = call.num_queries
-        found = call.q.new_empty(call.q.shape, dtype=call.dtype)
-        rest = torch.ones(count, dtype=torch.bool, device=call.q.device)
-        branches = self.branches.get(call.name, [])
+        branches = self.branches.get(call.name)
+        if not branches:
+            return attend(call)
+        q, k, v = (x[self.bound :] for x in (call.q, call.k, call.v))
+        found = call.q.new_empty(q.shape, dtype=call.dtype)
+        rest = torch.ones(call.num_queries, dtype=torch.bool, device=q.device)
         for tokens, near in self.groups:
-            if near and branches:
-                at = tokens + start
+            if near:
+                at = tokens + (picture.start or 0)
                 rest[at] = False
-                k = torch.cat([call.k, *(branches[i][0] for i in near)], 2)
-                v = torch.cat([call.v, *(branches[i][1] for i in near)], 2)
-                part = attend(call.replace(q=call.q.index_select(2, at), k=k, v=v, streams=None)).out
+                keys = torch.cat([k, *(branches[i][0] for i in near)], 2)
+                values = torch.cat([v, *(branches[i][1] for i in near)], 2)
+                part = attend(call.replace(q=q.index_select(2, at), k=keys, v=values, streams=None)).out
                 found = found.index_copy(2, at, part.to(found.dtype))
         at = rest.nonzero()[:, 0]
         if len(at):
-            part = attend(call.replace(q=call.q.index_select(2, at), streams=None)).out
+            part = attend(call.replace(q=q.index_select(2, at), k=k, v=v, streams=None)).out
             found = found.index_copy(2, at, part.to(found.dtype))
-        return found
+        if not self.bound:
+            return found
+        q, k, v = (x[: self.bound] for x in (call.q, call.k, call.v))
+        return torch.cat([attend(call.replace(q=q, k=k, v=v, streams=None)).out.to(found.dtype), found])
 
 
 class NursingPass(Pass):
@@ -218,12 +271,20 @@ class NursingPass(Pass):
         regions: The layers' tokens.
         masks: What of them is the layer's, [B, n] each.
         opacity: Weight of a layer.
+        bound: First row of the batch that layers are for; those before it are without prompt.
     """
 
     def __init__(
-        self, host: Host, lengths: Sequence[int], regions: Sequence[Region], masks: Sequence[Tensor], opacity: float
+        self,
+        host: Host,
+        lengths: Sequence[int],
+        regions: Sequence[Region],
+        masks: Sequence[Tensor],
+        opacity: float,
+        bound: int = 0,
     ) -> None:
-        self.host, self.lengths, self.regions, self.masks, self.opacity = host, lengths, regions, masks, opacity
+        self.host, self.lengths, self.regions, self.masks = host, lengths, regions, masks
+        self.opacity, self.bound = opacity, bound
 
     def attend(self, call: AttentionCall, attend: Attend) -> AttentionOutput | Tensor:
         """Answer one attention."""
@@ -234,23 +295,25 @@ class NursingPass(Pass):
         flux = self.host.flux
         scene = slice(text.start + extra, text.stop) if flux else slice(text.start, text.stop - extra)
         whole = slice(scene.start, picture.stop) if flux else slice(picture.start, scene.stop)
-        base = self._part(call, attend, call.q[:, :, whole], [whole])
-        shown = slice(picture.start - whole.start, picture.stop - whole.start)
-        own, words = [], []
+        base = attend(
+            call.replace(q=call.q[:, :, whole], k=call.k[:, :, whole], v=call.v[:, :, whole], streams=None)
+        ).out
+        found = torch.zeros_like(call.q, dtype=base.dtype)  # words of rows without prompt are seen by none
+        found[:, :, whole] = base
+        q, k, v = (x[self.bound :] for x in (call.q, call.k, call.v))
+        own = []
         at = text.start if flux else scene.stop
         for length, region in zip(self.lengths, self.regions, strict=True):
             mine = slice(at, at + length)
             at += length
             inside = region.idx + picture.start
-            own.append(self._part(call, attend, call.q.index_select(2, inside), [mine, picture]))
-            words.append(self._part(call, attend, call.q[:, :, mine], [mine, inside, scene]))
-        made = composite_layers(base[:, :, shown], own, self.masks, self.opacity, [r.idx for r in self.regions])
-        parts = [*words, base[:, :, : shown.start], made] if flux else [made, base[:, :, shown.stop :], *words]
-        return torch.cat(parts, 2)
-
-    def _part(self, call: AttentionCall, attend: Attend, q: Tensor, keys: list[slice | Tensor]) -> Tensor:
-        k, v = (
-            torch.cat([x.index_select(2, at) if isinstance(at, Tensor) else x[:, :, at] for at in keys], 2)
-            for x in (call.k, call.v)
+            shown = [torch.cat([x[:, :, mine], x[:, :, picture]], 2) for x in (k, v)]
+            own.append(attend(call.replace(q=q.index_select(2, inside), k=shown[0], v=shown[1], streams=None)).out)
+            said = [torch.cat([x[:, :, mine], x.index_select(2, inside), x[:, :, scene]], 2) for x in (k, v)]
+            words = attend(call.replace(q=q[:, :, mine], k=said[0], v=said[1], streams=None)).out
+            found[self.bound :, :, mine] = words
+        idx = [r.idx for r in self.regions]
+        found[self.bound :, :, picture] = composite_layers(
+            found[self.bound :, :, picture], own, self.masks, self.opacity, idx
         )
-        return attend(call.replace(q=q, k=k, v=v, streams=None)).out
+        return found

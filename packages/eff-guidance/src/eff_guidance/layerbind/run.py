@@ -115,13 +115,26 @@ class Run:
         if way != "batched":
             if self.calls > (2 if way == "separate" else 1):
                 raise RuntimeError("the transformer ran more often in one step than LayerBind knows a reason for")
-            return self._one(model, plain, args, uncond=self.calls == 2)
+            uncond = self.calls == 2
+            if self.step < self.ends[0]:
+                return self._branches(model, plain, args, bound=len(args["hidden_states"]) if uncond else 0)
+            return plain(**args) if uncond else self._nursing(model, plain, args, bound=0)
         count = len(args["hidden_states"]) // 2
+        if self.step >= self.ends[0]:
+            return self._nursing(model, plain, args, bound=count)
+        if self._one_length(args["encoder_hidden_states"].shape[1]):
+            return self._branches(model, plain, args, bound=count)
         parts = [
-            self._one(model, plain, {k: _rows(v, s, 2 * count) for k, v in args.items()}, uncond=uncond)
-            for s, uncond in ((slice(0, count), True), (slice(count, None), False))
+            self._branches(model, plain, {k: _rows(v, s, 2 * count) for k, v in args.items()}, bound=bound)
+            for s, bound in ((slice(0, count), count), (slice(count, None), 0))
         ]
         return self._give(model, args, torch.cat([p[0] for p in parts]))
+
+    def _one_length(self, length: int) -> bool:
+        """Whether all prompts have this many tokens, so that rows with and without them fit one batch."""
+        prompts = self.binding.prompts
+        all_of_them = (prompts.background, *prompts.layers, *prompts.negatives)
+        return all(len(p.tokens) == length for p in all_of_them if p is not None)
 
     def _give(self, model: Any, args: dict[str, Any], sample: Tensor) -> Any:
         if not args.get("return_dict", True):
@@ -144,44 +157,42 @@ class Run:
         self.branches = [tokens.index_select(1, r.idx) for r in self.regions]
         self.trajectory = [host.from_tokens(model, tokens, self.grid)]
 
-    def _one(self, model: Any, plain: Callable[..., Any], args: dict[str, Any], *, uncond: bool) -> Any:
-        """One prompt's evaluation."""
-        if self.step < self.ends[0]:
-            return self._branches(model, plain, args, uncond)
-        return plain(**args) if uncond else self._nursing(model, plain, args)
-
-    def _branches(self, model: Any, plain: Callable[..., Any], args: dict[str, Any], uncond: bool) -> Any:
+    def _branches(self, model: Any, plain: Callable[..., Any], args: dict[str, Any], *, bound: int) -> Any:
+        """One evaluation in phase 1; rows before ``bound`` are without prompt."""
         host, config, prompts = Host.of(model), self.binding.config, self.binding.prompts
-        text, pooled = args["encoder_hidden_states"], args["pooled_projections"]
-        if not uncond:
-            text, pooled = (_expand(x, like) for x, like in zip(prompts.background, (text, pooled), strict=True))
-        args = host.with_text(args, text, pooled)
+        given = Prompt(args["encoder_hidden_states"], args["pooled_projections"])
+        rows = len(given.tokens)
+        text = _rows_of(None, prompts.background, given, bound)
+        args = host.with_text(args, text.tokens, text.pooled)
         streams = {}
         for i, (prompt, negative) in enumerate(self.binding.painted):
             if self.cached is not None and self.cached.branches[i] is not None:
                 continue
-            own = negative if uncond else prompt
-            words = (
-                (text, pooled)
-                if own is None
-                else tuple(_expand(x, y) for x, y in zip(own, (text, pooled), strict=True))
-            )
-            streams[i] = Stream(self.regions[i], self.branches[i], words[0], words[1] if config.own_pooled else pooled)
-        hard = frozenset() if uncond else config.blocks_of(len(host.blocks(model)), flux=host.flux)
-        step = BranchPass(host, model, args, list(streams.values()), hard=hard, reverse=config.reverse_adaptation)
+            words = _rows_of(negative, prompt, given, bound)
+            tokens = self.branches[i]
+            tokens = torch.cat([tokens] * (rows // len(tokens)))
+            pooled = words.pooled if config.own_pooled else text.pooled
+            streams[i] = Stream(self.regions[i], tokens, words.tokens, pooled)
+        hard = frozenset() if bound == rows else config.blocks_of(len(host.blocks(model)), flux=host.flux)
+        step = BranchPass(
+            host, model, args, list(streams.values()), hard=hard, reverse=config.reverse_adaptation, bound=bound % rows
+        )
         with step.active():
             out = plain(**{**args, "return_dict": False})
         for i, stream in streams.items():
-            assert stream.velocity is not None
-            self.found.setdefault(i, []).append(stream.velocity)
-        return self._give(model, {"return_dict": args.get("return_dict", True)}, out[0])
+            assert stream.velocity is not None  # the last block has run
+            # with and without prompt
+            self.found.setdefault(i, []).extend(v for v in stream.velocity.split([bound, rows - bound]) if len(v))
+        return self._give(model, args, out[0])
 
-    def _nursing(self, model: Any, plain: Callable[..., Any], args: dict[str, Any]) -> Any:
+    def _nursing(self, model: Any, plain: Callable[..., Any], args: dict[str, Any], *, bound: int) -> Any:
+        """One evaluation in phase 2."""
         host = Host.of(model)
         scene = args["encoder_hidden_states"]
         words = [_expand(prompt.tokens, scene) for prompt, _ in self.binding.painted]
         text = torch.cat([*words, scene] if host.flux else [scene, *words], 1)
-        step = NursingPass(host, [w.shape[1] for w in words], self.regions, self.masks, self.binding.config.opacity)
+        lengths = [w.shape[1] for w in words]
+        step = NursingPass(host, lengths, self.regions, self.masks, self.binding.config.opacity, bound)
         with step.active():
             return plain(**host.with_text(args, text, args["pooled_projections"]))
 
@@ -231,6 +242,16 @@ def inner(model: Any) -> Any:
 
 def _rows(value: Any, rows: slice, count: int) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+
+
+def _rows_of(without: Prompt | None, prompt: Prompt, given: Prompt, bound: int) -> Prompt:
+    """Prompts of a batch whose first ``bound`` rows are ``without`` (those of the call if None)."""
+    parts = []
+    for i, own in enumerate(given):
+        first = own[:bound] if without is None else _expand(without[i], own[:bound])
+        last = _expand(prompt[i], own[bound:])
+        parts.append(torch.cat([first, last]) if len(first) and len(last) else first if len(first) else last)
+    return Prompt(*parts)
 
 
 def _expand(value: Tensor, like: Tensor) -> Tensor:
