@@ -172,6 +172,12 @@ def test_maps_are_those_of_brute_force(whole, name):
     torch.testing.assert_close(store.self_attention.double(), torch.stack(own).mean(0), atol=1e-6, rtol=1e-5)
     store.clear()
     assert store.cross is None
+    first = next(call.name for call in seen if call.streams is not None or call.is_cross)
+    with AttentionStore(model, [4, 6, 0], cross_size=(8, 8), where=[first]) as store, torch.no_grad():
+        model(**{place: latents()}, timestep=torch.tensor([300]), **reading.arguments)
+    torch.testing.assert_close(store.cross.double(), cross[0].mT.unflatten(1, (8, 8)), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="fits"), AttentionStore(model, [4], cross_size=(8, 8), where=["nothing"]):
+        pass
     assert not any("forward" in vars(m) for m in model.modules())
 
 

@@ -59,6 +59,7 @@ class AttenCraftConfig(Settings):
         cross_share: Side of the cross-attention maps as a share of the latents' side.
         self_share: Side of the self-attention maps and of the masks, likewise. Models with joint attention have one
             side only, and both shares are ignored there.
+        blocks: Patterns of the names of attention modules whose maps are used; None for all of the right size.
         sampling: "uniform": one concept or all, each as likely. "reweighted": those that get little attention more
             often.
         template: Prompt; {} is where the concepts go.
@@ -80,6 +81,7 @@ class AttenCraftConfig(Settings):
     mask_time: tuple[float, float] = (0.0, 0.3)
     cross_share: float = 0.25
     self_share: float = 0.5
+    blocks: tuple[str, ...] | None = None
     sampling: Sampling = "uniform"
     template: str = "a photo of {}"
     seed: int = 0

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from eff_kernels.edit import Handle
+from eff_kernels.edit import Handle, fits
 from eff_kernels.edit.attention import AttentionCall, columns, find_attention, joint_attention, observe_attention, rows
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ class AttentionStore:
         tokens: Columns of the text to collect; None for no cross-attention.
         cross_size: Rows and columns of places of the cross-attention layers to take.
         self_size: The same for self-attention; None for none.
+        where: Patterns of the names of attention modules to look at; None for all.
         sample: Which sample of the batch to look at.
         grad: Whether the cross-attention keeps its graph. Self-attention never does.
 
@@ -44,6 +45,7 @@ class AttentionStore:
         *,
         cross_size: tuple[int, int],
         self_size: tuple[int, int] | None = None,
+        where: Sequence[str] | None = None,
         sample: int = 0,
         grad: bool = True,
     ) -> None:
@@ -52,6 +54,7 @@ class AttentionStore:
         self.tokens = list(tokens or ())
         self.cross_size, self.self_size = cross_size, self_size
         self._model, self._sample, self._grad = model, sample, grad
+        self._where = where
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._handle: Handle | None = None
         self._thread = 0
@@ -75,6 +78,11 @@ class AttentionStore:
         if self._handle is not None:
             raise RuntimeError("this store is entered already")
         names = joint_attention(self._model) or [f.name for f in find_attention(self._model) if f.way]
+        if self._where is not None:
+            modules = dict(self._model.named_modules())
+            names = [n for n in names if fits(self._where, n, modules[n])]
+        if not names:
+            raise ValueError(f"no attention of {type(self._model).__name__} fits {self._where}")
         self._thread = threading.get_ident()
         self._handle = observe_attention(self._model, self._record, where=names, grad=self._grad)
         return self

@@ -192,6 +192,7 @@ class AttenCraftTrainer:
         store = AttentionStore(
             self.model, [*tokens, self.background], cross_size=self.cross_size,
             self_size=self.self_size if refresh else None,
+            where=self.config.blocks,
         )  # fmt: skip
         stores.enter_context(store)
         pred, target = self.noiser.predict(self.model, self.latents, reading.arguments, times)
