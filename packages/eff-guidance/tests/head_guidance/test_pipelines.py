@@ -314,6 +314,11 @@ def test_compiled_denoisers(tiny):
         torch.testing.assert_close(make(pipe, given), want, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
     pipe.transformer = model
+    for block in model.transformer_blocks:  # regional compiling
+        block.compile(fullgraph=True, backend="eager")
+    with apply_head_guidance(pipe, config):
+        torch.testing.assert_close(make(pipe, given), want, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
     model.compile(backend="eager")
     with pytest.raises(ValueError, match="compiled in place"):
         apply_head_guidance(pipe, config)
