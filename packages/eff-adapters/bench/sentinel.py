@@ -142,7 +142,8 @@ def main() -> None:
         [*git, "status", "--porcelain", "--", ".", "../src/eff_adapters/sentinel"], capture_output=True, text=True
     )
     about = {
-        "commit": commit, "dirty": bool(changed.stdout.strip()), "processor": platform.processor() or platform.machine(),
+        "commit": commit, "dirty": bool(changed.stdout.strip()),
+        "processor": platform.processor() or platform.machine(),
         "threads": args.threads, "dtype": "bfloat16", "torch": torch.__version__, "seed": args.seed,
         "date": datetime.date.today().isoformat(), "world": "contrary, 1 to 3 objects", "pictures": args.pictures,
     }  # fmt: skip
