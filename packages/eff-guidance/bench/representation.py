@@ -1,13 +1,14 @@
 """Do losses on hidden states help a small diffusion transformer? Plain, REPA, HASTE, dispersive loss and Repulsor.
 
     python packages/eff-guidance/bench/representation.py run [--seeds 5] [--minutes 20]
+    python packages/eff-guidance/bench/representation.py time
     python packages/eff-guidance/bench/representation.py table
 
 A DiT of diffusers' class (width 64, depth 4, 16 tokens) learns scikit-learn's digits, 8 x 8 points, by flow
 matching. The teacher is eff-embedded's ViT-S/14, which has seen no digit's label: 56 x 56 points make 4 x 4 patches,
 one for each token. Runs of one seed share weights, order of data, noise and noise levels. "run" adds what is not on
-record, a line a run, and goes on where it was stopped; times are the process's own CPU seconds on one thread, since
-others may use the machine, and what the teacher says is computed once before. "table" prints the tables of the pages.
+record, a line a run, and goes on where it was stopped. "time" trains all of them in turns, a step each, so that other
+load on the machine meets all alike; what the teacher says is computed once before. "table" prints the page's tables.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from eff_kernels.edit import Handle
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "representation.jsonl"
+TIMES = HERE / "results" / "representation_time.jsonl"
 STEPS, BATCH, EVERY, TRAINED, STOP, BLOCK = 300, 48, 75, 1400, 150, 1
 METHODS = ("plain", "REPA", "HASTE", "dispersive", "Repulsor")
 NEVER = "HASTE, never stopped"  # one seed, for the angle of the gradients
@@ -190,38 +192,67 @@ def angle(student: torch.nn.Module, extra: Extra, data: Data) -> float:
     return float(np.mean(found))
 
 
-def train(method: str, seed: int, data: Data) -> dict[str, object]:
-    student = make_student(seed)
-    extra = Extra(method, student, data)
-    torch.manual_seed(1000 + seed)  # dropped labels, the same for all methods
-    draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([*student.parameters(), *extra.parameters()], lr=2e-3, weight_decay=0.0)
-    seconds, phases, curve = 0.0, [0.0, 0.0], []
-    for step in range(STEPS):
+class Course:
+    """One method's training, a step at a time."""
+
+    def __init__(self, method: str, seed: int, data: Data) -> None:
+        self.student, self.data = make_student(seed), data
+        self.extra = Extra(method, self.student, data)
+        torch.manual_seed(1000 + seed)  # dropped labels, the same for all methods
+        self.draw = torch.Generator().manual_seed(seed)
+        parameters = [*self.student.parameters(), *self.extra.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+
+    def step(self, number: int) -> float:
+        """Train once; returns the CPU seconds it took."""
+        data, draw = self.data, self.draw
         places = torch.randint(TRAINED, (BATCH,), generator=draw)
         noise, t = torch.randn(BATCH, 1, 8, 8, generator=draw), torch.rand(BATCH, generator=draw)
-        student.train()
+        self.student.train()
         begin = time.process_time()
         clean = data.pictures[places]
         noisy = torch.lerp(clean, noise, t[:, None, None, None])
-        loss = (velocity(student, noisy, t, data.labels[places]) - (noise - clean)).square().mean()
-        loss = loss + extra.loss(places, step)
-        optimizer.zero_grad()
+        loss = (velocity(self.student, noisy, t, data.labels[places]) - (noise - clean)).square().mean()
+        loss = loss + self.extra.loss(places, number)
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        extra.step()
-        spent = time.process_time() - begin
-        seconds += spent
-        phases[step >= STOP] += spent
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.extra.step()
+        return time.process_time() - begin
+
+
+def train(method: str, seed: int, data: Data) -> dict[str, object]:
+    course, curve = Course(method, seed, data), []
+    for step in range(STEPS):
+        course.step(step)
         if (step + 1) % EVERY == 0:
             state = torch.get_rng_state()
-            point = {"step": step + 1, "seconds": round(seconds, 3), **watched(student, extra, data, step)}
+            curve.append({"step": step + 1, **watched(course.student, course.extra, data, step)})
             torch.set_rng_state(state)
-            curve.append(point)
-    extra.pause()
-    halves = {"ms_first_half": 1e3 * phases[0] / STOP, "ms_second_half": 1e3 * phases[1] / (STEPS - STOP)}
-    return {"method": method, "seed": seed, "curve": curve, **{k: round(v, 3) for k, v in halves.items()}}
+    course.extra.pause()
+    return {"method": method, "seed": seed, "curve": curve}
+
+
+def timed(rounds: int = 25) -> None:
+    """Milliseconds of a step by method, in turns: the median of ratios to the plain step beside it."""
+    torch.set_num_threads(1)
+    data = Data()
+    courses = {m: Course(m, 0, data) for m in METHODS}
+    seconds = {m: [] for m in METHODS}
+    for i in range(rounds):
+        for method, course in courses.items():
+            seconds[method].append(course.step(i))
+    kept = {m: np.array(s[5:]) for m, s in seconds.items()}
+    row = {
+        "rounds": rounds - 5,
+        "ms": {m: round(1e3 * float(np.median(s)), 2) for m, s in kept.items()},
+        "ratio": {m: round(float(np.median(s / kept["plain"])), 3) for m, s in kept.items()},
+        **where(data),
+    }
+    with TIMES.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row["ms"], row["ratio"])
 
 
 def watched(student: torch.nn.Module, extra: Extra, data: Data, step: int) -> dict[str, float]:
@@ -244,6 +275,23 @@ def processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
+def where(data: Data) -> dict[str, object]:
+    """What a record says about its making."""
+    own = ("packages/eff-guidance/src/eff_guidance/alignment", "packages/eff-guidance/src/eff_guidance/memory_bank")
+    own += ("packages/eff-guidance/src/eff_guidance/training", "packages/eff-guidance/bench/representation.py")
+    root = HERE.parents[2]
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", *(str(root / p) for p in own))),
+        "processor": processor(),
+        "threads": 1,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "teacher_seconds": round(data.teacher_seconds, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def run(seeds: int, minutes: float) -> None:
     torch.set_num_threads(1)
     done = {(r["method"], r["seed"]) for r in rows()}
@@ -252,22 +300,16 @@ def run(seeds: int, minutes: float) -> None:
     if not jobs:
         return
     data, begin = Data(), time.process_time()
-    where = {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "packages/eff-guidance/src", str(HERE / "representation.py"))),
-        "processor": processor(), "threads": 1, "dtype": "float32", "torch": torch.__version__,
-        "teacher_seconds": round(data.teacher_seconds, 1),
-    }  # fmt: skip
     RECORD.parent.mkdir(exist_ok=True)
     for method, seed in jobs:
         if time.process_time() - begin > 60 * minutes:
             print("out of time")
             return
-        row = {**train(method, seed, data), **where, "date": time.strftime("%Y-%m-%d")}
+        row = {**train(method, seed, data), **where(data)}
         with RECORD.open("a") as file:
             file.write(json.dumps(row) + "\n")
         last = row["curve"][-1]
-        print(method, seed, {k: last[k] for k in ("seconds", "loss", "probe", "accuracy", "frechet")}, flush=True)
+        print(method, seed, {k: last[k] for k in ("loss", "probe", "accuracy", "frechet")}, flush=True)
 
 
 def rows() -> list[dict[str, object]]:
@@ -282,50 +324,53 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else np.nan
 
 
-def at_time(curve: list[dict[str, float]], seconds: float, name: str) -> float:
-    """A metric when a run had taken so many seconds, between two evaluations on a straight line."""
+def at_step(curve: list[dict[str, float]], step: float, name: str) -> float:
+    """A metric after so many steps, between two evaluations on a straight line."""
     known = [p for p in curve if name in p]
-    return float(np.interp(seconds, [p["seconds"] for p in known], [p[name] for p in known]))
+    return float(np.interp(step, [p["step"] for p in known], [p[name] for p in known]))
+
+
+def steps_in_time(method: str, ratio: float) -> float:
+    """How many steps a method does in the time of the plain run; HASTE's cost as plain ones from `STOP` on."""
+    if method == "HASTE":
+        return STOP + (STEPS - STOP * ratio) if ratio * STOP < STEPS else STEPS / ratio
+    return STEPS / ratio
 
 
 def table() -> None:
     """Means over seeds, and differences to the plain run of the same seed with 95 % intervals."""
     everything = rows()
     seeds = sorted(set.intersection(*({r["seed"] for r in everything if r["method"] == m} for m in METHODS)))
-    by = {(r["method"], r["seed"]): r for r in everything}
+    by = {(r["method"], r["seed"]): r["curve"] for r in everything}
+    ratios = json.loads(TIMES.read_text().splitlines()[-1])["ratio"]
     names = {"loss": 4, "probe": 3, "cosine": 3, "accuracy": 3, "frechet": 3}
     print(f"{len(seeds)} seeds, {STEPS} steps; commits {sorted({r['commit'] for r in everything})}\n")
-    for title, budget in (("equal steps", None), ("equal time", "plain")):
-        print(f"| {title} | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
+    for title in ("equal steps", "equal time"):
+        print(f"| {title} | steps | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names))
         for method in METHODS:
+            steps = STEPS if title == "equal steps" else min(STEPS, steps_in_time(method, ratios[method]))
             cells = []
             for name, digits in names.items():
-                own, gain = [], []
-                for seed in seeds:
-                    curve, plain = by[method, seed]["curve"], by["plain", seed]["curve"]
-                    end = plain[-1]["seconds"] if budget else np.inf
-                    own.append(at_time(curve, end, name))
-                    gain.append(own[-1] - plain[-1][name])
-                mean, half = interval(gain)
+                own = [at_step(by[method, s], steps, name) for s in seeds]
+                gain = [x - by["plain", s][-1][name] for x, s in zip(own, seeds, strict=True)]
                 text = f"{np.mean(own):.{digits}f}"
-                cells.append(text if method == "plain" else f"{text} ({mean:+.{digits}f} +- {half:.{digits}f})")
-            print(f"| {method} | " + " | ".join(cells) + " |")
+                if method != "plain" and len(seeds) > 1:
+                    mean, half = interval(gain)
+                    text += f" ({mean:+.{digits}f} +- {half:.{digits}f})"
+                cells.append(text)
+            print(f"| {method} | {steps:.0f} | " + " | ".join(cells) + " |")
         print()
-    print("| | ms a step, first half | second half |\n|---|---|---|")
-    for method in METHODS:
-        both = [np.median([by[method, s][f"ms_{half}_half"] for s in seeds]) for half in ("first", "second")]
-        print(f"| {method} | {both[0]:.1f} | {both[1]:.1f} |")
-    angles = [{p["step"]: p["angle"] for p in r["curve"]} for r in everything if r["method"] == NEVER]
-    print("\ncosine of the gradients by step:", *angles)
+    print("ratio of a step to a plain one:", ratios)
+    print("cosine of the gradients by step:", *({p["step"]: p["angle"] for p in by[m, s]} for m, s in by if m == NEVER))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "time", "table"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=20.0, help="CPU minutes after which no run is begun")
     given = parser.parse_args()
-    run(given.seeds, given.minutes) if given.what == "run" else table()
+    {"run": lambda: run(given.seeds, given.minutes), "time": timed, "table": table}[given.what]()
 
 
 if __name__ == "__main__":
