@@ -1,0 +1,192 @@
+"""The thread that works through the jobs, and tells whoever listens."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from eff_studio.engine import CancelledError, Progress, StudioModel, run_work
+from eff_studio.store import Job, Jobs, Pictures
+
+log = logging.getLogger("eff_studio")
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the worker has done since it started.
+
+    Attributes:
+        done, failed, cancelled: Jobs by how they ended.
+        pictures: Pictures made.
+        busy_seconds: Time spent on jobs.
+    """
+
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    pictures: int = 0
+    busy_seconds: float = 0.0
+
+
+class Worker:
+    """Does one job after another in a thread of its own.
+
+    Args:
+        model: What to draw with.
+        jobs: Where jobs come from.
+        pictures: Where pictures go.
+    """
+
+    def __init__(self, model: StudioModel, jobs: Jobs, pictures: Pictures) -> None:
+        self.model, self.jobs, self.pictures = model, jobs, pictures
+        self.counts = Counts()
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._cancelled: set[str] = set()
+        self._running: str | None = None
+        self._last: dict[str, dict[str, Any]] = {}
+        self._listeners: dict[str, list[Listener]] = {}
+        self._thread = threading.Thread(target=self._work, name="studio-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin, with jobs that an earlier process left."""
+        self._thread.start()
+        self._wake.set()
+
+    def stop(self, timeout: float = 60.0) -> None:
+        """End after the current step; a job that is under way waits again."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout)
+
+    @property
+    def running(self) -> str | None:
+        """Id of the job under way."""
+        return self._running
+
+    def submit(self, job: Job) -> None:
+        """There is a new job in the line."""
+        self._tell(job.id, {"type": "state", "state": "waiting"})
+        self._wake.set()
+
+    def cancel(self, job: str) -> bool:
+        """Cancel a job that waits or runs; False if it does neither."""
+        if self.jobs.cancel_waiting(job):
+            self._tell(job, {"type": "state", "state": "cancelled"})
+            return True
+        with self._lock:
+            if self._running != job:
+                return False
+            self._cancelled.add(job)
+        return True
+
+    def listen(self, job: str, listener: Listener) -> Callable[[], None]:
+        """Hear of a job from now on, its last news first; returns what ends it."""
+        with self._lock:
+            self._listeners.setdefault(job, []).append(listener)
+            last = self._last.get(job)
+        if last is not None:
+            listener(last)
+
+        def end() -> None:
+            with self._lock:
+                listeners = self._listeners.get(job, [])
+                if listener in listeners:
+                    listeners.remove(listener)
+                if not listeners:
+                    self._listeners.pop(job, None)
+
+        return end
+
+    def _tell(self, job: str, event: dict[str, Any]) -> None:
+        with self._lock:
+            self._last[job] = event
+            if event.get("state") in ("done", "failed", "cancelled"):
+                self._last.pop(job)
+            listeners = list(self._listeners.get(job, ()))
+        for listener in listeners:
+            listener(event)
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            job = self.jobs.start_next()
+            if job is None:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            with self._lock:
+                self._running = job.id
+            begun = time.monotonic()
+            try:
+                self._one(job)
+            finally:
+                with self._lock:
+                    self._running = None
+                    self._cancelled.discard(job.id)
+                self._add(seconds=time.monotonic() - begun)
+
+    def _one(self, job: Job) -> None:
+        self._tell(job.id, {"type": "state", "state": "running"})
+        try:
+            result = run_work(
+                self.model,
+                job.work,
+                open_picture=self.pictures.open,
+                report=lambda progress: self._progress(job.id, progress),
+                cancelled=lambda: job.id in self._cancelled or self._stop.is_set(),
+            )
+            names = tuple(self.pictures.add(image, job.settings()) for image in result.images)
+        except CancelledError:
+            if self._stop.is_set():
+                self.jobs.put_back(job.id)
+                return
+            self.jobs.end(job.id, "cancelled")
+            self._add(cancelled=1)
+            self._tell(job.id, {"type": "state", "state": "cancelled"})
+        except Exception as error:
+            expected = isinstance(error, (ValueError, TypeError))
+            if not expected:
+                log.exception("job %s failed", job.id)
+            text = str(error) if expected else f"the job failed ({type(error).__name__}); the server's log says more"
+            self.jobs.end(job.id, "failed", error=text)
+            self._add(failed=1)
+            self._tell(job.id, {"type": "state", "state": "failed", "error": text})
+        else:
+            self.jobs.end(job.id, "done", pictures=names, facts=result.facts)
+            self._add(done=1, pictures=len(names))
+            self._tell(job.id, {"type": "state", "state": "done", "pictures": list(names), "facts": result.facts})
+
+    def _progress(self, job: str, progress: Progress) -> None:
+        event: dict[str, Any] = {
+            "type": "progress",
+            "step": progress.step,
+            "steps": progress.steps,
+            "seconds_left": None if progress.seconds_left != progress.seconds_left else progress.seconds_left,
+        }
+        if progress.preview is not None and self._listeners.get(job):
+            event["preview"] = data_url(progress.preview)
+        self._tell(job, event)
+
+    def _add(
+        self, *, done: int = 0, failed: int = 0, cancelled: int = 0, pictures: int = 0, seconds: float = 0
+    ) -> None:
+        c = self.counts
+        self.counts = Counts(
+            c.done + done, c.failed + failed, c.cancelled + cancelled, c.pictures + pictures, c.busy_seconds + seconds
+        )
+
+
+def data_url(image: Image.Image) -> str:
+    """A small JPEG as a data URL."""
+    out = io.BytesIO()
+    image.convert("RGB").save(out, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
