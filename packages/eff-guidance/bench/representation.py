@@ -342,10 +342,10 @@ def table() -> None:
     everything = rows()
     seeds = sorted(set.intersection(*({r["seed"] for r in everything if r["method"] == m} for m in METHODS)))
     by = {(r["method"], r["seed"]): r["curve"] for r in everything}
-    ratios = json.loads(TIMES.read_text().splitlines()[-1])["ratio"]
+    ratios = json.loads(TIMES.read_text().splitlines()[-1])["ratio"] if TIMES.exists() else {}
     names = {"loss": 4, "probe": 3, "cosine": 3, "accuracy": 3, "frechet": 3}
     print(f"{len(seeds)} seeds, {STEPS} steps; commits {sorted({r['commit'] for r in everything})}\n")
-    for title in ("equal steps", "equal time"):
+    for title in ("equal steps", *(["equal time"] if ratios else [])):
         print(f"| {title} | steps | " + " | ".join(names) + " |\n|---|---|" + "---|" * len(names))
         for method in METHODS:
             steps = STEPS if title == "equal steps" else min(STEPS, steps_in_time(method, ratios[method]))
