@@ -79,6 +79,18 @@ class Case:
         with torch.no_grad():
             return model(self.ids if ids is None else ids, **more).logits
 
+    def config(self, **more):
+        from eff_adapters.lora_mixer import LoraMixerConfig
+
+        return LoraMixerConfig(target_modules=tuple(self.targets), **{"top_k": 2, "router_init_std": 0.5, **more})
+
+    def run(self, mixer, mode, domains=None, **more):
+        """Logits in a mode, in a pass."""
+        mixer.set_mode(mode)
+        domains = (0, 1, 2) if domains is None and mode == "hard" else domains
+        with mixer.route(domain_ids=domains and list(domains), **more):
+            return self.logits(mixer.model)
+
     peft_logits = staticmethod(peft_logits)
     quiet = staticmethod(quiet)
 

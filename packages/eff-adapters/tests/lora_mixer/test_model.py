@@ -1,5 +1,4 @@
 import copy
-import threading
 
 import pytest
 import torch
@@ -8,21 +7,10 @@ from eff_adapters.lora_mixer import FreshExpert, LoraMixer, LoraMixerConfig, Rou
 MODES = ("soft", "sparse", "hard")
 
 
-def config(case, **more):
-    return LoraMixerConfig(target_modules=tuple(case.targets), **{"top_k": 2, "router_init_std": 0.5, **more})
-
-
 @pytest.fixture
 def mixed(case):
     model = case.make()
-    return model, apply_lora_mixer(model, config(case), experts=case.three(model))
-
-
-def run(mixer, case, mode, domains=None, **more):
-    mixer.set_mode(mode)
-    domains = (0, 1, 2) if domains is None and mode == "hard" else domains
-    with mixer.route(domain_ids=domains and list(domains), **more):
-        return case.logits(mixer.model)
+    return model, apply_lora_mixer(model, case.config(), experts=case.three(model))
 
 
 def test_zero_factors_keep_the_bits_and_remove_gives_the_model_back(case):
@@ -30,9 +18,9 @@ def test_zero_factors_keep_the_bits_and_remove_gives_the_model_back(case):
     before, tree = case.logits(model), [(n, type(m)) for n, m in model.named_modules()]
     grads = {n: p.requires_grad for n, p in model.named_parameters()}
     experts = {"a": FreshExpert(rank=4), "b": FreshExpert(rank=16, alpha=3.0)}
-    mixer = apply_lora_mixer(model, config(case), experts=experts)
+    mixer = apply_lora_mixer(model, case.config(), experts=experts)
     for mode in MODES:
-        assert torch.equal(run(mixer, case, mode, (0, 1, 1)), before)
+        assert torch.equal(case.run(mixer, mode, (0, 1, 1)), before)
     mixer.remove()
     mixer.remove()
     assert [(n, type(m)) for n, m in model.named_modules()] == tree
@@ -46,15 +34,15 @@ def test_one_expert_is_the_adapter_of_peft(case):
     source = case.adapter(model, rank=6)
     wanted = case.peft_logits(model, source, case.ids)
     assert not torch.allclose(wanted, case.logits(model), atol=1e-3)
-    mixer = apply_lora_mixer(model, config(case, top_k=1), experts={"only": source})
+    mixer = apply_lora_mixer(model, case.config(top_k=1), experts={"only": source})
     for mode in MODES:
-        torch.testing.assert_close(run(mixer, case, mode, (0, 0, 0)), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(case.run(mixer, mode, (0, 0, 0)), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_hard_routes_are_each_the_adapter_of_peft(case, mixed):
     _, mixer = mixed
     plain = case.make()
-    found = run(mixer, case, "hard", ("b", "a", "c"))
+    found = case.run(mixer, "hard", ("b", "a", "c"))
     for row, (name, source) in zip((1, 0, 2), case.three(plain).items(), strict=True):
         wanted = case.peft_logits(plain, source, case.ids[row : row + 1])
         torch.testing.assert_close(found[row : row + 1], wanted, atol=1e-5, rtol=1e-5, msg=name)
@@ -65,28 +53,28 @@ def test_the_scaling_of_rank_stabilised_adapters_and_of_patterns(llama_case):
     more = {"use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}}
     source = case.adapter(model, rank=6, **more)
     wanted = case.peft_logits(model, source, case.ids)
-    apply_lora_mixer(model, config(case, top_k=1), experts={"only": source})
+    apply_lora_mixer(model, case.config(top_k=1), experts={"only": source})
     torch.testing.assert_close(case.logits(model), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_all_experts_are_soft_and_one_is_the_best(case, mixed):
     _, mixer = mixed
-    soft = run(mixer, case, "soft")
+    soft = case.run(mixer, "soft")
     for layer in mixer.layers.values():
         layer.top_k = 3
-    torch.testing.assert_close(run(mixer, case, "sparse"), soft, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(mixer, "sparse"), soft, atol=1e-5, rtol=1e-5)
     for layer in mixer.layers.values():
         layer.top_k = 1
-    one = run(mixer, case, "sparse")
+    one = case.run(mixer, "sparse")
     assert not torch.allclose(one, soft, atol=1e-3)
     for router in mixer.routers.values():
         router.weight.data *= 1e6  # the softmax is then that of the largest logit alone
-    torch.testing.assert_close(run(mixer, case, "soft"), run(mixer, case, "sparse"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(mixer, "soft"), case.run(mixer, "sparse"), atol=1e-5, rtol=1e-5)
 
 
 def test_sure_routers_of_the_same_sign_choose_by_the_token(case, mixed):
     _, mixer = mixed
-    run(mixer, case, "sparse")
+    case.run(mixer, "sparse")
     loads = [s.load for s in mixer.stats().values()]
     assert all(0 < load.max() < 1 for load in loads)
 
@@ -104,7 +92,7 @@ def test_generation_with_a_cache_is_that_of_full_passes(case, mixed):
 
 def test_in_hard_mode_the_others_get_no_gradient(case):
     model = case.make()
-    mixer = apply_lora_mixer(model, config(case, expert_mode="joint"), experts=case.three(model))
+    mixer = apply_lora_mixer(model, case.config(expert_mode="joint"), experts=case.three(model))
     mixer.set_mode("hard")
     with mixer.route(domain_ids=[2, 0, 2]):
         model(case.ids).logits.square().mean().backward()
@@ -137,120 +125,44 @@ def test_what_is_trained(case, mixed):
 def test_missing_modules_are_never_chosen(llama_case):
     case, model = llama_case, llama_case.make()
     experts = {"a": case.adapter(model), "b": case.adapter(model, targets=("q_proj", "v_proj"), seed=1)}
-    mixer = apply_lora_mixer(model, config(case), experts=experts)
-    run(mixer, case, "soft")
+    mixer = apply_lora_mixer(model, case.config(), experts=experts)
+    case.run(mixer, "soft")
     for name, stats in mixer.stats().items():
         if "k_proj" in name or "o_proj" in name:
             assert stats.load.tolist() == [0.5, 0.5]  # two of two are always counted,
             assert stats.entropy == pytest.approx(0, abs=1e-6)  # but one has all of the probability
     assert not mixer.report.skipped
-    only = apply_lora_mixer(case.make(), config(case, top_k=1), experts={"b": experts["b"]})
+    only = apply_lora_mixer(case.make(), case.config(top_k=1), experts={"b": experts["b"]})
     assert [e.reason for e in only.report.skipped] == ["no expert has weights here"] * 4
 
 
 def test_projections_of_one_input_share_a_router(llama_case):
     case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case, router_scope="input"), experts=case.three(model))
+    mixer = apply_lora_mixer(model, case.config(router_scope="input"), experts=case.three(model))
     assert list(mixer.routers) == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qo"]
     first = mixer.layers["model.layers.0.self_attn.q_proj"].router
     assert mixer.layers["model.layers.0.self_attn.v_proj"].router is first
     twin = LoraMixer(copy.deepcopy(model))
     assert len(twin.routers) == 4
-    assert torch.equal(run(twin, case, "sparse"), run(mixer, case, "sparse"))
-
-
-def test_losses_of_a_padded_batch(llama_case):
-    """Left or right padding: the same loss, and no gradient from what stands there."""
-    case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case), experts=case.three(model))
-    mixer.set_mode("soft")
-    found = []
-    for side in ("left", "right"):
-        ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
-        for row, length in ((0, 9), (1, 5)):
-            place = slice(9 - length, 9) if side == "left" else slice(0, length)
-            ids[row, place], mask[row, place] = case.ids.flatten()[:length], 1
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with mixer.route(attention_mask=mask):
-            model(ids, attention_mask=mask, position_ids=positions)
-        losses = mixer.losses()
-        found.append((losses.total, losses.balance, losses.entropy))
-    torch.testing.assert_close(found[0], found[1])
-    assert not torch.allclose(found[0][1], torch.tensor(1.0))
-
-
-def test_losses_are_means_over_the_projections(llama_case):
-    from eff_adapters.lora_mixer import router_logits, specialization_balance_loss
-
-    case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case, entropy_mode="as_printed", usage_k=2), experts=case.three(model))
-    mixer.set_mode("soft")
-    inputs = {}
-    hooks = [m.register_forward_hook(lambda m, a, o: inputs.update({m: a[0].detach()})) for m in mixer.layers.values()]
-    with mixer.route():
-        model(case.ids)
-    for hook in hooks:
-        hook.remove()
-    each = [
-        specialization_balance_loss(router_logits(x, m.router.weight).softmax(-1), mode="as_printed", usage_k=2).total
-        for m, x in inputs.items()
-    ]
-    assert len(each) == 8
-    torch.testing.assert_close(mixer.losses().total, torch.stack(each).mean())
-
-
-def test_stats_by_domain(llama_case):
-    case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case, top_k=1), experts=case.three(model))
-    run(mixer, case, "soft", (0, 0, 1), attention_mask=torch.ones(3, 7))
-    for stats in mixer.stats().values():
-        assert stats.load.sum().item() == pytest.approx(1)
-        assert 0 < stats.entropy < 1
-        assert 0 <= stats.mutual_information <= 1 - stats.entropy
-        assert stats.domain_load[2].isnan().all()
-        together = (2 * stats.domain_load[0] + stats.domain_load[1]) / 3
-        torch.testing.assert_close(together, stats.load)
-
-
-def test_preserved_experts(llama_case):
-    case, model = llama_case, llama_case.make()
-    settings = config(case, expert_mode="joint", preserve_coef=0.5, preserve_experts=("b",))
-    mixer = apply_lora_mixer(model, settings, experts=case.three(model))
-    assert mixer.preservation() == 0
-    with torch.no_grad():
-        for layer in mixer.layers.values():
-            layer.lora_A[0] += 1.0  # of an expert that is not held
-            layer.lora_B[1, 0, 0] += 3.0
-    mixer.set_mode("soft")
-    with mixer.route():
-        model(case.ids)
-    losses = mixer.losses()
-    assert losses.preserve.item() == pytest.approx(9.0 * 8)
-    torch.testing.assert_close(losses.total, 0.01 * losses.balance + 0.01 * losses.entropy + 0.5 * losses.preserve)
-    losses.preserve.backward()
-    layer = mixer.layers["model.layers.0.self_attn.q_proj"]
-    assert layer.lora_B.grad[1, 0, 0].item() == pytest.approx(6.0)
-    assert not layer.lora_B.grad[0].any()
-    twin = LoraMixer(copy.deepcopy(model))
-    assert twin.preservation().item() == pytest.approx(72.0)
+    assert torch.equal(case.run(twin, "sparse"), case.run(mixer, "sparse"))
 
 
 def test_experts_come_and_go(case, mixed):
     model, mixer = mixed
     plain = case.make()
-    before = {mode: run(mixer, case, mode) for mode in MODES}
+    before = {mode: case.run(mixer, mode) for mode in MODES}
     more = case.adapter(plain, rank=20, seed=7)
     mixer.add_expert("d", more)
     assert mixer.experts == ("a", "b", "c", "d")
     wanted = case.peft_logits(plain, more, case.ids)
-    torch.testing.assert_close(run(mixer, case, "hard", ("d",) * 3), wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(run(mixer, case, "hard"), before["hard"], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(run(mixer, case, "soft"), before["soft"], atol=1e-4)
+    torch.testing.assert_close(case.run(mixer, "hard", ("d",) * 3), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(mixer, "hard"), before["hard"], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(case.run(mixer, "soft"), before["soft"], atol=1e-4)
     mixer.remove_expert("d")
     for mode in MODES:
-        torch.testing.assert_close(run(mixer, case, mode), before[mode], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(case.run(mixer, mode), before[mode], atol=1e-5, rtol=1e-5)
     mixer.remove_expert("a")
-    torch.testing.assert_close(run(mixer, case, "hard", ("b",) * 3)[1], before["hard"][1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(mixer, "hard", ("b",) * 3)[1], before["hard"][1], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="top_k=2 is more than the 1 experts"):
         mixer.remove_expert("c")
     mixer.remove()
@@ -260,12 +172,12 @@ def test_experts_come_and_go(case, mixed):
 def test_projections_without_an_expert_are_routed_no_more(llama_case):
     case, model = llama_case, llama_case.make()
     experts = {"a": case.adapter(model), "b": case.adapter(model, targets=("q_proj", "v_proj"), seed=1)}
-    settings = config(case, top_k=1, expert_mode="joint", preserve_coef=1.0)
+    settings = case.config(top_k=1, expert_mode="joint", preserve_coef=1.0)
     mixer = apply_lora_mixer(model, settings, experts=experts)
     mixer.remove_expert("a")
     assert {n.rpartition(".")[2] for n in mixer.layers} == {"q_proj", "v_proj"}
     wanted = case.peft_logits(case.make(), experts["b"], case.ids)
-    torch.testing.assert_close(run(mixer, case, "sparse"), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(mixer, "sparse"), wanted, atol=1e-5, rtol=1e-5)
     assert mixer.preservation() == 0
 
 
@@ -315,98 +227,28 @@ def test_other_architectures():
             assert torch.equal(model(**inputs).logits, before)
 
 
-def test_checkpointing_collects_once(llama_case):
-    case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case), experts=case.three(model))
-    mixer.set_mode("soft")
-    model.train()
-
-    def gradients():
-        model.zero_grad()
-        with mixer.route():
-            out = model(case.ids, use_cache=False).logits
-        (out.square().mean() + mixer.losses().total).backward()
-        return [r.weight.grad.clone() for r in mixer.routers.values()], mixer.losses().total.item()
-
-    wanted = gradients()
-    case.quiet(model.gradient_checkpointing_enable, gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.testing.assert_close(gradients(), wanted)
-    case.quiet(model.gradient_checkpointing_enable, gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
-    with pytest.raises(RuntimeError, match="use_reentrant"):
-        gradients()
-    with torch.no_grad():
-        assert mixer.losses().total.item() == pytest.approx(wanted[1])
-
-
-def test_hard_mode_under_checkpointing(llama_case):
-    case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case, expert_mode="joint"), experts=case.three(model))
-    mixer.set_mode("hard")
-    model.train()
-    found = []
-    for on in (False, True):
-        if on:
-            case.quiet(model.gradient_checkpointing_enable, gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.zero_grad()
-        with mixer.route(domain_ids=[1, 1, 0]):
-            model(case.ids, use_cache=False).logits.square().mean().backward()
-        found.append([layer.lora_A.grad.clone() for layer in mixer.layers.values()])
-    torch.testing.assert_close(found[1], found[0])
-    with mixer.route(domain_ids=[1, 1, 0]):
-        loss = model(case.ids, use_cache=False).logits.square().mean()
-    with pytest.raises(ValueError, match="the backward too"):
-        loss.backward()
-
-
-def test_passes_of_two_threads_do_not_meet(llama_case):
-    case, model = llama_case, llama_case.make()
-    mixer = apply_lora_mixer(model, config(case), experts=case.three(model))
-    mixer.set_mode("hard")
-    wanted = {d: run(mixer, case, "hard", d) for d in ((0, 1, 2), (2, 0, 1))}
-    barrier, found = threading.Barrier(2), []
-
-    def work(domains):
-        try:
-            for _ in range(4):
-                with mixer.route(domain_ids=list(domains)):
-                    barrier.wait(20)
-                    found.append(torch.equal(case.logits(model), wanted[domains]))
-        except Exception as error:
-            found.append(error)
-
-    threads = [threading.Thread(target=work, args=(d,)) for d in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 8
-    with pytest.raises(ValueError, match="needs the domain"):
-        case.logits(model)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(case, dtype):
     """The model's dtype is kept, the routers stay float32 unless the whole model is cast later."""
     model = case.make()
-    wanted = apply_lora_mixer(model, config(case), experts=case.three(model))
-    full = run(wanted, case, "soft")
+    wanted = apply_lora_mixer(model, case.config(), experts=case.three(model))
+    full = case.run(wanted, "soft")
     state = {n: r.weight.detach().clone() for n, r in wanted.routers.items()}
     half = case.make().to(dtype)
     kept = case.logits(half).dtype
-    mixer = apply_lora_mixer(half, config(case), experts=case.three(case.make()))
+    mixer = apply_lora_mixer(half, case.config(), experts=case.three(case.make()))
     for name, router in mixer.routers.items():
         assert router.weight.dtype == torch.float32
         router.weight.data.copy_(state[name])
     assert all(layer.lora_A.dtype == dtype for layer in mixer.layers.values())
-    found = run(mixer, case, "soft")
+    found = case.run(mixer, "soft")
     assert found.dtype == kept
     assert (found.float() - full).norm() < 0.1 * full.norm()
     other = apply_lora_mixer(
-        case.make().to(dtype), config(case, expert_dtype=torch.float32), experts=case.three(case.make())
+        case.make().to(dtype), case.config(expert_dtype=torch.float32), experts=case.three(case.make())
     )
     assert all(layer.lora_A.dtype == torch.float32 for layer in other.layers.values())
-    assert run(other, case, "sparse").dtype == kept
+    assert case.run(other, "sparse").dtype == kept
 
 
 @pytest.mark.parametrize("name", ["Int8Config", "FP4Config", "FP8Config", "W4A8Config"])
@@ -419,7 +261,7 @@ def test_quantised_bases(llama_case, name):
     before = case.logits(model)
     inner = model.model.layers[0].self_attn.q_proj
     assert type(inner) is not torch.nn.Linear
-    mixer = apply_lora_mixer(model, config(case), experts=experts)
+    mixer = apply_lora_mixer(model, case.config(), experts=experts)
     layer = mixer.layers["model.layers.0.self_attn.q_proj"]
     assert layer.base_layer is inner
     assert layer.lora_A.dtype == torch.float32
@@ -432,7 +274,7 @@ def test_quantised_bases(llama_case, name):
         )  # fmt: skip
         torch.testing.assert_close(layer(x) - inner(x), plain(x) - plain.base_layer(x), atol=1e-4, rtol=1e-4)
     for mode in MODES:
-        assert not torch.allclose(run(mixer, case, mode), before, atol=1e-3)
+        assert not torch.allclose(case.run(mixer, mode), before, atol=1e-3)
     mixer.set_mode("soft")
     model(case.ids).logits.sum().backward()
     assert layer.router.weight.grad.any()
