@@ -31,6 +31,7 @@ ADAPTER = HERE / "results" / "pokefusion_openmoji"
 STYLES = ("twemoji", "openmoji")
 LAYERS = (4, 9)  # of the vision transformer: lines and patches, and things
 BATCH, SEED = 16, 0
+MEASURED = ("openmoji", "object", "judge")
 
 
 def restyled(layout, style, names=None):
@@ -218,13 +219,29 @@ def judge(eyes, pictures, numbers, prompts, judge_model):
     return {"openmoji": interval(style), "object": interval(thing), "judge": interval(judged), "n": len(prompts)}
 
 
+def table():
+    """The page's table of the records."""
+    lines = ["| | weights | training, CPU s | OpenMoji's style | object seen | object by the judge | CPU s a picture |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in map(json.loads, RESULTS.read_text().splitlines()):
+        name = f"{row['what']}, strength {row['strength']:g}" if "strength" in row else row["what"]
+        shares = [f"{100 * m:.0f} % ({100 * a:.0f} to {100 * b:.0f})" for m, a, b in (row[k] for k in MEASURED)]
+        spent = row.get("train_cpu_seconds", "")
+        lines.append(f"| {name} | {row.get('weights', '')} | {spent} | {' | '.join(shares)} | {row['seconds']} |")
+    print("\n".join(lines))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pictures", type=int, default=144)
     parser.add_argument("--only", default="decoder,lora")
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--table", action="store_true", help="print the records and do nothing else")
     options = parser.parse_args()
+    if options.table:
+        table()
+        return
     torch.set_num_threads(1)
     from eff_embedded.judge import load_judge
 
