@@ -61,7 +61,7 @@ class Step:
         out = self.model(
             input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **self.more
         ).logits
-        self.cache.crop(CONTEXT)
+        self.cache.crop(-1)
         return out
 
 
