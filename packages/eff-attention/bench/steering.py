@@ -216,10 +216,8 @@ def draw(path, seed):
         local, summary = (t[0, place].float() for t in handle.tokens(inputs))
     hook.remove()
     seen_by_paint = []
-    with apply_paint(model, PAINTConfig()), torch.no_grad():
-        watch = observe_attention(
-            model, lambda c, o: seen_by_paint.append(rows(c, [-1])), where=names[10:24], order=10.0
-        )
+    with apply_paint(model, PAINTConfig(), order=1.0), torch.no_grad():  # inside of it the raised logits are seen
+        watch = observe_attention(model, lambda c, o: seen_by_paint.append(rows(c, [-1])), where=names[10:24], order=2)
         model(**inputs)
         watch.remove()
     after = torch.stack(seen_by_paint).mean((0, 1, 2, 3))[place]
@@ -236,7 +234,7 @@ def draw(path, seed):
     ]
     figure, axes = plt.subplots(1, 5, figsize=(12.5, 3.1), layout="constrained")
     axes[0].imshow(collage.picture)
-    axes[0].set_title("collage: " + ", ".join(sorted(set(collage.names)))[:34] + " ...", fontsize=8)
+    axes[0].set_title("the collage", fontsize=8)
     size = collage.picture.shape[0]
     for axis, (title, values, colours, limits) in zip(axes[1:], shown, strict=True):
         axis.imshow(collage.picture)
