@@ -1,0 +1,216 @@
+"""EoRaS: full masks of partly hidden objects in clips of rooms whose objects move (arXiv 2309.13248)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from eff_vision.amodal import (
+    AmodalMeter,
+    BEVConfig,
+    EoRaS,
+    EoRaSConfig,
+    adapt_intrinsics_to_crop,
+    amodal_loss,
+    crop_frames,
+    paste_masks,
+    visible_box_track,
+)
+from PIL import Image
+from torch import Tensor, nn
+
+from eff_train.frame import Recipe, TrainConfig
+
+HELD_OUT = 1 << 40  # seeds from here on are for the evaluation
+TRIES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Options of EoRaS.
+
+    Attributes:
+        frames: Pictures of a clip.
+        side: Rows and columns of a frame.
+        crop: Rows and columns of a crop.
+        dim: Width of tokens and slots.
+        slots: Object slots.
+        bidirectional: Read clips backwards too.
+        single: Give frames one by one, as a baseline without time.
+        clips: Clips of the evaluation.
+    """
+
+    steps: int = 1200
+    batch_size: int = 4
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 5e-4
+    eval_every: int = 300
+    save_every: int = 150
+    log_every: int = 25
+    frames: int = 6
+    side: int = 64
+    crop: int = 64
+    dim: int = 64
+    slots: int = 4
+    bidirectional: bool = True
+    single: bool = False
+    clips: int = 48
+
+
+class Track(NamedTuple):
+    """One object through a clip.
+
+    Attributes:
+        frames: Colours, [T, 3, H, W].
+        visible: Where it is seen, bool [T, H, W].
+        full: Where it would be seen alone, bool [T, H, W].
+        intrinsics: Of the frames, [T, 3, 3].
+        boxes: Of the crops, int64 [T, 4].
+    """
+
+    frames: Tensor
+    visible: Tensor
+    full: Tensor
+    intrinsics: Tensor
+    boxes: Tensor
+
+
+def track_of(seed: int, frames: int, side: int) -> Track:
+    """An object that is hidden by a fifth in some frame and shown by four fifths in some frame."""
+    from eff_embedded.scenes import SceneConfig, make_path, make_scene, render_views
+
+    times = [float(t) for t in np.linspace(0, 1, frames)]
+    config = SceneConfig(num_objects=(3, 5), speed=(0.3, 1.0), spin=(0.0, 60.0), spread=0.5, floating=0.4)
+    for attempt in range(TRIES):
+        at = seed * TRIES + attempt
+        scene = make_scene(config, seed=at)
+        views = render_views(scene, make_path(scene, frames, seed=at, size=(side, side)), times)
+        area = views.full.flatten(2).sum(-1).float()
+        share = views.visible.flatten(2).sum(-1) / area.clamp(min=1)
+        fits = (share.amin(0) <= 0.8) & (share.amax(0) >= 0.8) & (area.amin(0) >= 12)
+        if bool(fits.any()):
+            k = int(fits.nonzero()[0])
+            boxes, _ = visible_box_track(views.visible[:, k])
+            intrinsics = views.intrinsics
+            if intrinsics is None:
+                raise ValueError("clips are drawn by perspective cameras")
+            return Track(views.colour, views.visible[:, k], views.full[:, k], intrinsics, boxes)
+    raise ValueError(f"seed {seed}: no object of {TRIES} scenes is partly hidden")
+
+
+class Amodal(Recipe[Config]):
+    """Crops around an object [batch, T, 3, crop, crop] to its full and visible masks; see `eff_vision.amodal`."""
+
+    best = "+miou_occ"
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"miou_full": (">=", 0.7), "miou_occ": (">=", 0.2)}
+
+    @property
+    def model_config(self) -> EoRaSConfig:
+        """Settings of the model."""
+        c = self.config
+        bev = BEVConfig(width=(-4.0, 4.0), height=(-2.0, 2.0), depth=(0.0, 8.0), cells=(16, 3, 16))
+        return EoRaSConfig(
+            d_model=c.dim, heads=4, layers=1, feedforward=2 * c.dim, slots=c.slots, features=c.dim, crop=c.crop,
+            bev=bev, bidirectional=c.bidirectional, dropout=0.0,
+        )  # fmt: skip
+
+    def build(self) -> nn.Module:
+        """The model."""
+        return EoRaS(self.model_config)
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Fresh clips."""
+        c = self.config
+        tracks = [track_of(c.seed * HELD_OUT // TRIES + s, c.frames, c.side) for s in samples]
+        return self.prepared(tracks)
+
+    def prepared(self, tracks: list[Track]) -> dict[str, Tensor]:
+        """Crops, their intrinsics, and soft masks of the decoder's size."""
+        size, mask = self.config.crop, self.model_config.mask
+        made: dict[str, list[Tensor]] = {"crops": [], "intrinsics": [], "full": [], "visible": []}
+        for t in tracks:
+            made["crops"].append(crop_frames(t.frames, t.boxes, size))
+            made["intrinsics"].append(adapt_intrinsics_to_crop(t.intrinsics, t.boxes, size))
+            made["full"].append(crop_frames(t.full[:, None], t.boxes, mask))
+            made["visible"].append(crop_frames(t.visible[:, None], t.boxes, mask))
+        batch = {name: torch.stack(parts) for name, parts in made.items()}
+        if self.config.single:  # each frame a clip of its own
+            batch = {name: value.flatten(0, 1)[:, None] for name, value in batch.items()}
+        return batch
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Focal loss on both masks."""
+        b = {name: value.to(self.device) for name, value in batch.items()}
+        output = model(b["crops"], b["intrinsics"])
+        return amodal_loss(output, b["full"], b["visible"]), {}
+
+    @cached_property
+    def held_out(self) -> list[Track]:
+        """Clips of the evaluation."""
+        c = self.config
+        return [track_of(HELD_OUT + i, c.frames, c.side) for i in range(c.clips)]
+
+    @torch.no_grad()
+    def masks(self, model: nn.Module, track: Track) -> Tensor:
+        """Full masks in whole frames, bool [T, H, W]."""
+        b = {name: value.to(self.device) for name, value in self.prepared([track]).items()}
+        found = model(b["crops"], b["intrinsics"]).full.sigmoid().flatten(0, 1)
+        side = self.config.side
+        return paste_masks(found.cpu(), track.boxes, (side, side)) > 0.5
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Overlap of full masks and of their hidden parts, and that of the visible masks as the answer."""
+        meter, plain = AmodalMeter(), AmodalMeter()
+        for track in self.held_out:
+            meter.update(self.masks(model, track), track.full, track.visible)
+            plain.update(track.visible, track.full, track.visible)
+        found, visible = meter.compute(), plain.compute()
+        return {"miou_full": found.miou_full, "miou_occ": found.miou_occ, "visible_miou_full": visible.miou_full}
+
+    def samples(self, model: nn.Module, folder: Path) -> None:
+        """Four clips: frames with the visible mask, the found full mask and the true one."""
+        rows: list[np.ndarray] = []
+        for track in self.held_out[:4]:
+            found = self.masks(model, track)
+            rows.extend(_tinted(track.frames, mask) for mask in (track.visible, found, track.full))
+        Image.fromarray(np.concatenate(rows)).save(folder / "masks.png")
+
+    def predict(self, model: nn.Module, file: Path, out: Path) -> str:
+        """Full masks of a folder of frames (000.png ...) with visible masks beside them (000-mask.png ...)."""
+        from eff_vision.amodal import predict_track
+        from eff_vision.geometry import intrinsics_from_fov
+
+        masks = sorted(file.glob("*-mask.png"))
+        names = [p.with_name(p.name.replace("-mask", "")) for p in masks]
+        if not masks or not all(p.is_file() for p in names):
+            raise ValueError(f"{file} must hold frames such as 000.png and visible masks such as 000-mask.png")
+        frames = torch.stack([_points(Image.open(p).convert("RGB")).movedim(-1, 0).float() / 255 for p in names])
+        visible = torch.stack([_points(Image.open(p).convert("L")) > 127 for p in masks])
+        intrinsics = intrinsics_from_fov(1.1, *frames.shape[-2:])
+        if not isinstance(model, EoRaS):
+            raise TypeError(f"the model is a {type(model).__name__}, wanted EoRaS")
+        track = predict_track(model, frames.to(self.device), visible, intrinsics.to(self.device))
+        out.mkdir(parents=True, exist_ok=True)
+        full = track.full.cpu() > 0.5
+        for path, frame, mask in zip(names, frames, full, strict=True):
+            Image.fromarray(_tinted(frame[None], mask[None])).save(out / f"{path.stem}-full.png")
+        return f"{len(names)} frames"
+
+
+def _points(image: Any) -> Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+def _tinted(frames: Tensor, masks: Tensor) -> np.ndarray:
+    tint = torch.tensor([0.95, 0.2, 0.3])[:, None, None]
+    shown = torch.where(masks[:, None], 0.45 * frames + 0.55 * tint, frames)
+    return (torch.cat(list(shown), -1).movedim(0, -1) * 255).to(torch.uint8).numpy()
+
+
+RECIPE = Amodal

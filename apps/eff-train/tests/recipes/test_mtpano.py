@@ -1,0 +1,48 @@
+import dataclasses
+
+import pytest
+import torch
+from eff_train.recipes.mtpano import Config, Panorama
+from eff_vision.panorama import IGNORE
+from PIL import Image
+
+TINY = Config(
+    steps=4, batch_size=2, warmup=0, height=32, dim=32, bridge=16, patches=4, rooms=2, eval_every=0, save_every=2
+)
+
+
+def test_labels_are_exact_but_for_their_noise():
+    recipe = Panorama(dataclasses.replace(TINY, scale_noise=0.0, label_noise=0.0, depth_labels="merged", patches=12))
+    picture, labels = recipe.labelled(3)
+    assert picture.shape == (3, 32, 64)
+    known = labels["semseg"] != IGNORE
+    assert known.float().mean() > 0.6
+    assert ((labels["depth"][0] > 0) == known).all()
+    rays = torch.nn.functional.normalize(labels["normals"], dim=0)
+    torch.testing.assert_close(labels["normals"][:, known], rays[:, known], rtol=1e-3, atol=1e-3)
+    noisy = Panorama(dataclasses.replace(TINY, depth_labels="patch")).labelled(3)[1]["depth"]
+    assert 0 < (noisy > 0).float().mean() < 0.5  # one patch
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_whole_way(tmp_path, train_into, streams):
+    config = dataclasses.replace(TINY, streams=streams)
+    _, status = train_into(tmp_path / "run", config, Panorama)
+    assert status == 0
+    recipe = Panorama(config)
+    model = recipe.build().eval()
+    found = recipe.evaluate(model)
+    assert set(found) == {"miou", "abs_rel", "normals"}
+    recipe.samples(model, tmp_path)
+    with Image.open(tmp_path / "rooms.png") as shown:
+        assert shown.size == (4 * 64, config.rooms * 32)
+
+
+def test_prediction(tmp_path):
+    recipe = Panorama(TINY)
+    Image.effect_noise((128, 64), 60).convert("RGB").save(tmp_path / "p.png")
+    said = recipe.predict(recipe.build().eval(), tmp_path / "p.png", tmp_path / "out")
+    assert said == "p-tasks.png and p.ply"
+    Image.new("RGB", (60, 60)).save(tmp_path / "q.png")
+    with pytest.raises(ValueError, match="twice as wide"):
+        recipe.predict(recipe.build(), tmp_path / "q.png", tmp_path / "out")
