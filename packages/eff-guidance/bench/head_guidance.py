@@ -219,20 +219,29 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@torch.no_grad()
-def measure(run, repeats=3):
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(1e3 * (time.process_time() - start))
-    with Largest() as seen:
-        run()
-    return {
-        "ms": [round(float(x), 2) for x in np.quantile(times, [0.5, 0.2, 0.8])],
-        "largest_mib": round(seen.bytes / 2**20, 2),
-    }
+def measure(runs, rounds=5):
+    """Times of functions in turn, so that a busy machine slows all alike, as ratios to the first of each round."""
+    made = []
+    for run in runs.values():
+        with Largest() as seen:
+            run()
+        made.append(round(seen.bytes / 2**20, 2))
+    times = np.zeros((rounds, len(runs)))
+    for at in range(rounds):
+        for place, run in enumerate(runs.values()):
+            start = time.process_time()
+            run()
+            times[at, place] = 1e3 * (time.process_time() - start)
+    ratios = times / times[:, :1]
+    return [
+        {
+            "name": name,
+            "ms": round(float(np.median(times[:, k])), 1),
+            "passes": [round(float(x), 2) for x in np.quantile(ratios[:, k], [0.5, 0.2, 0.8])],
+            "largest_mib": made[k],
+        }
+        for k, name in enumerate(runs)
+    ]
 
 
 def sd3(blocks=4, heads=6):
@@ -285,80 +294,64 @@ def speed():
     from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
     from eff_guidance.head_guidance import SoftPAGGuidance
 
-    torch.set_grad_enabled(False)
-    rows = []
+    def runs_of(model, given, prompts, guiders):
+        runs = {"one pass": lambda: model(**given)}
+        for name, guider in guiders.items():
+            runs[name] = lambda guider=guider: guided(guider, model, given, prompts)
+        return runs
 
-    def add(model, name, run):
-        rows.append({"model": model, "name": name, **measure(run)})
-        print(rows[-1], flush=True)
-
-    model, given = sd3()
+    model, given = sd3(blocks=3)
     prompts = {n: (given[n], given[n]) for n in ("encoder_hidden_states", "pooled_projections")}
-    add("sd3", "one pass", lambda: model(**given))
-    for name, more in (
-        ("SoftPAG, 2 heads", {"heads": [(1, 0), (1, 3)], "strength": 0.5}),
-        ("SoftPAG, one layer", {"heads": heads_of_layers(model, 1), "strength": 0.5}),
-        ("SoftPAG, all heads", {"heads": "all", "strength": 0.5}),
-        ("SoftPAG, one layer, image_identity", {"heads": heads_of_layers(model, 1), "target": "image_identity"}),
-        ("SoftPAG, one layer, image_renorm", {"heads": heads_of_layers(model, 1), "target": "image_renorm"}),
-        ("SoftPAG, one layer, max", {"heads": heads_of_layers(model, 1), "target": "max"}),
-        ("SoftPAG, one layer, slerp", {"heads": heads_of_layers(model, 1), "strength": 0.5, "path": "slerp"}),
-    ):
-        guider = SoftPAGGuidance(guidance_scale=1.0, scale=2.0, **more)
-        add("sd3", name, lambda guider=guider: guided(guider, model, given, prompts))
-        guider.release()
-    slg = SkipLayerGuidance(
-        guidance_scale=1.0, skip_layer_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0
-    )
-    slg_cfg = slg.new(guidance_scale=4.0)
-    add("sd3", "diffusers SkipLayerGuidance, CFG (3 passes)", lambda: guided(slg_cfg, model, given, prompts))
-    ours = SoftPAGGuidance(guidance_scale=4.0, scale=2.0, heads=heads_of_layers(model, 1), strength=0.5)
-    add("sd3", "SoftPAG, one layer, CFG (3 passes)", lambda: guided(ours, model, given, prompts))
-    ours.release()
-    twice = {k: torch.cat([v, v]) for k, v in given.items()}
+    layer = heads_of_layers(model, 1)
+    ours = {
+        "2 heads": {"heads": [(1, 0), (1, 3)], "strength": 0.5},
+        "one layer": {"heads": layer, "strength": 0.5},
+        "all heads": {"heads": "all", "strength": 0.5},
+        "one layer, image_identity": {"heads": layer, "target": "image_identity"},
+        "one layer, image_renorm": {"heads": layer, "target": "image_renorm"},
+        "one layer, max": {"heads": layer, "target": "max"},
+        "one layer, slerp": {"heads": layer, "strength": 0.5, "path": "slerp"},
+    }
+    guiders = {f"SoftPAG, {name}": SoftPAGGuidance(guidance_scale=1.0, **more) for name, more in ours.items()}
+    guiders["SoftPAG, one layer, with CFG"] = SoftPAGGuidance(guidance_scale=4.0, heads=layer, strength=0.5)
+    skip = LayerSkipConfig(indices=[1], fqn="transformer_blocks")
+    guiders["diffusers SkipLayerGuidance, with CFG"] = SkipLayerGuidance(4.0, 2.0, 0.0, 1.0, skip_layer_config=skip)
+    runs = runs_of(model, given, prompts, guiders)
     pag = copy.deepcopy(model)
     pag.transformer_blocks[1].attn.set_processor(PAGJointAttnProcessor2_0())
-    add("sd3", "diffusers SD3 PAG processor, one layer (batch of 2)", lambda: pag(**twice))
+    twice = {k: torch.cat([v, v]) for k, v in given.items()}
+    runs["diffusers SD3 PAG processor, one layer"] = lambda: pag(**twice)
+    rows = {"sd3": measure(runs)}
 
     model, given = unet()
     prompts = {"encoder_hidden_states": (given["encoder_hidden_states"],) * 2}
     where = "down_blocks.0.attentions.0.transformer_blocks"
-    layer = LayerSkipConfig(indices=[0], fqn=where, skip_attention=False, skip_attention_scores=True, skip_ff=False)
-    window = (0.0, 1.0)
-    add("unet", "one pass", lambda: model(**given))
-    for name, guider in (
-        (
-            "SoftPAG, one layer, CFG",
-            SoftPAGGuidance(heads=heads_of_layers(model, 0), strength=0.5, scale=2.0, guidance_scale=4.0),
+    scores = LayerSkipConfig(indices=[0], fqn=where, skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    blur = SmoothedEnergyGuidanceConfig(indices=[0], fqn=where)
+    whole = LayerSkipConfig(indices=[0], fqn=where, skip_attention=True, skip_ff=True)
+    layer = heads_of_layers(model, 0)
+    guiders = {
+        "SoftPAG, one layer, with CFG": SoftPAGGuidance(guidance_scale=4.0, heads=layer, strength=0.5),
+        "SoftPAG, one layer, query_mean, with CFG": SoftPAGGuidance(
+            guidance_scale=4.0, heads=layer, target="query_mean"
         ),
-        (
-            "SoftPAG, one layer, query_mean, CFG",
-            SoftPAGGuidance(heads=heads_of_layers(model, 0), target="query_mean", scale=2.0, guidance_scale=4.0),
+        "diffusers PAG, with CFG": PerturbedAttentionGuidance(4.0, 2.0, 0.0, 1.0, perturbed_guidance_config=scores),
+        "diffusers SEG, with CFG": SmoothedEnergyGuidance(
+            4.0, 2.0, 9999999.0, True, 0.0, 1.0, seg_guidance_config=blur
         ),
-        ("diffusers PAG, CFG", PerturbedAttentionGuidance(4.0, 2.0, *window, perturbed_guidance_config=layer)),
-        (
-            "diffusers SEG, CFG",
-            SmoothedEnergyGuidance(
-                4.0,
-                2.0,
-                9999999.0,
-                True,
-                *window,
-                seg_guidance_config=SmoothedEnergyGuidanceConfig(indices=[0], fqn=where),
-            ),
-        ),
-        (
-            "diffusers SkipLayerGuidance, CFG",
-            SkipLayerGuidance(4.0, 2.0, *window, skip_layer_config=LayerSkipConfig(indices=[0], fqn=where)),
-        ),
-    ):
+        "diffusers SkipLayerGuidance, with CFG": SkipLayerGuidance(4.0, 2.0, 0.0, 1.0, skip_layer_config=whole),
+    }
+    runs = runs_of(model, given, prompts, guiders)
+    failed = []
+    for name in list(runs):
         try:
-            add("unet", name, lambda guider=guider: guided(guider, model, given, prompts))
+            runs[name]()
         except Exception as error:  # what a peer cannot do is a result too
-            rows.append({"model": "unet", "name": name, "error": f"{type(error).__name__}: {error}"[:200]})
-            print(rows[-1], flush=True)
-        if isinstance(guider, SoftPAGGuidance):
-            guider.release()
+            failed.append({"name": name, "error": f"{type(error).__name__}: {error}"[:200]})
+            del runs[name]
+    rows["unet"] = measure(runs) + failed
+    for row in rows["sd3"] + rows["unet"]:
+        print(row, flush=True)
     return {"rows": rows}
 
 
@@ -392,7 +385,7 @@ def picture():
         for row, image in enumerate(make(prompts, [40, 41, 42, 43], config)):
             sheet.paste(image, (132 * column + 2, 20 + 132 * row))
     path = Path(__file__).parents[3] / "docs" / "images" / "head_guidance.png"
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
     return {"file": path.name, "bytes": path.stat().st_size}
 
 
