@@ -160,8 +160,11 @@ class Run:
     def _branches(self, model: Any, plain: Callable[..., Any], args: dict[str, Any], *, bound: int) -> Any:
         """One evaluation in phase 1; rows before ``bound`` are without prompt."""
         host, config, prompts = Host.of(model), self.binding.config, self.binding.prompts
-        given = Prompt(args["encoder_hidden_states"], args["pooled_projections"])
-        rows = len(given.tokens)
+        rows = len(args["hidden_states"])
+        # FLUX's pipeline leaves one given prompt at one row for all of its pictures.
+        given = Prompt(
+            *(args[k].expand(rows, *args[k].shape[1:]) for k in ("encoder_hidden_states", "pooled_projections"))
+        )
         text = _rows_of(None, prompts.background, given, bound)
         args = host.with_text(args, text.tokens, text.pooled)
         streams = {}
