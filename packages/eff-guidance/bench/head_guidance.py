@@ -244,6 +244,18 @@ def measure(runs, rounds=5):
     ]
 
 
+def measured(runs):
+    """`measure` of those that run; what a peer cannot do is a result too."""
+    failed = []
+    for name in list(runs):
+        try:
+            runs[name]()
+        except Exception as error:
+            failed.append({"name": name, "error": f"{type(error).__name__}: {error}"[:200]})
+            del runs[name]
+    return measure(runs) + failed
+
+
 def sd3(blocks=4, heads=6):
     from diffusers import SD3Transformer2DModel
 
@@ -321,7 +333,7 @@ def speed():
     pag.transformer_blocks[1].attn.set_processor(PAGJointAttnProcessor2_0())
     twice = {k: torch.cat([v, v]) for k, v in given.items()}
     runs["diffusers SD3 PAG processor, one layer"] = lambda: pag(**twice)
-    rows = {"sd3": measure(runs)}
+    rows = {"sd3": measured(runs)}
 
     model, given = unet()
     prompts = {"encoder_hidden_states": (given["encoder_hidden_states"],) * 2}
@@ -342,14 +354,7 @@ def speed():
         "diffusers SkipLayerGuidance, with CFG": SkipLayerGuidance(4.0, 2.0, 0.0, 1.0, skip_layer_config=whole),
     }
     runs = runs_of(model, given, prompts, guiders)
-    failed = []
-    for name in list(runs):
-        try:
-            runs[name]()
-        except Exception as error:  # what a peer cannot do is a result too
-            failed.append({"name": name, "error": f"{type(error).__name__}: {error}"[:200]})
-            del runs[name]
-    rows["unet"] = measure(runs) + failed
+    rows["unet"] = measured(runs)
     for row in rows["sd3"] + rows["unet"]:
         print(row, flush=True)
     return {"rows": rows}
