@@ -309,7 +309,8 @@ def speed():
     def runs_of(model, given, prompts, guiders):
         runs = {"one pass": lambda: model(**given)}
         for name, guider in guiders.items():
-            runs[name] = lambda guider=guider: guided(guider, model, given, prompts)
+            own = copy.deepcopy(model)  # a guider that raises may leave its hooks behind
+            runs[name] = lambda guider=guider, own=own: guided(guider, own, given, prompts)
         return runs
 
     model, given = sd3(blocks=3)
