@@ -5,8 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from eff_attention.sparse_linear import AttentionDistiller
-from eff_kernels.edit import cosine
+from eff_kernels.edit import Distiller, cosine
 from eff_train.recipes.lite3r.scores import scores
 from eff_train.recipes.lite3r.student import Config, Student, apply_lite3r, load_teacher, projections
 from eff_train.recipes.lite3r.teacher import Config as TeacherConfig
@@ -95,7 +94,7 @@ def test_distance_of_attention(teacher, scenes):
     name, layer = next(iter(attention_layers(model := copy.deepcopy(teacher)).items()))
     for shift in (0.0, 0.2):
         hook = layer.register_forward_hook(lambda module, args, out, shift=shift: out + shift)
-        with torch.no_grad(), AttentionDistiller(model, teacher, [name]) as distiller:
+        with torch.no_grad(), Distiller(model, teacher, [name]) as distiller:
             teacher(scenes.images)
             model(scenes.images)
             assert distiller.loss() == pytest.approx(shift**2, abs=1e-6)
