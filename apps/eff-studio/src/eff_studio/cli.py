@@ -90,10 +90,10 @@ class GenerateCommand:
             the picture.
         heads: JSON file that search-heads wrote.
         settings: JSON file with further settings of the API's kind "generate".
-        seed: Picture number i is the one that seed + i gives alone.
-        count: Pictures.
-        steps: Evaluations of the model.
-        guidance: Scale of classifier-free guidance.
+        seed: Picture number i is the one that seed + i gives alone; by default 0.
+        count: Pictures; by default 1.
+        steps: Evaluations of the model; by default 20.
+        guidance: Scale of classifier-free guidance; by default 4.
         out: PNG file.
     """
 
@@ -102,11 +102,22 @@ class GenerateCommand:
     layout: Path | None = None
     heads: Path | None = None
     settings: Path | None = None
-    seed: int = 0
-    count: int = 1
-    steps: int = 20
-    guidance: float = 4.0
+    seed: int | None = None
+    count: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
     out: Path = Path("picture.png")
+
+    def values(self) -> dict[str, Any]:
+        """Settings of the API's kind "generate": those of the file, then what the command says."""
+        found: dict[str, Any] = {} if self.settings is None else _json(self.settings, dict)
+        given = {name: getattr(self, name) for name in ("seed", "count", "steps", "guidance")}
+        found |= {name: value for name, value in given.items() if value is not None}
+        if self.prompt:
+            found["prompt"] = self.prompt
+        if self.layout is not None:
+            found["layers"] = _json(self.layout, list)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,15 +232,14 @@ def _generate(config: tyro.conf.OmitArgPrefixes[GenerateCommand]) -> int:
     from eff_studio.terminal import do
     from eff_studio.work import read_work
 
-    values: dict[str, Any] = {} if config.settings is None else _json(config.settings, dict)
-    values |= {"seed": config.seed, "count": config.count, "steps": config.steps, "guidance": config.guidance}
-    values["prompt"] = config.prompt or values.get("prompt", "")
-    if config.layout is not None:
-        values["layers"] = _json(config.layout, list)
+    values = config.values()
     if config.heads is not None:
         from eff_guidance.head_guidance import HeadSet
 
-        found = HeadSet.load(config.heads)
+        try:
+            found = HeadSet.load(config.heads)
+        except (OSError, ValueError, TypeError) as error:
+            sys.exit(f"eff-studio: {config.heads} cannot be read: {error}")
         values["heads"] = {
             "weights": [[head.layer, head.head, found.config.strength] for head in found.best()],
             "scale": found.config.scale,

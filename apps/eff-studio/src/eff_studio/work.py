@@ -49,6 +49,11 @@ class Heads(Settings):
     scale: float = 3.0
     window: tuple[float, float] = (0.0, 1.0)
 
+    @property
+    def acts(self) -> bool:
+        """Whether they change anything."""
+        return self.scale != 0 and any(strength for _, _, strength in self.weights)
+
     def check(self) -> None:
         """Ranges are possible."""
         _window("window", self.window)
@@ -121,6 +126,9 @@ class Generate(Settings):
         Style(name=self.concepts)
         if len(self.layers) > MAX_LAYERS:
             raise ValueError(f"{len(self.layers)} layers; at most {MAX_LAYERS} are drawn")
+        if self.layers and self.heads.acts:
+            # A layout evaluates the model with rows of its own; guidance would damage the wrong ones.
+            raise ValueError("layers and heads do not go together in one picture; use one of the two")
         if not self.prompt.strip() and not self.layers:
             raise ValueError("prompt is empty and there are no layers; say what to draw")
         for name in ("width", "height"):
@@ -219,6 +227,8 @@ def _common(work: Any) -> None:
 def _text(name: str, value: str) -> None:
     if len(value) > MAX_TEXT:
         raise ValueError(f"{name} has {len(value)} characters; at most {MAX_TEXT} are read")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name} holds half a surrogate pair, which is no character")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -66,7 +66,16 @@ class Worker:
         """End after the current step; a job that is under way waits again."""
         self._stop.set()
         self._wake.set()
+        with self._lock:
+            heard = list(self._listeners)
+        for job in heard:  # nobody waits for what this process will not do
+            self._tell(job, {"type": "stopped"})
         self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being worked through."""
+        return self._thread.is_alive() and not self._stop.is_set()
 
     @property
     def running(self) -> str | None:
@@ -118,13 +127,13 @@ class Worker:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            job = self.jobs.start_next()
+            with self._lock:  # between the two steps a cancel would be lost
+                job = self.jobs.start_next()
+                self._running = None if job is None else job.id
             if job is None:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            with self._lock:
-                self._running = job.id
             begun = time.monotonic()
             try:
                 self._one(job)

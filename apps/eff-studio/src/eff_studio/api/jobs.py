@@ -113,6 +113,8 @@ async def events(name: str, request: Request) -> EventStream:
             event = await news.get()
             while not news.empty() and event["type"] == "progress":
                 event = news.get_nowait()  # a slow client gets the newest
+            if event["type"] == "stopped":
+                raise studio.closing()
             if event.get("state") in ENDED:
                 break
             await send(Event(**event))

@@ -39,13 +39,17 @@ class Studio:
             ApiError: 429 if the line is full, 503 while the server closes.
         """
         if self.draining:
-            raise retry_later(503, "the server is shutting down", "draining", 5)
+            raise self.closing()
         waiting = self.jobs.waiting()
         if waiting >= self.settings.max_waiting:
             raise retry_later(429, f"{waiting} jobs are waiting, which is the most this server takes", "queue_full", 5)
         job = self.jobs.add(work)
         self.worker.submit(job)
         return job
+
+    def closing(self) -> ApiError:
+        """What a client hears that would have to wait beyond the end of this process."""
+        return retry_later(503, "the server is shutting down; jobs in line go on when it is back", "draining", 5)
 
     def job(self, name: str) -> Job:
         """A job by id; 404 if there is none."""
@@ -87,13 +91,16 @@ class Studio:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def listen(event: dict[str, Any]) -> None:
-            if event.get("state") in ENDED:
+            if event.get("state") in ENDED or event["type"] == "stopped":
                 loop.call_soon_threadsafe(ended.set)
 
         stop = self.worker.listen(job.id, listen)
         try:
-            while (found := self.job(job.id)).state not in ENDED:
+            if (found := self.job(job.id)).state not in ENDED:
                 await ended.wait()
+                found = self.job(job.id)
+            if found.state not in ENDED:
+                raise self.closing()
             return found
         finally:
             stop()

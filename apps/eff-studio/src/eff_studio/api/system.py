@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from eff_http import retry_later
+from eff_http import internal_error
 from fastapi import APIRouter, Request, Response
 
 from eff_studio.api.metrics import CONTENT_TYPE
@@ -15,9 +15,12 @@ router = APIRouter(tags=["system"])
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
-    """200 while the server takes jobs, 503 while it closes."""
-    if studio_of(request).draining:
-        raise retry_later(503, "the server is shutting down", "draining", 5)
+    """200 while the server takes jobs, 503 while it closes, 500 if nothing works through them."""
+    studio = studio_of(request)
+    if studio.draining:
+        raise studio.closing()
+    if not studio.worker.alive:
+        raise internal_error("the thread that draws has ended; the server's log says why")
     return {"status": "ok"}
 
 

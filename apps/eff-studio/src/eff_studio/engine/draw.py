@@ -89,6 +89,8 @@ def _generate(model: StudioModel, work: Generate, report: Report, cancelled: Cal
         raise ValueError(f"{model.name} draws {model.width} x {model.height} only, not {width} x {height}")
     if width % model.multiple or height % model.multiple:
         raise ValueError(f"sides must be multiples of {model.multiple} for this model, got {width} x {height}")
+    if work.negative and not hasattr(type(model.pipe), "do_classifier_free_guidance"):
+        raise ValueError(f"{model.name} is guided without a second pass and takes no negative prompt; leave it empty")
     prompt = work.prompt.strip() or ", ".join(layer.prompt for layer in work.layers)
     images = []
     for i in range(work.count):
@@ -130,7 +132,7 @@ def _dress(model: StudioModel, work: Generate, stack: contextlib.ExitStack) -> N
         layers = tuple(Layer(prompt=layer.prompt, box=layer.box) for layer in work.layers)
         config = LayerBindConfig(eta1=0.25, opacity=work.opacity)
         stack.enter_context(apply_layerbind(model.pipe, Layout(layers=layers), config, order=1))
-    if work.heads.weights and work.heads.scale:
+    if work.heads.acts:
         from eff_guidance.head_guidance import SoftPAGConfig, apply_head_guidance
 
         heads = SoftPAGConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from eff_studio.work import Work, kind_of, read_work
 
+log = logging.getLogger("eff_studio")
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 _TABLE = """
 create table if not exists jobs (
@@ -108,12 +110,15 @@ class Jobs:
 
     def start_next(self) -> Job | None:
         """Take the job that waits longest, if one does; it is running now."""
-        with self._change() as db:
-            row = db.execute("select id from jobs where state='waiting' order by created, rowid limit 1").fetchone()
-            if row is None:
-                return None
-            db.execute("update jobs set state='running', started=? where id=?", (time.time(), row[0]))
-        return self.get(row[0])
+        while True:
+            with self._change() as db:
+                row = db.execute("select id from jobs where state='waiting' order by created, rowid limit 1").fetchone()
+                if row is None:
+                    return None
+                db.execute("update jobs set state='running', started=? where id=?", (time.time(), row[0]))
+            if (job := self.get(row[0])) is not None:
+                return job
+            self.end(row[0], "failed", error="its settings cannot be read")
 
     def end(self, job: str, state: State, *, error: str | None = None, pictures: tuple[str, ...] = (),
             facts: dict[str, Any] | None = None) -> None:  # fmt: skip
@@ -177,7 +182,7 @@ class Jobs:
             cursor = self._db.execute(query, values)
             names = [c[0] for c in cursor.description]
             rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-        return [_job(row) for row in rows]
+        return [job for row in rows if (job := _job(row)) is not None]
 
     def close(self) -> None:
         """Close the file."""
@@ -185,10 +190,16 @@ class Jobs:
             self._db.close()
 
 
-def _job(row: dict[str, Any]) -> Job:
+def _job(row: dict[str, Any]) -> Job | None:
+    """A row as a job; None if this version cannot read it, which must not hide all others."""
+    try:
+        work = read_work(row["kind"], json.loads(row["settings"]))
+    except (ValueError, TypeError) as error:
+        log.warning("job %s cannot be read: %s", row["id"], error)
+        return None
     return Job(
         id=row["id"],
-        work=read_work(row["kind"], json.loads(row["settings"])),
+        work=work,
         state=row["state"],
         created=row["created"],
         started=row["started"],

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,22 +92,23 @@ def read_picture(data: bytes) -> Image.Image:
         Rejected: see `Pictures.take`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow warns of pictures that are too large, and of odd metadata
-            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-                if image.width * image.height > MAX_POINTS:
-                    raise Rejected(
-                        f"the picture has {image.width} x {image.height} points; at most {MAX_POINTS} in all"
-                    )
-                if getattr(image, "n_frames", 1) > 1:
-                    raise Rejected("the picture moves; send a still one")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                return upright.convert("RGBA" if "A" in upright.getbands() or "transparency" in image.info else "RGB")
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            _check_size(image)
+            if getattr(image, "n_frames", 1) > 1:
+                raise Rejected("the picture moves; send a still one")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGBA" if "A" in upright.getbands() or "transparency" in image.info else "RGB")
     except Rejected:
         raise
     except Exception as error:
         raise Rejected(f"the file is no whole PNG, JPEG or WebP picture ({type(error).__name__})") from None
+
+
+def _check_size(image: Image.Image) -> None:
+    """Refuse a picture by its header, before its points take memory."""
+    if image.width * image.height > MAX_POINTS:
+        raise Rejected(f"the picture has {image.width} x {image.height} points; at most {MAX_POINTS} in all")
 
 
 def read_settings(data: bytes) -> dict[str, Any]:
@@ -119,8 +119,11 @@ def read_settings(data: bytes) -> dict[str, Any]:
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            _check_size(image)
             image.load()
             text = getattr(image, "text", {}).get(KEY, "")
+    except Rejected:
+        raise
     except Exception as error:
         raise Rejected(f"the file is no whole PNG picture ({type(error).__name__})") from None
     if not text:
