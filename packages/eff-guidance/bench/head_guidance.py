@@ -91,7 +91,12 @@ class Bench:
 
     def row(self, name, config, base=None, cfg=False, found=None):
         base, found = base or self.base, found or self.scores(config, cfg)
-        made = {"name": name, "heads": len(config.heads), "scale": config.scale, "strength": config.strength}
+        made = {
+            "name": name,
+            "heads": "all" if config.heads == "all" else len(config.heads),
+            "scale": config.scale,
+            "strength": config.strength,
+        }
         for key in ("objects", "placed"):
             made[key] = interval(found[key])
             made[f"{key}_gain"] = interval(np.subtract(found[key], base[key]))
@@ -170,7 +175,7 @@ def search():
     )  # fmt: skip
     hunter.generate = pipeline_generator(pipe, batch_size=10, num_inference_steps=STEPS, output_type="pt")
     found = hunter.search(resume=RESULTS / "head_guidance_heads.json")
-    heads, bench = list_heads(pipe.transformer), Bench(pipe, judge, 20)
+    heads, bench = list_heads(pipe.transformer), Bench(pipe, judge, 60)
     dice = np.random.default_rng(3)
     rand = [heads[i] for i in dice.choice(len(heads), 6, replace=False)]
     rows = [bench.row("plain", SoftPAGConfig(heads=[]), found=bench.base)]
@@ -181,7 +186,7 @@ def search():
     rows.append(bench.row("CFG 4 and found", found.guidance(scale=1.0), cfg, cfg=True))
     spread = [s for s in found.rounds[0].scores if s is not None]
     return {
-        "fresh_pictures": 20,
+        "fresh_pictures": 60,
         "found": [tuple(h) for h in found.best()],
         "search_scores": {"least": min(spread), "median": float(np.median(spread)), "most": max(spread)},
         "rows": rows,
