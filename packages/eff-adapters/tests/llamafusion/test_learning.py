@@ -1,3 +1,4 @@
+import pytest
 import torch
 from eff_adapters.llamafusion import add_modality_tower, pack
 
@@ -39,6 +40,7 @@ def _train(mm, steps=100):
     return sum(losses[:3]) / 3, sum(losses[-10:]) / 10
 
 
+@pytest.mark.slow
 def test_pictures_are_learnt_and_texts_are_not_forgotten(tiny, config, copies):
     model, texts = _taught(tiny()), _texts()
     with torch.no_grad():

@@ -85,6 +85,7 @@ def test_two_threads(tower, batch, fixed):
     assert found == [True] * 20
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled(tower, batch, fixed):
     mm = tower()
