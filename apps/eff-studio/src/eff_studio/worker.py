@@ -18,6 +18,7 @@ from eff_studio.store import Job, Jobs, Pictures
 
 log = logging.getLogger("eff_studio")
 Listener = Callable[[dict[str, Any]], None]
+UNEXPECTED = "the job failed"  # how the error of a job begins that is no fault of its settings
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Worker:
             expected = isinstance(error, (ValueError, TypeError))
             if not expected:
                 log.exception("job %s failed", job.id)
-            text = str(error) if expected else f"the job failed ({type(error).__name__}); the server's log says more"
+            text = str(error) if expected else f"{UNEXPECTED} ({type(error).__name__}); the server's log says more"
             self.jobs.end(job.id, "failed", error=text)
             self._add(failed=1)
             self._tell(job.id, {"type": "state", "state": "failed", "error": text})

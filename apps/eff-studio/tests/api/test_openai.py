@@ -57,7 +57,7 @@ def test_generate_gives_addresses(ask, client):
         ({"size": "big"}, openai.BadRequestError),
         ({"size": "128x128"}, openai.BadRequestError),  # the model has one size
         ({"n": 99}, openai.BadRequestError),
-        ({"prompt": "boom"}, openai.BadRequestError),
+        ({"prompt": "boom"}, openai.InternalServerError),
         ({"extra_body": {"eff": {"count": 2}}}, openai.BadRequestError),
         ({"extra_body": {"eff": {"future": 2}}}, openai.BadRequestError),
         ({"extra_body": {"future": 2}}, openai.BadRequestError),

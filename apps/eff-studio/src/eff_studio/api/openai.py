@@ -25,6 +25,7 @@ from starlette.formparsers import MultiPartException
 from eff_studio.api.studio import Studio, read_bytes, studio_of
 from eff_studio.store import Job
 from eff_studio.work import MAX_COUNT, Work
+from eff_studio.worker import UNEXPECTED
 
 router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["openai"])
 uploads = APIRouter(prefix="/v1", tags=["openai"])
@@ -165,7 +166,8 @@ async def _answer(request: Request, studio: Studio, work: Work, format_: str | N
         studio.worker.cancel(job.id)
         return Response(status_code=499)
     if done.state == "failed":
-        raise bad_request(done.error or "the job failed")
+        text = done.error or UNEXPECTED
+        raise internal_error(text) if text.startswith(UNEXPECTED) else bad_request(text)
     if done.state == "cancelled":
         raise internal_error("the job was cancelled")
     data = []
