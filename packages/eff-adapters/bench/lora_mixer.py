@@ -169,7 +169,8 @@ def whole_prompt(recorder, base, mixer, adapters: dict[str, Path], ids: torch.Te
     plain = copy.deepcopy(base)
     plain.config.use_cache = False
     config = XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters={n: str(p) for n, p in adapters.items()},
+        task_type="CAUSAL_LM", hidden_size=base.config.hidden_size,
+        adapters={str(i): str(p) for i, p in enumerate(adapters.values())},  # PEFT knows them by number alone
         top_k_lora=TOP_K, layerwise_scalings=True,
     )  # fmt: skip
     xlora = get_peft_model(plain, config).eval()
