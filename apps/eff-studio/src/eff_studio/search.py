@@ -10,6 +10,12 @@ from typing import Any
 from eff_studio.engine import StudioModel
 from eff_studio.engine.model import EMBEDDED
 
+# The embedded model is small; with these settings its maps of attention tell objects apart (bench of AttenCraft).
+_COLLAGES: dict[str, Any] = {
+    "template": "a {} on a white background", "learning_rate": 1e-3, "train": ("k", "v", "out"), "threshold": 0.05,
+    "mask_time": (0.1, 0.2), "blocks": tuple(f"transformer_blocks.{i}.*" for i in range(2, 6)),
+}  # fmt: skip
+
 
 def search_heads(
     model: StudioModel, prompts: Sequence[str], out: Path, *, rounds: int, heads: int, seeds: int, steps: int
@@ -65,16 +71,43 @@ def learn(model: StudioModel, picture: Path, words: Sequence[str], out: Path, *,
         concepts = [_concept(Concept, word) for word in words]
         image = read_picture(picture.read_bytes()).convert("RGB").resize((model.width, model.height))
         latents = encode_latents(model.pipe, image)
-        trainer = AttenCraftTrainer(model.pipe, latents, concepts, AttenCraftConfig(steps=steps))
+        embedded = model.name == EMBEDDED
+        reader, more = (reader_of_collages(model.pipe), _COLLAGES) if embedded else (None, {})
+        trainer = AttenCraftTrainer(model.pipe, latents, concepts, AttenCraftConfig(steps=steps, **more), reader=reader)
     except (OSError, Rejected, ValueError, TypeError) as error:
         print(f"eff-studio: {error}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 1
-    for _ in track(range(steps), "learning", transient=True):
-        trainer.step()
-    trainer.adapter().save(out)
-    trainer.remove()
+    try:
+        for _ in track(range(steps), "learning", transient=True):
+            trainer.step()
+        trainer.adapter().save(out)
+    except ValueError as error:
+        print(f"eff-studio: {error}", file=sys.stderr)  # noqa: T201 - a command's answer
+        return 1
+    finally:
+        trainer.remove()
     print(out)  # noqa: T201 - a command's answer
     return 0
+
+
+def reader_of_collages(pipe: Any) -> Any:
+    """How the embedded model reads prompts, with gradients to its words (see `eff_guidance.attencraft.Reading`)."""
+    import torch
+    from eff_embedded.diffusion.prompts import LENGTH, pack
+    from eff_guidance.attencraft import Reading
+
+    mean, std = (torch.tensor(pipe.config[key]) for key in ("prompt_mean", "prompt_std"))
+
+    def read(prompt: str) -> Reading:
+        ids = pipe.tokenizer(prompt).input_ids
+        where = pipe.text_encoder.device
+        states = pipe.text_encoder(input_ids=torch.tensor([ids], device=where), use_cache=False).last_hidden_state[0]
+        found = pack([states], mean.to(where), std.to(where))
+        names = pipe.tokenizer.convert_ids_to_tokens(ids)
+        arguments = {"encoder_hidden_states": found.tokens, "pooled_projections": found.pooled}
+        return Reading(arguments, (*names, *[""] * (LENGTH - len(ids))))
+
+    return read
 
 
 def _concept(kind: Any, word: str) -> Any:

@@ -4,7 +4,6 @@ import contextlib
 
 import numpy as np
 import pytest
-import torch
 from eff_studio.engine import CancelledError, run_work
 from eff_studio.engine.draw import _dress
 from eff_studio.work import Generate, Heads, Insert, LayerBox, Segment
@@ -96,15 +95,10 @@ def test_what_does_not_fit_the_model(draw, plain, change, words):
 def test_concepts_go_with_layers_and_with_heads(collage, draw, plain, tmp_path, with_):
     from dataclasses import replace
 
-    from eff_guidance.attencraft import AttenCraftConfig, AttenCraftTrainer, Concept
+    from eff_studio.search import learn
 
-    latents = torch.randn(1, collage.pipe.transformer.config.in_channels, 16, 16)
-    trainer = AttenCraftTrainer(
-        collage.pipe, latents, [Concept(token="<rex>", init_word="dog")], AttenCraftConfig(steps=1)
-    )
-    trainer.step()
-    trainer.adapter().save(tmp_path / "rex")
-    trainer.remove()
+    Image.fromarray(plain).save(tmp_path / "given.png")
+    assert learn(collage, tmp_path / "given.png", ["<rex>=dog"], tmp_path / "rex", steps=1) == 0
     studio = replace(collage, concepts=tmp_path)
     more = {"layers": LAYERS} if with_ == "layers" else {"heads": Heads(weights=((1, 0, 0.5),))}
     pictures = []
@@ -146,6 +140,7 @@ def test_insert_paints_the_hole_only(draw, plain):
 
 def test_segment_points(draw, plain):
     heat, mask = draw(Segment(picture="p", phrase="dog"), files={"p": Image.fromarray(plain)})
+    assert all(isinstance(image, Image.Image) for image in draw.result.images)
     assert heat.shape == (128, 128, 3)
     assert mask.shape[:2] == (128, 128)
     assert set(np.unique(mask)) <= {0, 255}

@@ -188,7 +188,7 @@ def _segment(model: StudioModel, work: Segment, open_picture: Open, report: Repo
     found = refer(model.pipe, picture, work.phrase)
     report(Progress(step=1, steps=1, seconds_left=0.0))
     points = torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 255
-    shown = overlay(points, found.heatmap)
+    shown = Image.fromarray(overlay(points, found.heatmap))
     mask = Image.fromarray(found.mask.to(torch.uint8).mul(255).cpu().numpy())
     facts = {"point": list(found.point_xy), "box": None if found.box is None else list(found.box)}
     return Result(images=[shown, mask], facts=facts)

@@ -10,6 +10,7 @@ import { begin, change, commit, onChange, state, undo } from "./settings.js";
 
 const find = (id) => document.getElementById(id);
 let running = null;
+let vocabulary = []; // what the model knows, if it knows little
 let shown = null; // {job, picture} on the easel
 
 function say(text, bad = false) {
@@ -47,7 +48,8 @@ function point(job) {
   line.replaceChildren();
   if (!shown || !job || job.kind !== "generate") return;
   const text = job.settings.prompt || job.settings.layers.map((layer) => layer.prompt).join(" ");
-  const words = [...new Set(text.split(/[^\p{L}\p{N}-]+/u).filter((word) => word.length > 2))];
+  const known = (word) => word.length > 2 && (!vocabulary.length || vocabulary.some((name) => word.startsWith(name)));
+  const words = [...new Set(text.split(/[^\p{L}\p{N}-]+/u).filter(known))];
   line.append("Where is: ");
   for (const word of words) {
     const button = document.createElement("button");
@@ -210,8 +212,8 @@ async function start() {
     return;
   }
   find("model").textContent = `${facts.model}, ${facts.width} \u00d7 ${facts.height}`;
-  find("words").textContent = facts.words.length ? `It knows: ${facts.words.join(", ")}.` : "";
-  find("sizes").classList.toggle("fixed", !facts.resizable);
+  vocabulary = facts.words;
+  find("words").textContent = facts.words.join(", ");
   choices("style", facts.styles, (g) => g.style.name, (g, v) => (g.style.name = v));
   choices("concepts", facts.concepts, (g) => g.concepts, (g, v) => (g.concepts = v));
   find("style-strength").addEventListener("change", () =>
@@ -220,6 +222,7 @@ async function start() {
   onChange(() => {
     find("style-strength").value = state.generate.style.strength;
     find("style-part").hidden = state.mode !== "generate" || !(facts.styles.length + facts.concepts.length);
+    find("words-part").hidden = state.mode !== "generate" || !facts.words.length;
     find("sizes").hidden = state.mode !== "generate" || !facts.resizable;
   });
   easel.setSize(facts.width, facts.height);

@@ -111,10 +111,15 @@ function stroke(event) {
   const [x, y] = place(event);
   const surface = hole.getContext("2d");
   const radius = (Number(document.getElementById("brush").value) / 640) * Math.max(hole.width, hole.height);
-  surface.fillStyle = event.shiftKey ? "black" : "white";
+  surface.strokeStyle = event.shiftKey ? "black" : "white";
+  surface.lineWidth = 2 * radius;
+  surface.lineCap = "round";
+  const [fromX, fromY] = drag.last || [x, y]; // a fast mouse leaves gaps between its places
   surface.beginPath();
-  surface.arc(x * hole.width, y * hole.height, radius, 0, 7);
-  surface.fill();
+  surface.moveTo(fromX * hole.width, fromY * hole.height);
+  surface.lineTo(x * hole.width, y * hole.height);
+  surface.stroke();
+  drag.last = [x, y];
   paint();
 }
 

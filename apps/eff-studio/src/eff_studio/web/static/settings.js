@@ -79,7 +79,7 @@ function show() {
     if (document.activeElement !== field || read(name) !== state[state.mode][name]) field.value = state[state.mode][name];
   }
   for (const part of document.querySelectorAll("[data-for]")) {
-    if (part.id !== "style-part") part.hidden = !part.dataset.for.split(" ").includes(state.mode);
+    if (!["style-part", "words-part", "sizes"].includes(part.id)) part.hidden = !part.dataset.for.split(" ").includes(state.mode);
   }
   for (const tab of document.querySelectorAll("[data-mode]")) {
     tab.setAttribute("aria-selected", String(tab.dataset.mode === state.mode));
