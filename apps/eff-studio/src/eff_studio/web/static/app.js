@@ -55,7 +55,7 @@ function point(job) {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = word;
-    button.addEventListener("click", guard(() => run("segment", { picture: shown.picture, phrase: word })));
+    button.addEventListener("click", guard(() => run("segment", { picture: shown.picture, phrase: `the ${word}` })));
     line.append(button);
   }
 }

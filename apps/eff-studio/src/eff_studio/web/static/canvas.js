@@ -14,6 +14,7 @@ export const colour = (i) => COLOURS[i % COLOURS.length];
 
 export function choose(i) {
   chosen = i;
+  document.dispatchEvent(new CustomEvent("layer-chosen"));
   paint();
 }
 

@@ -26,31 +26,41 @@ export function removeLayer(i) {
   choose(-1);
 }
 
-function show() {
-  list.replaceChildren(
-    ...state.generate.layers.map((layer, i) => {
-      const row = document.createElement("li");
-      row.classList.toggle("chosen", i === chosen);
-      const dot = document.createElement("span");
-      dot.className = "dot";
-      dot.style.background = colour(i);
-      const name = document.createElement("input");
-      name.type = "text";
-      name.value = layer.prompt;
-      name.placeholder = "what is here";
-      name.setAttribute("aria-label", `Layer ${i + 1}`);
-      name.addEventListener("focus", () => choose(i));
-      name.addEventListener("change", () => change((s) => (s.generate.layers[i].prompt = name.value)));
-      row.append(
-        dot,
-        name,
-        button("\u2191", "Further to the front", () => swap(i, i - 1)),
-        button("\u2193", "Further to the back", () => swap(i, i + 1)),
-        button("\u00d7", "Remove", () => removeLayer(i)),
-      );
-      return row;
-    }),
+function makeRow(i) {
+  const row = document.createElement("li");
+  const dot = document.createElement("span");
+  dot.className = "dot";
+  dot.style.background = colour(i);
+  const name = document.createElement("input");
+  name.type = "text";
+  name.placeholder = "what is here";
+  name.setAttribute("aria-label", `Layer ${i + 1}`);
+  name.addEventListener("focus", () => choose(i));
+  name.addEventListener("change", () => change((s) => (s.generate.layers[i].prompt = name.value)));
+  row.append(
+    dot,
+    name,
+    button("\u2191", "Further to the front", () => swap(i, i - 1)),
+    button("\u2193", "Further to the back", () => swap(i, i + 1)),
+    button("\u00d7", "Remove", () => removeLayer(i)),
   );
+  return row;
+}
+
+function mark() {
+  for (const [i, row] of [...list.children].entries()) row.classList.toggle("chosen", i === chosen);
+}
+
+// Rows stay as they are: a field that is left by a click on a button must not take the button away under the click.
+function show() {
+  const { layers } = state.generate;
+  while (list.children.length > layers.length) list.lastChild.remove();
+  while (list.children.length < layers.length) list.append(makeRow(list.children.length));
+  mark();
+  for (const [i, row] of [...list.children].entries()) {
+    const name = row.querySelector("input");
+    if (name.value !== layers[i].prompt) name.value = layers[i].prompt;
+  }
 }
 
 export function focusLast() {
@@ -70,4 +80,5 @@ document.getElementById("stage").addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("layer-added", focusLast);
+document.addEventListener("layer-chosen", mark);
 onChange(show);
