@@ -391,16 +391,3 @@ def test_towers_without_a_class_token(zoo, family):
         apply_paint(model)
     assert "get_image_features" not in vars(model.base_model)
     apply_paint(model, PAINTConfig(saliency="received")).remove()
-
-
-def test_bad_layers_and_models(zoo):
-    model = zoo("Llava")
-    for config in (PAINTConfig(local_layer=3), PAINTConfig(summary_layer=-4)):
-        with pytest.raises(ValueError, match=r"has 0\.\.2"):
-            apply_paint(model, config)
-    with pytest.raises(ValueError, match=r"layers 0\.\.3"):
-        apply_paint(model, PAINTConfig(first_layer=4))
-    with pytest.raises(NotImplementedError, match="Linear"):
-        apply_paint(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="nothing is known"):
-        informed_tokens_in(DynamicCache(config=model.config))

@@ -64,7 +64,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _eager(function: F) -> F:
-    """Keep a function out of compiled code; what it reads differs from thread to thread."""
+    """A function that compiled code calls as it is; what it reads differs from thread to thread."""
+    if not torch.compiler.is_compiling():
+        return function
     found: F = torch.compiler.disable(function)
     return found
 
@@ -90,10 +92,9 @@ def opened(route: RoutePass) -> Iterator[RoutePass]:
 
 def current_pass(module: nn.Module) -> RoutePass | None:
     """The innermost open pass of this thread that the module belongs to."""
-    return _find(module) if _open else None  # without one, torch.compile sees nothing but an empty list
+    return _eager(_find)(module) if _open else None  # without one, torch.compile sees nothing but an empty list
 
 
-@_eager
 def _find(module: nn.Module) -> RoutePass | None:
     held = _mine.get()
     if not held and _in_backward():
@@ -104,9 +105,12 @@ def _find(module: nn.Module) -> RoutePass | None:
     return next((r for r in reversed(held) if module in r.names), None)
 
 
-@_eager
 def record(route: RoutePass, module: nn.Module, logits: Tensor, lead: torch.Size, trains: bool) -> None:
     """`RoutePass.record`, outside of compiled code."""
+    _eager(_record)(route, module, logits, lead, trains)
+
+
+def _record(route: RoutePass, module: nn.Module, logits: Tensor, lead: torch.Size, trains: bool) -> None:
     route.record(module, logits, lead, trains)
 
 

@@ -104,10 +104,10 @@ class Evaluate(Forward):
         run = current_run()
         if run is None or run.done or inner(run.pipe.transformer) is not self.module:
             return self.plain(*args, **kwargs)
-        return _evaluate(run, self, args, kwargs)
+        evaluate = torch.compiler.disable(_evaluate) if torch.compiler.is_compiling() else _evaluate
+        return evaluate(run, self, args, kwargs)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _evaluate(run: Run, forward: Evaluate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A step with layers, eagerly: its many shapes would each be compiled anew."""
     with torch.compiler.set_stance("force_eager"):
