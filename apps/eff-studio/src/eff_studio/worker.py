@@ -55,7 +55,7 @@ class Worker:
         self._cancelled: set[str] = set()
         self._running: str | None = None
         self._last: dict[str, dict[str, Any]] = {}
-        self._listeners: dict[str, list[Listener]] = {}
+        self._listeners: dict[str, list[tuple[Listener, bool]]] = {}
         self._thread = threading.Thread(target=self._work, name="studio-worker", daemon=True)
 
     def start(self) -> None:
@@ -99,10 +99,17 @@ class Worker:
             self._cancelled.add(job)
         return True
 
-    def listen(self, job: str, listener: Listener) -> Callable[[], None]:
-        """Hear of a job from now on, its last news first; returns what ends it."""
+    def listen(self, job: str, listener: Listener, *, previews: bool = False) -> Callable[[], None]:
+        """Hear of a job from now on, its last news first; returns what ends it.
+
+        Args:
+            job: Its id.
+            listener: Called with each event, from the worker's thread.
+            previews: Whether the picture is wanted as it is at each step; it is only made if somebody does.
+        """
+        entry = (listener, previews)
         with self._lock:
-            self._listeners.setdefault(job, []).append(listener)
+            self._listeners.setdefault(job, []).append(entry)
             last = self._last.get(job)
         if last is not None:
             listener(last)
@@ -110,8 +117,8 @@ class Worker:
         def end() -> None:
             with self._lock:
                 listeners = self._listeners.get(job, [])
-                if listener in listeners:
-                    listeners.remove(listener)
+                if entry in listeners:
+                    listeners.remove(entry)
                 if not listeners:
                     self._listeners.pop(job, None)
 
@@ -123,7 +130,7 @@ class Worker:
             if event.get("state") in ("done", "failed", "cancelled"):
                 self._last.pop(job)
             listeners = list(self._listeners.get(job, ()))
-        for listener in listeners:
+        for listener, _ in listeners:
             listener(event)
 
     def _work(self) -> None:
@@ -153,6 +160,7 @@ class Worker:
                 open_picture=self.pictures.open,
                 report=lambda progress: self._progress(job.id, progress),
                 cancelled=lambda: job.id in self._cancelled or self._stop.is_set(),
+                previews=lambda: any(previews for _, previews in self._listeners.get(job.id, ())),
             )
             names = tuple(self.pictures.add(image, job.settings()) for image in result.images)
         except CancelledError:
@@ -182,7 +190,7 @@ class Worker:
             "steps": progress.steps,
             "seconds_left": None if progress.seconds_left != progress.seconds_left else progress.seconds_left,
         }
-        if progress.preview is not None and self._listeners.get(job):
+        if progress.preview is not None:
             event["preview"] = data_url(progress.preview)
         self._tell(job, event)
 

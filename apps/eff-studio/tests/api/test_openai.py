@@ -79,7 +79,7 @@ def inserted(monkeypatch):
     """Instead of painting, tells what would be: the work and its pictures."""
     seen = []
 
-    def run(model, work, *, open_picture, report, cancelled):
+    def run(model, work, *, open_picture, **more):
         seen.append((work, *(open_picture(getattr(work, name)) for name in ("target", "subject", "mask"))))
         return Result(images=[Image.new("RGB", (8, 8))])
 

@@ -17,11 +17,10 @@ LAYERS = (LayerBox(prompt="a dog", box=(0, 0.3, 0.5, 0.9)), LayerBox(prompt="an 
 def draw(collage):
     """``draw(work)`` gives arrays of its pictures; what was reported is ``draw.told``."""
 
-    def do(work, *, files=(), cancelled=lambda: False):
+    def do(work, *, files=(), **more):
         do.told = []
-        do.result = run_work(
-            collage, work, open_picture=dict(files).__getitem__, report=do.told.append, cancelled=cancelled
-        )
+        more = {"cancelled": lambda: False, **more}
+        do.result = run_work(collage, work, open_picture=dict(files).__getitem__, report=do.told.append, **more)
         return [np.array(image) for image in do.result.images]
 
     return do
@@ -36,10 +35,11 @@ def plain(collage):
 
 
 def test_a_seed_gives_its_picture_alone_and_in_a_batch(draw, plain):
-    batch = draw(Generate(prompt=PROMPT, steps=4, seed=10, count=2))
+    batch = draw(Generate(prompt=PROMPT, steps=4, seed=10, count=2), previews=lambda: len(draw.told) % 2 == 0)
     assert np.array_equal(batch[1], plain)
     assert not np.array_equal(batch[0], plain)
     assert [(p.step, p.steps) for p in draw.told] == [(i + 1, 8) for i in range(8)]
+    assert [p.preview is not None for p in draw.told] == [True, False] * 4
     assert draw.told[0].preview.size == (128, 128)
     assert draw.told[0].seconds_left > 0
 

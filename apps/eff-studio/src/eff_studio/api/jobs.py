@@ -105,7 +105,7 @@ async def events(name: str, request: Request) -> EventStream:
     def listen(event: dict[str, Any]) -> None:
         loop.call_soon_threadsafe(news.put_nowait, event)
 
-    stop = studio.worker.listen(name, listen)
+    stop = studio.worker.listen(name, listen, previews=True)
 
     async def produce(send: SendEvent) -> None:
         found = studio.job(name)  # it may have ended before anybody listened

@@ -59,7 +59,13 @@ Open = Callable[[str], Image.Image]
 
 
 def run_work(
-    model: StudioModel, work: Work, *, open_picture: Open, report: Report, cancelled: Callable[[], bool]
+    model: StudioModel,
+    work: Work,
+    *,
+    open_picture: Open,
+    report: Report,
+    cancelled: Callable[[], bool],
+    previews: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Do a piece of work.
 
@@ -69,6 +75,7 @@ def run_work(
         open_picture: Gives a stored picture by its id.
         report: Told after each step.
         cancelled: Asked after each step; True ends the work.
+        previews: Asked after each step whether the picture as it is is wanted; small pictures have one.
 
     Raises:
         CancelledError: ``cancelled`` said so.
@@ -77,13 +84,15 @@ def run_work(
     if cancelled():
         raise CancelledError
     if isinstance(work, Generate):
-        return _generate(model, work, report, cancelled)
+        return _generate(model, work, report, cancelled, previews)
     if isinstance(work, Insert):
         return _insert(model, work, open_picture, report, cancelled)
     return _segment(model, work, open_picture, report)
 
 
-def _generate(model: StudioModel, work: Generate, report: Report, cancelled: Callable[[], bool]) -> Result:
+def _generate(
+    model: StudioModel, work: Generate, report: Report, cancelled: Callable[[], bool], previews: Callable[[], bool]
+) -> Result:
     width, height = work.width or model.width, work.height or model.height
     if (width, height) != (model.width, model.height) and not model.resizable:
         raise ValueError(f"{model.name} draws {model.width} x {model.height} only, not {width} x {height}")
@@ -93,9 +102,12 @@ def _generate(model: StudioModel, work: Generate, report: Report, cancelled: Cal
         raise ValueError(f"{model.name} is guided without a second pass and takes no negative prompt; leave it empty")
     prompt = work.prompt.strip() or ", ".join(layer.prompt for layer in work.layers)
     images = []
+    small = width * height <= _PREVIEW_POINTS
     for i in range(work.count):
         # One picture after another: each is bit for bit the one that its seed gives alone.
-        follow = _Follow(model, work.steps, report, cancelled, done=i, count=work.count, points=width * height)
+        follow = _Follow(
+            model, work.steps, report, cancelled, done=i, count=work.count, previews=lambda: small and previews()
+        )
         with contextlib.ExitStack() as stack:
             _dress(model, work, stack)
             call: dict[str, Any] = {"negative_prompt": work.negative} if work.negative else {}
@@ -163,7 +175,7 @@ def _insert(
         raise ValueError(
             f"the mask is {mask.size[0]} x {mask.size[1]}, the picture {target.size[0]} x {target.size[1]}"
         )
-    follow = _Follow(model, work.steps, report, cancelled, done=0, count=1, points=math.inf)
+    follow = _Follow(model, work.steps, report, cancelled, done=0, count=1, previews=lambda: False)
     config = ContextBrushConfig(shift_image=work.strength, shift_text=work.strength)
     images = incontext_insert(
         model.pipe,
@@ -206,10 +218,10 @@ class _Follow:
         *,
         done: int,
         count: int,
-        points: float,
+        previews: Callable[[], bool],
     ) -> None:
         self.model, self.steps, self.report, self.cancelled = model, steps, report, cancelled
-        self.before, self.total, self.points = done * steps, count * steps, points
+        self.before, self.total, self.previews = done * steps, count * steps, previews
         self.begun = time.monotonic()
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +231,7 @@ class _Follow:
         done = self.before + step + 1
         left = (time.monotonic() - self.begun) / (step + 1) * (self.total - done)
         preview = None
-        if self.points <= _PREVIEW_POINTS and done < self.total and "latents" in tensors:
+        if done < self.total and "latents" in tensors and self.previews():
             preview = decode(self.model, tensors["latents"])
         self.report(Progress(step=done, steps=self.total, seconds_left=left, preview=preview))
         return tensors
