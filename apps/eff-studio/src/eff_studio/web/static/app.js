@@ -71,6 +71,7 @@ async function run(kind, settings) {
   say(job.ahead ? `${job.ahead} before it` : "");
   try {
     await follow(job.id, (news) => {
+      if (news.state === "running") put({ ...job, state: "running" });
       if (news.type !== "progress") return;
       find("progress").value = news.step / news.steps;
       const left = news.seconds_left === null ? "" : `, ${Math.ceil(news.seconds_left)} s left`;
