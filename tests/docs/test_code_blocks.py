@@ -10,7 +10,20 @@ import tomllib
 
 import pytest
 
-PROGRAMS = {"cd", "curl", "export", "git", "pip", "uv", "uvx", "eff-serve", "eff-studio", "eff-train", "python", "torchrun"}
+PROGRAMS = {
+    "cd",
+    "curl",
+    "export",
+    "git",
+    "pip",
+    "uv",
+    "uvx",
+    "eff-serve",
+    "eff-studio",
+    "eff-train",
+    "python",
+    "torchrun",
+}
 LANGUAGES = {"python", "bash", "text", "json", "toml", "yaml", "c", "console", "html"}
 
 

@@ -8,8 +8,8 @@ import torch
 from eff_embedded.eyes.lora import ARGUMENT, add_lora
 from eff_kernels.testing import compare
 from eff_serve.engine.decoder import PAGE, Decoder
-from eff_serve.engine.pictures import LowRank, PromptPictures
 from eff_serve.engine.types import Sampling
+from eff_serve.pictures.prompt import LowRank, PromptPictures
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "gate_proj": 96, "up_proj": 96}

@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.linear import FloatLinear, Linear
-from eff_serve.engine.pictures import LowRank, PromptPictures
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import load_linear
 from eff_serve.engine.reuse import LayerReuse
 from eff_serve.engine.weights import Checkpoint
+from eff_serve.pictures.prompt import LowRank, PromptPictures
 
 PAGE = 32
 """Keys per page: small enough to waste little memory, large enough to keep block tables short."""

@@ -21,10 +21,10 @@ from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
 from eff_serve.engine.pages import PagePool
-from eff_serve.engine.pictures import PromptPictures
 from eff_serve.engine.sampler import Sampler, score
 from eff_serve.engine.sequence import Sequence, TokenStream
 from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
+from eff_serve.pictures.prompt import PromptPictures
 
 _log = logging.getLogger("eff_serve.engine")
 

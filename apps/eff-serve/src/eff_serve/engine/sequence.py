@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from eff_serve.engine.grammar import GrammarMatcher
-from eff_serve.engine.pictures import PromptPictures
 from eff_serve.engine.sampler import Sampler
 from eff_serve.engine.types import Sampling, Step, TokenScore
+from eff_serve.pictures.prompt import PromptPictures
 
 
 class TokenStream:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eff_serve.engine.pictures import LowRank, PromptPictures
 from eff_serve.names import EYES
+from eff_serve.pictures.prompt import LowRank, PromptPictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image

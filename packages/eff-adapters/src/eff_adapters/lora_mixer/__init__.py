@@ -3,8 +3,8 @@
 from eff_adapters.lora_mixer.apply import apply_lora_mixer
 from eff_adapters.lora_mixer.config import LoraMixerConfig
 from eff_adapters.lora_mixer.expert import FreshExpert, LoraExpert, LoraWeights
-from eff_adapters.lora_mixer.files import load_lora_mixer
 from eff_adapters.lora_mixer.layer import RoutedLoraLinear, Router
+from eff_adapters.lora_mixer.load import load_lora_mixer
 from eff_adapters.lora_mixer.losses import RoutingLoss, specialization_balance_loss
 from eff_adapters.lora_mixer.mixer import LoraMixer, MixerLosses
 from eff_adapters.lora_mixer.peft_files import read_adapter

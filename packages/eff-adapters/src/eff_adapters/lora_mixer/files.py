@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from eff_kernels.edit import write_whole
-from torch import Tensor, nn
+from torch import Tensor
 
-from eff_adapters.lora_mixer.config import LoraMixerConfig
 from eff_adapters.lora_mixer.peft_files import read_tensors, write_adapter
-from eff_adapters.lora_mixer.plan import check_name
 
 if TYPE_CHECKING:
     from eff_adapters.lora_mixer.mixer import LoraMixer
@@ -47,55 +45,20 @@ def save_lora_mixer(mixer: LoraMixer, folder: str | Path) -> None:
     write_whole(folder / CONFIG_FILE, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
 
-def load_lora_mixer(model: nn.Module, folder: str | Path) -> LoraMixer:
-    """Put a saved mixture on a model.
-
-    Args:
-        model: The base, as `apply_lora_mixer` takes it.
-        folder: What `LoraMixer.save_pretrained` wrote.
-
-    Returns:
-        The mixture, in the mode in which it was saved. Experts that are held (``preserve_coef``) are held to the
-        weights of the files.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is cut short or of something else, or it does not fit the model; the model is unchanged.
-    """
-    from eff_adapters.lora_mixer.apply import apply_lora_mixer
-
-    folder = Path(folder)
-    content = _read_config(folder / CONFIG_FILE)
-    config = LoraMixerConfig.from_dict(content["config"])
-    if not (folder / ROUTERS_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {ROUTERS_FILE}")
-    routers = read_tensors(folder / ROUTERS_FILE)
-    for name in content["experts"]:
-        check_name(name)
-    mixer = apply_lora_mixer(model, config, experts={n: folder / EXPERTS_FOLDER / n for n in content["experts"]})
-    try:
-        if list(mixer.layers) != content["modules"]:
-            differ = sorted(set(mixer.layers) ^ set(content["modules"]))
-            raise ValueError(
-                f"{folder} is a mixture of other projections than the model's; they differ in {differ[:4]}"
-            )
-        _put_routers(mixer, routers, folder / ROUTERS_FILE)
-        mixer.set_mode(content["mode"])
-    except ValueError:
-        mixer.remove()
-        raise
-    return mixer
-
-
 def load_routers(mixer: LoraMixer, file: str | Path) -> None:
     """See `LoraMixer.load_routers`."""
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is no file")
-    _put_routers(mixer, read_tensors(file), file)
+    put_routers(mixer, read_tensors(file), file)
 
 
-def _put_routers(mixer: LoraMixer, tensors: Mapping[str, Tensor], file: Path) -> None:
+def put_routers(mixer: LoraMixer, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Give the routers what a file holds, all of them or none.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
     routers = mixer.routers
     if set(routers) != set(tensors):
         differ = sorted(set(routers) ^ set(tensors))
@@ -113,7 +76,13 @@ def _put_routers(mixer: LoraMixer, tensors: Mapping[str, Tensor], file: Path) ->
             router.weight.copy_(tensors[name])
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings file of a mixture, checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is broken, of something else, or of a newer version.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}; it is no folder of a mixture, or not whole")
     try:

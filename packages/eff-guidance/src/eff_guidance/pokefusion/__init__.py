@@ -2,9 +2,10 @@
 
 from eff_guidance.pokefusion.adapter import StyleAdapter, StyleLayer, StyleProjection
 from eff_guidance.pokefusion.config import StyleAttentionConfig
-from eff_guidance.pokefusion.guidance import style_guider, two_scale_guidance
+from eff_guidance.pokefusion.guidance import style_guider
 from eff_guidance.pokefusion.handle import StyleAttentionHandle, add_style_attention
 from eff_guidance.pokefusion.layers import style_layers
+from eff_guidance.pokefusion.scales import two_scale_guidance
 from eff_guidance.pokefusion.train import Dropout, condition_dropout, style_statistics_loss, training_loss
 from eff_guidance.pokefusion.use import StyleUse
 

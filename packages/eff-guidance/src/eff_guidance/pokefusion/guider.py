@@ -10,7 +10,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
-from eff_guidance.pokefusion.guidance import two_scale_guidance
+from eff_guidance.pokefusion.scales import two_scale_guidance
 
 
 class TwoScaleGuidance(BaseGuidance):  # type: ignore[misc]

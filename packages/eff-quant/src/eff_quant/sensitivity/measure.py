@@ -18,6 +18,9 @@ from eff_quant.sensitivity.passes import Runner
 
 QUANTILE = 0.999
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that servers run as one, which want one format."""
+
 # Outliers are rare and are looked for in all windows; errors are settled by this many tokens, and cost more.
 ERROR_TOKENS = 1024
 

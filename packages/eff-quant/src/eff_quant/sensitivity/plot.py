@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eff_quant.sensitivity.report import SensitivityReport
+if TYPE_CHECKING:
+    from eff_quant.sensitivity.report import SensitivityReport
 
 
 def heatmap(report: SensitivityReport, path: str | Path, format: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eff_quant.sensitivity.fake import FORMATS, check_format
-from eff_quant.sensitivity.measure import Layer
-from eff_quant.sensitivity.report import FUSED, SensitivityReport
+from eff_quant.sensitivity.measure import FUSED, Layer
+
+if TYPE_CHECKING:
+    from eff_quant.sensitivity.report import SensitivityReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eff_quant.sensitivity.measure import Layer
+from eff_quant.sensitivity.measure import FUSED, Layer
 from eff_quant.sensitivity.score import interval, mean
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ Mode = Literal["base", "full", "component", "block", "grid", "mixed"]
 Direction = Literal["only", "restore"]
 
 VERSION = 1
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,8 @@ from eff_vision.geometry.cameras import (
     unproject,
     z_to_radial,
 )
+from eff_vision.geometry.pose_code import decode_pose, encode_pose
 from eff_vision.geometry.poses import (
-    decode_pose,
-    encode_pose,
     invert_pose,
     matrix_to_quaternion,
     quaternion_to_matrix,
