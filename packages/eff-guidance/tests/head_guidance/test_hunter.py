@@ -151,7 +151,7 @@ def test_results_travel(tmp_path):
     config = loaded.guidance(1, strength=0.5)
     assert config == SoftPAGConfig(heads=[(1, 2)], strength=0.5, scale=4.0)
     with pytest.raises(TypeError):
-        loaded.guidance(1, strenght=0.5)
+        loaded.guidance(1, force=0.5)
 
 
 @pytest.mark.parametrize(
