@@ -18,6 +18,7 @@ from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.engine.reuse import read_reuse
+from eff_serve.engine.threads import on_a_thread_that_ends
 from eff_serve.models.tokenizer import Tokenizer
 from eff_serve.names import EYES
 from eff_serve.pictures.eyes import Eyes, open_eyes
@@ -95,11 +96,13 @@ def load_engine(
     if num_pages < 1:
         raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
     length = min(config.max_model_len, num_pages * PAGE) if max_model_len is None else max_model_len
-    decoder = (
-        HFDecoder(folder, num_pages=num_pages)
-        if isinstance(config, HFConfig)
-        else _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
-    )
+
+    def make_decoder() -> Decoder | HFDecoder:
+        if isinstance(config, HFConfig):
+            return HFDecoder(folder, num_pages=num_pages)
+        return _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
+
+    decoder = on_a_thread_that_ends(make_decoder)
     if layer_reuse is not None:
         if not isinstance(decoder, Decoder):
             raise ValueError("layer_reuse is for models that run on eff's own decoder, and this one does not")
@@ -111,7 +114,8 @@ def load_engine(
             page=PAGE,
             selector=reuse_selector,
         )
-    eyes = open_eyes(decoder) if model == EYES and isinstance(decoder, Decoder) else None
+    lean = decoder if isinstance(decoder, Decoder) else None
+    eyes = None if model != EYES or lean is None else on_a_thread_that_ends(lambda: open_eyes(lean))
     engine = BatchEngine(
         decoder,
         tokenizer_file=folder / "tokenizer.json",
