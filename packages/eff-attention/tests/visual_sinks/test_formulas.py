@@ -83,7 +83,8 @@ def test_rows_keep_their_sums(seed, dtype, p):
             seen = weights[b][..., image[b] & ~sinks[b]] > 0
             if group.shape[-1]:
                 top = torch.where(seen, group, -1.0).amax(-1, keepdim=True)
-                assert ((group - top).abs() < 1e-12)[seen].all()
+                # Gains are large where the picture had next to nothing.
+                assert ((group - top).abs() <= 1e-12 * top.clamp(min=1))[seen].all()
 
 
 def test_gradients():
