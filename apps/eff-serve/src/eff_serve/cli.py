@@ -35,6 +35,7 @@ class Model:
         reuse_top_k: Keys that these layers attend to; by default what the file says, or 2048.
         reuse_min_len: Tokens from which on they do; by default what the file says, or 2048.
         reuse_selector: How the layers that they follow choose: by all their attention, or by the means of pages.
+        adapter: LoRA adapters as name=folder, in the form of PEFT; requests name them as model:name.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class Model:
     reuse_top_k: int | None = None
     reuse_min_len: int | None = None
     reuse_selector: Literal["exact", "pooled"] | None = None
+    adapter: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +175,7 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             reuse_top_k=model.reuse_top_k,
             reuse_min_len=model.reuse_min_len,
             reuse_selector=model.reuse_selector,
+            adapters=_adapters(model.adapter),
             max_waiting=max_waiting,
         )
     except (FileNotFoundError, ValueError) as error:
@@ -180,6 +183,18 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
     except Exception as error:  # what libraries raise over a strange folder; the person wants the reason
         name = model.model or "the embedded model"
         sys.exit(f"eff-serve: {name} cannot be loaded: {type(error).__name__}: {_one_line(error)}")
+
+
+def _adapters(given: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for pair in given:
+        name, equals, folder = pair.partition("=")
+        if not equals or not folder:
+            raise ValueError(f"adapter {pair!r}; wanted name=folder")
+        if name in found:
+            raise ValueError(f"the adapter {name!r} is given twice")
+        found[name] = Path(folder)
+    return found
 
 
 def _one_line(error: Exception) -> str:

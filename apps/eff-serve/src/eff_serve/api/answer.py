@@ -43,11 +43,14 @@ class Frame:
     arrival: float
 
     @classmethod
-    def of(cls, request: Request, serving: Serving, prefix: str, request_id: str | None) -> Frame:
+    def of(
+        cls, request: Request, serving: Serving, prefix: str, request_id: str | None, adapter: str | None = None
+    ) -> Frame:
         """Frame of a new response; ``prefix`` tells its kind."""
         settings = serving.settings
         name = prefix + (request_id or uuid.uuid4().hex)
-        return cls(name, int(time.time()), settings.model_id, settings.fingerprint, request.state.arrival)
+        model = serving.name_of(adapter)
+        return cls(name, int(time.time()), model, settings.fingerprint, request.state.arrival)
 
     def fields(self, kind: str) -> dict[str, Any]:
         """Fields of a response object of this kind."""

@@ -37,7 +37,7 @@ router = APIRouter(route_class=JsonRoute, tags=["generation"])
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation. Every field is honoured or refused with 400 naming it."""
     serving: Serving = request.app.state.serving
-    serving.check_model(body.model)
+    adapter = serving.check_model(body.model)
     engine, tokenizer = serving.admit()
     n = body.n or 1
     if n > serving.settings.max_sequences:
@@ -51,8 +51,9 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         vocab_size=tokenizer.vocab_size,
+        adapter=adapter,
     )
-    frame = Frame.of(request, serving, "chatcmpl-", body.request_id)
+    frame = Frame.of(request, serving, "chatcmpl-", body.request_id, adapter)
     seen = await pictures.look(body.messages, prompt, serving.eyes)
     jobs = [Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body), seen) for i in range(n)]
     generation = Generation(

@@ -38,7 +38,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     prompts are only scored.
     """
     serving: Serving = request.app.state.serving
-    serving.check_model(body.model)
+    adapter = serving.check_model(body.model)
     n = body.n or 1
     sequences = n * len(body.prompt)
     most = serving.settings.max_sequences
@@ -58,11 +58,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         logprobs=body.logprobs,
         prompt_logprobs=_prompt_scores(body),
         vocab_size=tokenizer.vocab_size,
+        adapter=adapter,
     )
     jobs = [
         Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body)) for prompt in prompts for i in range(n)
     ]
-    frame = Frame.of(request, serving, "cmpl-", body.request_id)
+    frame = Frame.of(request, serving, "cmpl-", body.request_id, adapter)
     total = sum(map(len, prompts))
     generation = Generation(
         serving, jobs, prompt_tokens=total, request_id=frame.id, arrival=frame.arrival, user=body.user

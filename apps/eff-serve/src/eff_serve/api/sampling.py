@@ -13,7 +13,13 @@ from eff_serve.engine.types import Sampling
 
 
 async def sampling_for(
-    request: SamplingFields, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, vocab_size: int
+    request: SamplingFields,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    vocab_size: int,
+    adapter: str | None,
 ) -> Sampling:
     """Check what depends on the model and build the engine's request.
 
@@ -31,6 +37,7 @@ async def sampling_for(
         )
     return Sampling(
         max_tokens=max_tokens,
+        adapter=adapter,
         min_tokens=min_tokens,
         temperature=_or(request.temperature, 1.0),
         top_p=_or(request.top_p, 1.0),

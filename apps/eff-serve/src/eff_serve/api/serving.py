@@ -75,12 +75,26 @@ class Serving:
             raise RuntimeError("a server that is ready has a tokenizer")
         return self._tokenizer
 
-    def check_model(self, name: str | None) -> None:
-        """Raise 404 for another model than the one served."""
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for, as ``model:name``."""
+        return () if self._engine is None else tuple(getattr(self._engine, "adapters", ()))
+
+    def name_of(self, adapter: str | None) -> str:
+        """The model's name with an adapter, or that of the base."""
+        return self.settings.model_id if adapter is None else f"{self.settings.model_id}:{adapter}"
+
+    def check_model(self, name: str | None) -> str | None:
+        """The adapter that a model's name asks for; None is the base. 404 for a model that is not served."""
         settings = self.settings
-        if name is not None and name not in (settings.model_id, *settings.aliases):
-            message = f"the model {name[:100]!r} is not served here; use {settings.model_id!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        if name is None or name in (settings.model_id, *settings.aliases):
+            return None
+        base, _, adapter = name.rpartition(":")
+        if base in (settings.model_id, *settings.aliases) and adapter in self.adapters:
+            return adapter
+        served = ", ".join(repr(self.name_of(a)) for a in (None, *self.adapters))
+        message = f"the model {name[:100]!r} is not served here; use {served}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
     def _stats(self) -> EngineStats | None:
         return None if self._engine is None else self._engine.stats()

@@ -14,10 +14,10 @@ from eff_serve.api.serving import Serving
 router = APIRouter(tags=["system"])
 
 
-def _card(serving: Serving) -> ModelCard:
+def _card(serving: Serving, adapter: str | None = None) -> ModelCard:
     settings = serving.settings
     return ModelCard(
-        id=settings.model_id,
+        id=serving.name_of(adapter),
         created=settings.created,
         max_model_len=serving.engine.max_model_len,
         input_modalities=["text"] if serving.eyes is None else ["text", "image"],
@@ -26,16 +26,16 @@ def _card(serving: Serving) -> ModelCard:
 
 @router.get("/v1/models", responses=errors(401, 503))
 async def models(request: Request) -> ModelList:
-    """The model that is served."""
-    return ModelList(data=[_card(request.app.state.serving)])
+    """The model that is served, and each of its adapters."""
+    serving: Serving = request.app.state.serving
+    return ModelList(data=[_card(serving, adapter) for adapter in (None, *serving.adapters)])
 
 
 @router.get("/v1/models/{name:path}", responses=errors(401, 404, 503))
 async def model(name: str, request: Request) -> ModelCard:
     """One model by name."""
     serving: Serving = request.app.state.serving
-    serving.check_model(name)
-    return _card(serving)
+    return _card(serving, serving.check_model(name))
 
 
 @router.head("/health", include_in_schema=False)

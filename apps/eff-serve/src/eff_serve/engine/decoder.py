@@ -5,7 +5,7 @@ Suffixes: T tokens, H query heads, G key-value heads, D head dimension, P pages,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, swiglu
 from torch import Tensor
 from torch.nn import functional
 
+from eff_serve.engine.adapters import Adapters
 from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.linear import FloatLinear, Linear
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
@@ -110,6 +111,7 @@ class Decoder:
         self.num_pages = num_pages
         self.reuse: LayerReuse | None = None
         self.behind_pictures: LowRank | None = None
+        self.adapters: Adapters | None = None
         shape = (num_pages, c.num_kv_heads, PAGE, d)
         self.keys = [_untouched(shape) for _ in range(c.num_layers)]
         self.values = [_untouched(shape) for _ in range(c.num_layers)]
@@ -119,11 +121,27 @@ class Decoder:
         """Bytes of all weights, the embedding included once."""
         per_layer = sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down))
         low_rank = 0 if self.behind_pictures is None else self.behind_pictures.nbytes
+        low_rank += 0 if self.adapters is None else self.adapters.nbytes
         head = 0 if self.config.tie_word_embeddings else self.head.nbytes
         return per_layer + self.embedding.nbytes + head + low_rank
 
+    def load_adapters(self, folders: Mapping[str, Path]) -> None:
+        """Hold LoRA adapters, by the names that requests use; see `Adapters`."""
+        c = self.config
+        h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        shapes = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
+        shapes |= {"gate_proj": (c.intermediate_size, h), "up_proj": (c.intermediate_size, h)}
+        self.adapters = Adapters(folders, shapes | {"down_proj": (h, c.intermediate_size)}, c.num_layers)
+
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor, behind: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        block_table: Tensor,
+        behind: Tensor | None = None,
+        adapters: Tensor | None = None,
+    ) -> Tensor:
         """Next-token logits [T, vocab] of T sequences that each add one token at its position.
 
         Args:
@@ -131,6 +149,7 @@ class Decoder:
             positions: int64 [T], the number of keys that each sequence already has.
             block_table: int32 [T, max_pages], with room for the new key.
             behind: int64, the rows of sequences with a picture, where `behind_pictures` acts; None is no row.
+            adapters: int64 [T], number of each sequence's adapter, -1 for none; None is none for all.
         """
         c = self.config
         rows = torch.arange(tokens.size(0))
@@ -153,6 +172,7 @@ class Decoder:
             lambda x_TND: rope(x_TND.unsqueeze(2), cos, sin).view(tokens.size(0), -1, c.head_dim),
             attend,
             behind,
+            adapters,
         )
         return self.head(hidden)
 
@@ -165,6 +185,7 @@ class Decoder:
         *,
         all_logits: bool = False,
         pictures: PromptPictures | None = None,
+        adapter: int = -1,
     ) -> Tensor:
         """Add T tokens of one sequence with ``start`` keys; logits of the last [1, vocab], or all [T, vocab].
 
@@ -174,6 +195,7 @@ class Decoder:
             pages: int64, the pages of the sequence, enough for start + T keys.
             all_logits: Return the logits after every token.
             pictures: The sequence's pictures; from the first on `behind_pictures` acts.
+            adapter: Number of the sequence's adapter; -1 is none.
         """
         end = start + tokens.size(0)
         positions = torch.arange(start, end)
@@ -208,8 +230,13 @@ class Decoder:
             pictures.put_into(residual, start)
             if pictures.first < end:
                 behind = torch.arange(max(pictures.first - start, 0), tokens.size(0))
+        adapters = None if adapter < 0 else torch.full((tokens.size(0),), adapter)
         hidden = self._blocks(
-            residual, lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), attend, behind
+            residual,
+            lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1),
+            attend,
+            behind,
+            adapters,
         )
         return self.head(hidden if all_logits else hidden[-1:])
 
@@ -231,6 +258,7 @@ class Decoder:
         rotate: Callable[[Tensor], Tensor],
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
         behind: Tensor | None,
+        adapters: Tensor | None,
     ) -> Tensor:
         """All layers and the last norm, from embeddings to hidden states [T, hidden]."""
         c = self.config
@@ -240,6 +268,8 @@ class Decoder:
             y = linear(x)
             if behind is not None and self.behind_pictures is not None:
                 self.behind_pictures.add(i, name, x, y, behind)
+            if adapters is not None and self.adapters is not None:
+                y = self.adapters.add(i, name, x, y, adapters)
             return y
 
         x = rms_norm(residual, self.layers[0].attention_norm, eps=c.rms_norm_eps)

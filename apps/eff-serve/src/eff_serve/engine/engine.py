@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,8 @@ class BatchEngine:
                 raise ValueError("this model reads text only, and the prompt holds pictures")
             if not 0 <= pictures.first <= int(pictures.places[-1]) < len(prompt):
                 raise ValueError(f"pictures must stand inside the prompt of {len(prompt)} tokens")
+        if sampling.adapter is not None and sampling.adapter not in self.adapters:
+            raise ValueError(f"there is no adapter {sampling.adapter!r}; there are {list(self.adapters)}")
         eos = self.decoder.config.eos_token_ids
         grammar = None
         if sampling.grammar is not None:
@@ -118,6 +121,17 @@ class BatchEngine:
             self._waiting.append(sequence)
             self._wake.notify()
         return stream
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters."""
+        held = getattr(self.decoder, "adapters", None)
+        return () if held is None else held.names
+
+    def _number(self, sequence: Sequence) -> int:
+        """Number of a sequence's adapter; -1 for none."""
+        held = getattr(self.decoder, "adapters", None)
+        return -1 if held is None else held.number(sequence.sampling.adapter)
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""
@@ -214,7 +228,9 @@ class BatchEngine:
         start = sequence.cached
         wants_scores = sequence.sampling.prompt_logprobs is not None and not sequence.output
         tokens = torch.tensor(sequence.tokens[start : start + count])
-        seen = {} if sequence.pictures is None else {"pictures": sequence.pictures}
+        seen: dict[str, Any] = {} if sequence.pictures is None else {"pictures": sequence.pictures}
+        if sequence.sampling.adapter is not None:
+            seen["adapter"] = self._number(sequence)
         logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores, **seen)
         sequence.cached += count
         if wants_scores:
@@ -236,6 +252,8 @@ class BatchEngine:
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32)
         behind = [row for row, s in enumerate(sequences) if s.pictures is not None]
         seen = {"behind": torch.tensor(behind)} if behind else {}
+        if any(s.sampling.adapter is not None for s in sequences):
+            seen["adapters"] = torch.tensor([self._number(s) for s in sequences])
         logits = self.decoder.decode(tokens, positions, table, **seen)
         best = logits.argmax(1).tolist()
         for row, sequence in enumerate(sequences):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +51,7 @@ def load_engine(
     reuse_top_k: int | None = None,
     reuse_min_len: int | None = None,
     reuse_selector: Selector | None = None,
+    adapters: Mapping[str, Path] | None = None,
     progress: bool = True,
 ) -> LoadedModel:
     """Load a model for serving.
@@ -72,6 +73,7 @@ def load_engine(
         reuse_top_k: Keys that these layers attend to, instead of what the file says.
         reuse_min_len: Length from which on they do, instead of what the file says.
         reuse_selector: How the layers that they follow choose: "exact" or "pooled", instead of what the file says.
+        adapters: Folders of LoRA adapters that PEFT wrote, by the names that requests use.
         progress: Show progress bars on standard error.
 
     Raises:
@@ -115,6 +117,10 @@ def load_engine(
             selector=reuse_selector,
         )
     lean = decoder if isinstance(decoder, Decoder) else None
+    if adapters:
+        if lean is None:
+            raise ValueError("adapters are for models that run on eff's own decoder, and this one does not")
+        lean.load_adapters(adapters)
     eyes = None if model != EYES or lean is None else on_a_thread_that_ends(lambda: open_eyes(lean))
     engine = BatchEngine(
         decoder,
@@ -129,6 +135,8 @@ def load_engine(
     weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     if isinstance(decoder, Decoder) and decoder.reuse is not None:
         weights += f", {decoder.reuse}"
+    if adapters:
+        weights += f", {len(adapters)} adapters"
     description = f"{name} ({weights}, up to {engine.max_model_len} tokens)"
     tokenizer = Tokenizer(folder, picture=() if eyes is None else eyes.places)
     return LoadedModel(engine, tokenizer, name, description, _fingerprint(folder, description), eyes)

@@ -27,6 +27,7 @@ class Sampling:
         logprobs: How many of the likeliest alternatives to report for each token (0: only its own); None reports none.
         prompt_logprobs: The same for the prompt's tokens.
         grammar: An llguidance grammar (JSON, from ``LLMatcher.grammar_from_json_schema`` and the like) for the output.
+        adapter: Name of a LoRA adapter that the engine holds; None is the base model.
     """
 
     max_tokens: int
@@ -45,6 +46,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,12 +78,12 @@ class LowRank:
         layers = []
         for i in range(num_layers):
             pairs = {}
-            for fused, parts in _FUSED.items():
+            for fused, parts in FUSED.items():
                 found = [(p, weights.get(f"{i}.{p}.lora_a"), weights.get(f"{i}.{p}.lora_b")) for p in parts]
                 here = [(p, a.float(), b.float()) for p, a, b in found if a is not None and b is not None]
                 left -= {f"{i}.{p}.lora_{x}" for p, _, _ in here for x in "ab"}
                 if here:
-                    pairs[fused] = _stack({p: (a, b) for p, a, b in here}, parts, sizes)
+                    pairs[fused] = _Pair(*fuse({p: (a, b) for p, a, b in here}, parts, sizes))
             layers.append(pairs)
         if left:
             raise ValueError(f"LoRA weights {sorted(left)[:4]} are for no projection of this decoder")
@@ -100,7 +100,7 @@ class LowRank:
             pair.add(x, y, rows)
 
 
-_FUSED = {
+FUSED = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "output": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj"),
@@ -108,8 +108,16 @@ _FUSED = {
 }
 
 
-def _stack(pairs: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, ...], sizes: Mapping[str, int]) -> _Pair:
-    """One pair for projections side by side: the a's below one another, the b's as blocks."""
+def fuse(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, ...], sizes: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    """One pair (a, b) for projections side by side: the a's below one another, the b's as blocks.
+
+    Args:
+        pairs: For some of the parts, a [rank, in] and b [out, rank].
+        parts: The projections in their order.
+        sizes: Outputs of the projections that have no pair.
+    """
     ranks = sum(a.size(0) for a, _ in pairs.values())
     rows, column = [], 0
     for part in parts:
@@ -121,4 +129,5 @@ def _stack(pairs: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, ...], s
         block[:, column : column + b.size(1)] = b
         column += b.size(1)
         rows.append(block)
-    return _Pair(torch.cat([a for a, _ in pairs.values()]).contiguous(), torch.cat(rows).contiguous())
+    a = torch.cat([a for a, _ in pairs.values()]) if pairs else torch.zeros(0, 0)
+    return a.contiguous(), torch.cat(rows).contiguous()
