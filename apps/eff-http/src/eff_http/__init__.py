@@ -4,7 +4,8 @@ from eff_http.disconnect import ClientGoneError, unless_disconnected
 from eff_http.errors import ApiError, bad_request, internal_error, retry_later
 from eff_http.gate import LOOPBACK_HOSTS, Gate, GateRules
 from eff_http.handlers import add_error_handlers
-from eff_http.jsonbody import BodyLimits, JsonRoute, parse_json
+from eff_http.jsonbody import BodyLimits, JsonRoute, parse_json, read_body
+from eff_http.keys import read_keys
 from eff_http.page import add_static_page
 from eff_http.schema import MAX_INT, ErrorBody, ErrorResponse, Int, RequestModel, refuse
 from eff_http.server import DrainingServer, log_to_stderr
@@ -32,6 +33,8 @@ __all__ = [
     "internal_error",
     "log_to_stderr",
     "parse_json",
+    "read_body",
+    "read_keys",
     "refuse",
     "retry_later",
     "unless_disconnected",

@@ -109,6 +109,36 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+async def read_body(request: Request, max_bytes: int, max_seconds: float) -> bytes:
+    """The body of a request, whatever it holds.
+
+    Raises:
+        ApiError: 413 if it is longer than ``max_bytes``, 408 if it was not complete after ``max_seconds``.
+    """
+    too_large = ApiError(
+        413,
+        f"the body is longer than {max_bytes} bytes",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(max_seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        message = f"the body was not complete after {max_seconds:g} s"
+        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+    return b"".join(chunks)
+
+
 class _StrictRequest(Request):
     """A request whose body is read within limits."""
 
@@ -120,31 +150,11 @@ class _StrictRequest(Request):
         return self._body
 
     async def _read(self) -> bytes:
-        too_large = ApiError(
-            413,
-            f"the body is longer than {self.limits.max_bytes} bytes",
-            code="body_too_large",
-            headers={"connection": "close"},
-        )
-        announced = self.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > self.limits.max_bytes:
-            raise too_large
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self.limits.max_seconds):
-                async for chunk in self.stream():
-                    size += len(chunk)
-                    if size > self.limits.max_bytes:
-                        raise too_large
-                    chunks.append(chunk)
-        except TimeoutError:
-            message = f"the body was not complete after {self.limits.max_seconds:g} s"
-            raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+        data = await read_body(self, self.limits.max_bytes, self.limits.max_seconds)
         kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise bad_request(f"content-type is {kind[:60]!r}; send application/json", code="invalid_content_type")
-        return b"".join(chunks)
+        return data
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):

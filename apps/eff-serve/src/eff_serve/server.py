@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from eff_http import LOOPBACK_HOSTS, DrainingServer, log_to_stderr
+from eff_http import LOOPBACK_HOSTS, DrainingServer, log_to_stderr, read_keys
 from rich.console import Console
 
 from eff_serve.api import Settings, create_app
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 def serve(config: Serve, loaded: LoadedModel) -> int:
     """Serve until SIGTERM or Ctrl-C; running answers get ``config.grace`` seconds to end. Returns the exit status."""
-    keys = _read_keys(config)
+    try:
+        keys = read_keys(config.api_key_file)
+    except ValueError as error:
+        sys.exit(f"eff-serve: {error}")
     log_to_stderr(logging.INFO if config.log_requests else logging.WARNING, "eff_serve", "eff_http")
     loaded.engine.start()
     eos = loaded.engine.decoder.config.eos_token_ids
@@ -45,18 +48,6 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
     server.run()
     loaded.engine.stop(0)
     return 0
-
-
-def _read_keys(config: Serve) -> tuple[str, ...]:
-    if config.api_key_file is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in config.api_key_file.read_text("ascii").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"eff-serve: the key file cannot be read: {error}")
-    if not keys:
-        sys.exit(f"eff-serve: {config.api_key_file} holds no key")
-    return keys
 
 
 def _banner(loaded: LoadedModel, config: Serve, port: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eff_http import LOOPBACK_HOSTS, DrainingServer, log_to_stderr
+from eff_http import LOOPBACK_HOSTS, DrainingServer, log_to_stderr, read_keys
 from rich.console import Console
 
 from eff_studio.api import ServerSettings, create_app
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def serve(config: Serve, model: StudioModel, data: Path) -> int:
     """Serve until a signal comes; a job under way then waits for the next start."""
     log_to_stderr(logging.INFO, "eff_studio", "eff_http")
-    keys = _read_keys(config.api_key_file)
     try:
+        keys = read_keys(config.api_key_file)
         worker = Worker(model, Jobs(data / "studio.db"), Pictures(data / "pictures"))
     except ValueError as error:
         sys.exit(f"eff-studio: {error}")
@@ -52,18 +52,6 @@ def serve(config: Serve, model: StudioModel, data: Path) -> int:
     worker.stop()
     worker.jobs.close()
     return 0
-
-
-def _read_keys(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in path.read_text("ascii").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"eff-studio: the key file cannot be read: {error}")
-    if not keys:
-        sys.exit(f"eff-studio: {path} holds no key")
-    return keys
 
 
 def _banner(model: StudioModel, host: str, port: int) -> None:

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eff_studio.engine import Progress as Step
 from eff_studio.engine import Result, StudioModel, run_work
-from eff_studio.store.pictures import KEY, Rejected, read_picture
-from eff_studio.work import Work, kind_of
+from eff_studio.store.pictures import Rejected, read_picture, write_png
+from eff_studio.work import Work, described
 
 
 def do(model: StudioModel, work: Work, out: Path, *, files: dict[str, Path] | None = None) -> int:
@@ -41,15 +41,11 @@ def do(model: StudioModel, work: Work, out: Path, *, files: dict[str, Path] | No
 
 def write(result: Result, work: Work, out: Path) -> list[Path]:
     """Write pictures with their settings inside; the paths."""
-    from PIL import PngImagePlugin
-
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, image in enumerate(result.images):
         path = out if len(result.images) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt(KEY, json.dumps({"kind": kind_of(work), "settings": work.to_dict()}))
-        image.save(path, format="PNG", pnginfo=info)
+        write_png(image, path, described(work))
         paths.append(path)
     return paths
 

@@ -201,6 +201,11 @@ def kind_of(work: Work) -> str:
     return next(name for name, cls in KINDS.items() if isinstance(work, cls))
 
 
+def described(work: Work) -> dict[str, Any]:
+    """Kind and settings as JSON, as they are written into pictures; `read_work` takes them."""
+    return {"kind": kind_of(work), "settings": work.to_dict()}
+
+
 def read_work(kind: str, values: dict[str, Any]) -> Work:
     """Settings from JSON.
 

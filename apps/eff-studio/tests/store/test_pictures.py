@@ -75,7 +75,7 @@ def test_what_is_taken(pictures, png):
     for format_ in ("PNG", "JPEG", "WEBP"):
         out = io.BytesIO()
         Image.new("RGB", (4, 6), "red").save(out, format=format_)
-        assert pictures.open(pictures.take(out.getvalue())).size == (4, 6)
+        assert pictures.open(pictures.add(read_picture(out.getvalue()))).size == (4, 6)
     assert read_picture(png(mode="RGBA")).mode == "RGBA"
     assert read_picture(png(mode="L")).mode == "RGB"
     turned = Image.new("RGB", (4, 6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import time
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from eff_http import (
     unless_disconnected,
 )
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import Field
 from starlette.datastructures import UploadFile
@@ -103,9 +103,7 @@ async def edits(request: Request) -> Response:
 
 def _hole(data: bytes, studio: Studio, target: str) -> Image.Image:
     """OpenAI's mask, transparent where to paint, as ours; a mask without transparency is white there already."""
-    name = studio.take_picture(data, "mask")
-    image = studio.pictures.open(name)
-    studio.pictures.remove(name)
+    image = studio.read_picture(data, "mask")
     if image.size != studio.pictures.open(target).size:
         raise bad_request("mask and image differ in size", "mask")
     if "A" in image.getbands():
@@ -179,13 +177,4 @@ async def _answer(request: Request, studio: Studio, work: Work, format_: str | N
         if path is None:
             raise internal_error("a picture was deleted before it was sent")
         data.append({"b64_json": base64.b64encode(path.read_bytes()).decode()})
-    from fastapi.responses import JSONResponse
-
     return JSONResponse({"created": int(time.time()), "data": data, "eff": {"job": job.id}})
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    out = io.BytesIO()
-    image.save(out, format="PNG")
-    return out.getvalue()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from eff_http import ApiError, bad_request, retry_later
+from eff_http import ApiError, bad_request, read_body, retry_later
 from fastapi import Request
+from PIL import Image
 
 from eff_studio.api.metrics import Metrics
 from eff_studio.api.settings import ServerSettings
-from eff_studio.store import Job, Jobs, Pictures, Rejected
+from eff_studio.store import Job, Jobs, Pictures, Rejected, read_picture
 from eff_studio.work import Work, read_work
 from eff_studio.worker import Worker
 
@@ -105,12 +106,16 @@ class Studio:
         finally:
             stop()
 
-    def take_picture(self, data: bytes, param: str | None = None) -> str:
-        """Store what a client sent; 400 if it is no picture."""
+    def read_picture(self, data: bytes, param: str | None = None) -> Image.Image:
+        """What a client sent; 400 if it is no picture."""
         try:
-            return self.pictures.take(data)
+            return read_picture(data)
         except Rejected as error:
             raise bad_request(str(error), param) from None
+
+    def take_picture(self, data: bytes, param: str | None = None) -> str:
+        """Store what a client sent; 400 if it is no picture."""
+        return self.pictures.add(self.read_picture(data, param))
 
 
 def studio_of(request: Request) -> Studio:
@@ -121,14 +126,5 @@ def studio_of(request: Request) -> Studio:
 
 
 async def read_bytes(request: Request, most: int) -> bytes:
-    """The body of a request; 413 if it is larger than ``most`` bytes."""
-    too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        raise too_large
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > most:
-            raise too_large
-    return bytes(data)
+    """The body of a request of at most ``most`` bytes, within the time of the server's limits."""
+    return await read_body(request, most, request.app.state.limits.max_seconds)

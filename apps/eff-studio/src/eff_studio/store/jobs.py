@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eff_studio.work import Work, kind_of, read_work
+from eff_studio.work import Work, described, kind_of, read_work
 
 log = logging.getLogger("eff_studio")
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -54,7 +54,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Kind and settings, as they are written into pictures."""
-        return {"kind": kind_of(self.work), "settings": self.work.to_dict()}
+        return described(self.work)
 
 
 class Jobs:

@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -38,25 +38,14 @@ class Pictures:
 
     def add(self, image: Image.Image, settings: Mapping[str, Any] | None = None) -> str:
         """Store a picture, with its settings inside; returns its id."""
-        info = PngImagePlugin.PngInfo()
-        if settings is not None:
-            info.add_itxt(KEY, json.dumps(settings))
         name = secrets.token_hex(16)
         part = self.folder / f"{name}.part"
         with part.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
+            write_png(image, file, settings)
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.folder / f"{name}.png")
         return name
-
-    def take(self, data: bytes) -> str:
-        """Store what a client sent; returns its id.
-
-        Raises:
-            Rejected: it is no PNG, JPEG or WebP, is broken, or has too many points.
-        """
-        return self.add(read_picture(data))
 
     def path(self, name: str) -> Path | None:
         """The file of an id, or None."""
@@ -85,11 +74,19 @@ class Pictures:
             path.unlink(missing_ok=True)
 
 
+def write_png(image: Image.Image, file: Path | IO[bytes], settings: Mapping[str, Any] | None = None) -> None:
+    """Write a picture with its settings inside, as `read_settings` finds them."""
+    info = PngImagePlugin.PngInfo()
+    if settings is not None:
+        info.add_itxt(KEY, json.dumps(settings))
+    image.save(file, format="PNG", pnginfo=info)
+
+
 def read_picture(data: bytes) -> Image.Image:
     """Decode what a client sent.
 
     Raises:
-        Rejected: see `Pictures.take`.
+        Rejected: it is no PNG, JPEG or WebP, is broken, moves, or has too many points.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
