@@ -250,6 +250,16 @@ def test_missing_library_is_looked_for_before_the_run(monkeypatch, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_library_that_the_file_itself_imports(monkeypatch, tmp_path):
+    monkeypatch.delenv("UV", raising=False)
+    (tmp_path / "mine.py").write_text("import no_such_library.inside\n\nRECIPE = None\n")
+    with pytest.raises(SystemExit, match=r"no_such_library not installed.*eff-train\[recipes\]"):
+        main(["run", str(tmp_path / "mine.py"), "--folder", str(tmp_path / "r")])
+    (tmp_path / "mine.py").write_text("import torch.no_such_part\n")  # not missing, but wrong
+    with pytest.raises(ModuleNotFoundError, match="no_such_part"):
+        main(["run", str(tmp_path / "mine.py"), "--folder", str(tmp_path / "r")])
+
+
 def test_command_of_several_processes():
     line = command("digits", Config(tensorboard=True), 2)
     assert line == "torchrun --nproc-per-node=2 -m eff_train run digits --tensorboard"

@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 import torch
 from eff_kernels.edit import Distiller, cosine
+from eff_train.recipes.lite3r.predict import predict_folder
 from eff_train.recipes.lite3r.scores import scores
 from eff_train.recipes.lite3r.student import Config, Student, apply_lite3r, load_teacher, projections
 from eff_train.recipes.lite3r.teacher import Config as TeacherConfig
-from eff_train.recipes.lite3r.teacher import Teacher, predict_folder
+from eff_train.recipes.lite3r.teacher import Teacher
 from eff_train.recipes.lite3r.views import views_of
 from eff_vision.geometry import unproject
 from eff_vision.multiview import MultiViewConfig, MultiViewTransformer, attention_layers, projection_parameters

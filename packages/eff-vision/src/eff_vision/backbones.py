@@ -56,16 +56,13 @@ class FrozenFeatureExtractor(nn.Module):
         Raises:
             ValueError: the height or width is no multiple of the patch size.
         """
-        height, width = pictures.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"pictures of {height} x {width} are no multiple of the patch size {self.patch_size}")
-        grid = (height // self.patch_size, width // self.patch_size)
+        grid = patch_grid(pictures, self.patch_size)
         seen: list[Tensor] = []
         hook = self._source.register_forward_hook(
             lambda module, args, out: seen.append(out if isinstance(out, Tensor) else out[0])
         )
         try:
-            self._run(pictures)
+            run_backbone(self.backbone, pictures)
         finally:
             hook.remove()
         tokens = seen[-1]
@@ -76,12 +73,25 @@ class FrozenFeatureExtractor(nn.Module):
             raise ValueError(f"the block gave {tokens.size(1)} tokens for a grid of {grid[0]} x {grid[1]}")
         return FeatureGrid(tokens[:, tokens.size(1) - patches :], grid)  # class and register tokens come first
 
-    def _run(self, pictures: Tensor) -> None:
-        backbone: Any = self.backbone
-        if hasattr(backbone, "forward_features"):  # timm
-            backbone.forward_features(pictures)
-        else:
-            backbone(pixel_values=pictures)
+
+def patch_grid(pictures: Tensor, size: int) -> tuple[int, int]:
+    """Rows and columns of patches of ``size`` pixels in pictures [B, 3, H, W].
+
+    Raises:
+        ValueError: the height or width is no multiple of the patch size.
+    """
+    height, width = pictures.shape[-2:]
+    if height % size or width % size:
+        raise ValueError(f"pictures of {height} x {width} are no multiple of the patch size {size}")
+    return height // size, width // size
+
+
+def run_backbone(backbone: Any, pictures: Tensor) -> None:
+    """Run a vision transformer of timm or transformers, for the hooks inside of it."""
+    if hasattr(backbone, "forward_features"):  # timm
+        backbone.forward_features(pictures)
+    else:
+        backbone(pixel_values=pictures)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,27 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+def import_recipe(name: str, argv: Sequence[str]) -> type[Recipe[Any]]:
+    """The recipe's class, with the libraries that its file imports. ``argv`` repeats the command with them."""
+    try:
+        with refusing():
+            return registry.load(name)
+    except ModuleNotFoundError as error:
+        _need([(error.name or "").partition(".")[0]], argv)
+        raise
+
+
 def load_recipe(name: str, argv: Sequence[str]) -> type[Recipe[Any]]:
-    """The recipe's class, its libraries present. ``argv`` repeats the command where they must be installed first."""
+    """The recipe's class, all of its libraries present."""
+    recipe = import_recipe(name, argv)
+    _need(recipe.needs, argv)
+    return recipe
+
+
+def _need(modules: Iterable[str], argv: Sequence[str]) -> None:
     from eff_embedded.launch import ensure
 
-    with refusing():
-        recipe = registry.load(name)
-    ensure(recipe.needs, command="eff-train", argv=argv, extra="train", install="eff-train[recipes]")
-    return recipe
+    ensure(modules, command="eff-train", argv=argv, extra="train", install="eff-train[recipes]")
 
 
 @contextmanager

@@ -43,19 +43,17 @@ def main(argv: Sequence[str]) -> int:
     name, words = argv[0], list(argv[1:])
     if name.endswith(".py"):
         name = str(Path(name).resolve())
-    from eff_train import registry
+    from eff_train.commands._common import import_recipe, load_recipe
     from eff_train.errors import refusing
     from eff_train.frame.config import dump_yaml
     from eff_train.frame.runs import config_record
 
+    cls = import_recipe(name, ["run", *argv])
     with refusing():
-        cls = registry.load(name)
         place, config = parse(cls.config_class, name, words)
     if place.print_config:
         sys.stdout.write(dump_yaml(config_record(name, config)))
         return 0
-    from eff_train.commands._common import load_recipe
-
     load_recipe(name, ["run", *argv])
     return start(name, cls, config, place.folder)
 

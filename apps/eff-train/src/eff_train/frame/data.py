@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+HELD_OUT = 1 << 40
+"""Numbers of samples, or seeds, from here on are for the evaluation of recipes that make their data."""
+
 
 def generator(seed: int, sample: int) -> np.random.Generator:
     """Random numbers of one sample: the same for the same seed and number, independent for all others."""

@@ -18,7 +18,8 @@ class Recipe(Generic[C]):
     """A task to train: its model, its data, its loss and how the result is judged.
 
     A recipe's module assigns its class to ``RECIPE``; ``class Digits(Recipe[Config])`` says which config it takes.
-    Libraries that are not dependencies of eff-train are imported inside functions and named in ``needs``.
+    Libraries that are not dependencies of eff-train are imported at its top, or inside functions and named in
+    ``needs``.
 
     Attributes:
         needs: Modules (top-level names) that must be there for a run.

@@ -24,9 +24,8 @@ from eff_vision.amodal import (
 from PIL import Image
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe, TrainConfig
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig
 
-HELD_OUT = 1 << 40  # seeds from here on are for the evaluation
 TRIES = 40
 
 

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe, TrainConfig, generator
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
 
-HELD_OUT = 1 << 40  # sample numbers from here on are for the evaluation
 SIDE = 32
 SHOWN = (
     "A heart on a yellow background.",

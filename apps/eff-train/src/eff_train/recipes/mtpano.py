@@ -29,9 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eff_train.frame import Recipe, TrainConfig, generator
-
-HELD_OUT = 1 << 40  # seeds from here on are for the evaluation
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
 
 
 @dataclass(frozen=True, kw_only=True)

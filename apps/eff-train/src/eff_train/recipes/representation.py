@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe
+from eff_train.frame import HELD_OUT, Recipe
 from eff_train.recipes.collage_diffusion import transformer
 from eff_train.recipes.collage_diffusion.muon import muon_groups
 
@@ -151,12 +151,12 @@ class Representation(Recipe[Config]):
         """The transformer's batch with the number of the update, of each picture, and the pictures for the teacher."""
         from eff_embedded.diffusion import example
 
-        c, first = self.config, self.config.seed * transformer.HELD_OUT
+        c, first = self.config, self.config.seed * HELD_OUT
         made: dict[str, Any] = self.base.batch(samples)
         places = self.base.places(samples)
         step = samples.start // c.batch_size
         made |= {"step": step, "places": torch.tensor(places)}
-        if c.method in ("repa", "haste") and samples.start < transformer.HELD_OUT and (not c.stop or step < c.stop):
+        if c.method in ("repa", "haste") and samples.start < HELD_OUT and (not c.stop or step < c.stop):
             made["pictures"] = torch.stack([example(first + place).collage.tensor() for place in places])
         return made
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from eff_vision.multiview.blocks import Block, Mlp
 from eff_vision.multiview.config import MultiViewConfig
+from eff_vision.residual import ResidualUnit
 
 
 class CameraHead(nn.Module):
@@ -144,7 +145,7 @@ class Pyramid(nn.Module):
             )
         )
         self.levels = nn.ModuleList(nn.Conv2d(width, w, 3, padding=1, bias=False) for width in widths)
-        self.units = nn.ModuleList(_Unit(w) for _ in range(8))
+        self.units = nn.ModuleList(ResidualUnit(lambda: nn.Conv2d(w, w, 3, padding=1)) for _ in range(8))
         self.first = nn.Conv2d(w, w // 2, 3, padding=1)
         self.second, self.last = nn.Conv2d(w // 2, 32, 3, padding=1), nn.Conv2d(32, channels, 1)
 
@@ -162,12 +163,3 @@ class Pyramid(nn.Module):
             x = self.units[2 * i + 1](x + self.units[2 * i](maps[i]))
         x = F.interpolate(self.first(x), size=(height, width), mode="bilinear", align_corners=False)
         return self.last(F.relu(self.second(x)))
-
-
-class _Unit(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.relu(self.first(F.relu(x))))

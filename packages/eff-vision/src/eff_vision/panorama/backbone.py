@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eff_vision.backbones import find_blocks
+from eff_vision.backbones import find_blocks, patch_grid, run_backbone
 from eff_vision.backbones import patch_size as size_of_patches
 
 # Where the blocks of a running call leave their outputs. Not on the module: calls of other threads must not meet.
@@ -42,18 +42,11 @@ class BackboneTaps(nn.Module):
         Raises:
             ValueError: the height or width is no multiple of the patch size.
         """
-        height, width = pictures.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"pictures of {height} x {width} are no multiple of the patch size {self.patch_size}")
-        grid = (height // self.patch_size, width // self.patch_size)
+        grid = patch_grid(pictures, self.patch_size)
         found: dict[int, Tensor] = {}
         token = _FOUND.set(found)
         try:
-            model: Any = self.backbone
-            if hasattr(model, "forward_features"):  # timm
-                model.forward_features(pictures)
-            else:
-                model(pixel_values=pictures)
+            run_backbone(self.backbone, pictures)
         finally:
             _FOUND.reset(token)
         patches = grid[0] * grid[1]

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from eff_vision.panorama.config import CHANNELS
 from eff_vision.panorama.layers import PanoConv2d, resize_panorama
+from eff_vision.residual import ResidualUnit
 
 
 class DPTNeck(nn.Module):
@@ -21,7 +22,7 @@ class DPTNeck(nn.Module):
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(channels, dim, 1) for _ in range(4))
         self.down = PanoConv2d(dim, dim, 3, stride=2)
-        self.units = nn.ModuleList(ResidualUnit(dim) for _ in range(8))
+        self.units = nn.ModuleList(ResidualUnit(lambda: PanoConv2d(dim, dim, 3)) for _ in range(8))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """[B, dim, 8 h, 8 w] of maps [B, channels, h, w]."""
@@ -38,18 +39,6 @@ class DPTNeck(nn.Module):
             level = self.units[2 * i](levels[i])
             x = self.units[2 * i + 1](level + resize_panorama(x, *level.shape[-2:]))
         return resize_panorama(x, 8 * rows, 8 * columns)
-
-
-class ResidualUnit(nn.Module):
-    """Two convolutions behind rectifiers, and what came in."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.first, self.second = PanoConv2d(dim, dim, 3), PanoConv2d(dim, dim, 3)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps of the same shape."""
-        return maps + self.second(F.relu(self.first(F.relu(maps))))
 
 
 class TaskDecoder(nn.Module):

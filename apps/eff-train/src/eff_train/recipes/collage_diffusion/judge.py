@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe, TrainConfig, generator
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
 from eff_train.recipes.collage_diffusion.muon import Muon, muon_groups
 from eff_train.recipes.collage_diffusion.spoil import soften, spoil
-
-HELD_OUT = 1 << 40  # seeds from here on are for the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe, TrainConfig, shuffled, torch_generator
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, shuffled, torch_generator
 from eff_train.recipes.collage_diffusion import prepare
 from eff_train.recipes.collage_diffusion.muon import Muon, muon_groups
 
-HELD_OUT = 1 << 40  # sample numbers from here on are for the evaluation
 SPARE = 256
 SHOWN = (
     "A dog is left of an apple.",

@@ -11,10 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe, TrainConfig
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig
 from eff_train.recipes.collage_diffusion.muon import Muon, muon_groups
-
-HELD_OUT = 1 << 40  # seeds from here on are for the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,13 @@ from eff_vision.multiview import (
 )
 from torch import Tensor, nn
 
-from eff_train.frame import Recipe, TrainConfig
-from eff_train.recipes.lite3r.scores import save_sheet, scores
-from eff_train.recipes.lite3r.teacher import predict_folder, to
-from eff_train.recipes.lite3r.views import HELD_OUT, views_of
+from eff_train.frame import HELD_OUT
+from eff_train.recipes.lite3r.scores import scores
+from eff_train.recipes.lite3r.views import ViewsConfig, ViewsRecipe, to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(ViewsConfig):
     """Options of the adaptation.
 
     Attributes:
@@ -42,10 +41,6 @@ class Config(TrainConfig):
         fp8: Train through the rounding of FP8.
         fp8_projections: Round the new projections too, as the paper does.
         gamma: Weight of the distillation at the begin and at the end.
-        views: Cameras a scene.
-        side: Rows and columns of the pictures.
-        spread: Degrees round the room in which the cameras stand.
-        scenes: Scenes of the evaluation.
     """
 
     steps: int = 120
@@ -65,10 +60,6 @@ class Config(TrainConfig):
     fp8: bool = True
     fp8_projections: bool = False
     gamma: tuple[float, float] = (0.1, 0.01)
-    views: int = 3
-    side: int = 48
-    spread: float = 50.0
-    scenes: int = 64
 
     def sla(self) -> SLAConfig:
         """Settings of the attention."""
@@ -133,7 +124,7 @@ def projections(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in sla_parameters(model) if p.requires_grad]
 
 
-class Student(Recipe[Config]):
+class Student(ViewsRecipe[Config]):
     """The teacher's copy, whose new projections alone are trained."""
 
     best = "-abs_rel"
@@ -157,15 +148,8 @@ class Student(Recipe[Config]):
     def batch(self, samples: range) -> tuple[MultiViewBatch, float]:
         """Fresh scenes, other ones than the teacher saw, and how far training is, from 0 to 1."""
         c = self.config
-        made = views_of([(c.seed + 1) * 7 * HELD_OUT + s for s in samples], views=c.views, side=c.side, spread=c.spread)
+        made = self.scenes([(c.seed + 1) * 7 * HELD_OUT + s for s in samples])
         return made, samples.start / (c.steps * c.batch_size)
-
-    @cached_property
-    def held_out(self) -> list[MultiViewBatch]:
-        """Scenes of the evaluation, eight at a time: those of the teacher."""
-        c, seeds = self.config, range(HELD_OUT, HELD_OUT + self.config.scenes)
-        groups = [list(seeds[i : i + 8]) for i in range(0, len(seeds), 8)]
-        return [to(views_of(g, views=c.views, side=c.side, spread=c.spread), self.device) for g in groups]
 
     def loss(
         self, model: nn.Module, batch: tuple[MultiViewBatch, float]
@@ -189,14 +173,6 @@ class Student(Recipe[Config]):
         dense = scores(self.teacher, self.held_out)
         found |= {f"teacher_{name}": value for name, value in dense.items()}
         return found | {"abs_rel_over_teacher": found["abs_rel"] / max(dense["abs_rel"], 1e-12)}
-
-    def samples(self, model: nn.Module, folder: Path) -> None:
-        """Pictures, found depth and true depth."""
-        save_sheet(model, self.held_out[0], folder)
-
-    def predict(self, model: nn.Module, file: Path, out: Path) -> str:
-        """Depth, cameras and a point cloud of a folder of pictures."""
-        return predict_folder(model, file, out, self.config.side)
 
 
 RECIPE = Student
