@@ -1,8 +1,9 @@
-"""The argument of transformers' models that takes the cache."""
+"""The cache among the arguments and results of transformers' models: "cache" from 5.24 on, before "past_key_values"."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -14,3 +15,13 @@ def cache_name(module: Any) -> str:
 def cache_kwargs(module: Any, cache: Any) -> dict[str, Any]:
     """``cache`` as the argument of a model or layer."""
     return {cache_name(module): cache}
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a decoder; None without one."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a decoder gave; None without one."""
+    return getattr(output, "cache", None) or getattr(output, "past_key_values", None)

@@ -14,6 +14,8 @@ from eff_kernels import Handle
 from eff_kernels.edit.attention import AttentionCall, Role, TokenRoles, tokens_of
 from torch import Tensor, nn
 
+from eff_attention.caches import given_cache, returned_cache
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -63,7 +65,7 @@ class Keeper:
         """Hand an object down, unless an outer caller has done so."""
         if self.argument in kwargs:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         states = {} if cache is None else self.kept(cache)
         if cache is not None:
             cache.__dict__[f"_{self.argument}"] = states
@@ -78,7 +80,7 @@ class Keeper:
 
     def after(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A cache that the decoder made itself gets the states as well."""
-        cache, now = getattr(output, "past_key_values", None), kwargs.get(self.argument)
+        cache, now = returned_cache(output), kwargs.get(self.argument)
         if cache is not None and isinstance(now, Pass):
             cache.__dict__.setdefault(f"_{self.argument}", now.states)
 
@@ -120,7 +122,7 @@ class Marks:
     @classmethod
     def of(cls, call: AttentionCall, offset: int, stop: int) -> Marks:
         """Of the keys of a call up to place ``stop``; its first key has place ``offset``."""
-        return cls(_bits(call.k[:, :, : max(0, stop - offset)]), offset)
+        return cls(key_bits(call.k[:, :, : max(0, stop - offset)]), offset)
 
     def rows(self, call: AttentionCall, offset: int) -> Tensor | None:
         """For each row that the cache now has, the row that it was, int64 [B]; None where all are as they were.
@@ -132,7 +134,7 @@ class Marks:
         first, stop = max(offset, self.start), min(offset + key.shape[2], self.start + count)
         if key.shape[0] == self.bits.shape[0] and (key.shape[0] == 1 or stop <= first):
             return None
-        now = _bits(key[:, :, first - offset : max(first, stop) - offset])
+        now = key_bits(key[:, :, first - offset : max(first, stop) - offset])
         old = self.bits[:, first - self.start : max(first, stop) - self.start].to(now.device)
         if now.shape == old.shape and torch.equal(now, old):
             return None
@@ -145,7 +147,8 @@ class Marks:
         return same.int().argmax(1)
 
 
-def _bits(key: Tensor) -> Tensor:
+def key_bits(key: Tensor) -> Tensor:
+    """The first eight bytes of each key of the first head of [B, KV, n, D], int64 [B, n]."""
     width = 8 // key.element_size()
     return key.detach()[:, 0, :, :width].contiguous().view(torch.int64)[..., 0]
 

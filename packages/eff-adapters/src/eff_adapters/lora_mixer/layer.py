@@ -7,10 +7,11 @@ from typing import Any, Self, cast, get_args
 
 import torch
 from eff_kernels import grouped_lora
+from eff_kernels.edit import uncompiled
 from torch import Tensor, nn
 
 from eff_adapters.lora_mixer.config import Mode
-from eff_adapters.lora_mixer.passes import current_pass, domain_rows, record
+from eff_adapters.lora_mixer.passes import current_pass, domain_rows
 from eff_adapters.lora_mixer.routing import dense_update, router_logits, straight_through_gates, top_routes
 
 
@@ -143,12 +144,12 @@ class RoutedLoraLinear(nn.Module):
         rows, base = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         route = current_pass(self)
         if self.mode == "hard":
-            ids = domain_rows(route, lead, x.device)[:, None]
+            ids = uncompiled(domain_rows)(route, lead, x.device)[:, None]
             return self._update(rows, ids, None, base).view(y.shape)
         logits = router_logits(rows, self.router.weight, None if self.all_present else self.present, self.temperature)
         if route is not None:
             trains = self.training and self.router.weight.requires_grad
-            record(route, self, logits, lead, trains)
+            uncompiled(route.record)(self, logits, lead, trains)
         if self.mode == "soft" or (self.straight_through and self.training):
             probs = logits.softmax(-1)
             gates = probs if self.mode == "soft" else straight_through_gates(probs, self.top_k)

@@ -6,13 +6,13 @@ Nothing of it lies on the modules. A pass belongs to the thread that opened it, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
+from eff_kernels.edit import uncompiled
 from torch import Tensor, nn
 
 
@@ -60,17 +60,6 @@ class RoutePass:
         self.records[self.names[module]] = RouteRecord(logits, mask, domains, trains and not logits.requires_grad)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _eager(function: F) -> F:
-    """A function that compiled code calls as it is; what it reads differs from thread to thread."""
-    if not torch.compiler.is_compiling():
-        return function
-    found: F = torch.compiler.disable(function)
-    return found
-
-
 _mine: ContextVar[tuple[RoutePass, ...]] = ContextVar("eff_lora_mixer_passes", default=())
 _open: list[RoutePass] = []  # of all threads
 _lock = threading.Lock()
@@ -92,7 +81,8 @@ def opened(route: RoutePass) -> Iterator[RoutePass]:
 
 def current_pass(module: nn.Module) -> RoutePass | None:
     """The innermost open pass of this thread that the module belongs to."""
-    return _eager(_find)(module) if _open else None  # without one, torch.compile sees nothing but an empty list
+    # What a thread reads is its own: no compiled code may keep it.
+    return uncompiled(_find)(module) if _open else None  # without one, torch.compile sees nothing but an empty list
 
 
 def _find(module: nn.Module) -> RoutePass | None:
@@ -105,16 +95,6 @@ def _find(module: nn.Module) -> RoutePass | None:
     return next((r for r in reversed(held) if module in r.names), None)
 
 
-def record(route: RoutePass, module: nn.Module, logits: Tensor, lead: torch.Size, trains: bool) -> None:
-    """`RoutePass.record`, outside of compiled code."""
-    _eager(_record)(route, module, logits, lead, trains)
-
-
-def _record(route: RoutePass, module: nn.Module, logits: Tensor, lead: torch.Size, trains: bool) -> None:
-    route.record(module, logits, lead, trains)
-
-
-@_eager
 def domain_rows(route: RoutePass | None, lead: torch.Size, device: torch.device) -> Tensor:
     """The domain of each token, int64 [N], for mode "hard".
 

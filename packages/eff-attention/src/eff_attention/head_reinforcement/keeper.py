@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Role, TokenRoles
 from torch import Tensor, nn
 
@@ -76,8 +77,7 @@ class VHRKeeper(Keeper):
             return
         if not whole:
             raise RuntimeError(_PIECES)
-        measure = torch.compiler.disable(self._measure) if torch.compiler.is_compiling() else self._measure
-        found = measure(decoder, arguments(decoder, args, kwargs), roles, pictures)
+        found = uncompiled(self._measure)(decoder, arguments(decoder, args, kwargs), roles, pictures)
         if self.config.reference == "lockstep":
             now.notes["heads"] = found.heads
         else:

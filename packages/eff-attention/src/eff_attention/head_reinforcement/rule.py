@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, TokenRoles
 from torch import Tensor
 
@@ -38,11 +39,8 @@ class VHRRule:
 
     def __call__(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         """Answer a call of a layer."""
-        if torch.compiler.is_compiling():
-            # Which heads there are decides what is computed. As a decorator this would import the compiler.
-            answer: AttentionOutput = torch.compiler.disable(self._answer)(call, attend)
-            return answer
-        return self._answer(call, attend)
+        # Which heads there are decides what is computed.
+        return uncompiled(self._answer)(call, attend)
 
     def _answer(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         output = attend(call)

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from eff_kernels import decode_attention, scored_decode_attention
+from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, rows
 from torch import Tensor
 
+from eff_attention.caches import given_cache
 from eff_attention.layer_reuse.blocks import block_mass
 from eff_attention.layer_reuse.choose import choose_blocks
 from eff_attention.layer_reuse.config import LayerReuseConfig
@@ -59,8 +61,7 @@ class Pass:
 
 def begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The hook of the decoder."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return args, {**kwargs, ARGUMENT: Pass(cache)}
+    return args, {**kwargs, ARGUMENT: Pass(given_cache(kwargs))}
 
 
 @dataclass(slots=True)
@@ -109,11 +110,8 @@ class ReuseRule:
 
     def __call__(self, call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:
         """Answer a call of a layer."""
-        if torch.compiler.is_compiling():
-            # Choices depend on lengths and contents: each step would be compiled by itself. As a decorator this would
-            # import the compiler with the package.
-            return torch.compiler.disable(self._answer)(call, attend)
-        return self._answer(call, attend)
+        # Choices depend on lengths and contents: each step would be compiled by itself.
+        return uncompiled(self._answer)(call, attend)
 
     def _answer(self, call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:
         if ARGUMENT not in call.extra:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, Part, Role
 from torch import Tensor
 
+from eff_attention.caches import given_cache, returned_cache
 from eff_attention.sink_calibration import fast
 from eff_attention.sink_calibration.config import ACTConfig
 from eff_attention.sink_calibration.functional import calibrate_attention, sinks_of_sums
@@ -36,14 +38,14 @@ def begin_pass(
     """The hook before the decoder."""
     if ARGUMENT in kwargs:
         return None
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    cache = given_cache(kwargs)
     now = Pass() if cache is None else Pass(cache.__dict__.setdefault(ATTRIBUTE, {}))
     return args, {**kwargs, ARGUMENT: now}
 
 
 def end_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """The hook after the decoder: a cache that it made itself gets to know its sinks as well."""
-    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    cache = returned_cache(output)
     if cache is not None and ARGUMENT in kwargs:
         cache.__dict__.setdefault(ATTRIBUTE, kwargs[ARGUMENT].states)
 
@@ -66,11 +68,8 @@ class CalibrationRule:
 
     def __call__(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         """Answer a call of a layer."""
-        if torch.compiler.is_compiling():
-            # Whether there are sinks decides what is computed. As a decorator this would import the compiler.
-            answer: AttentionOutput = torch.compiler.disable(self._answer)(call, attend)
-            return answer
-        return self._answer(call, attend)
+        # Whether there are sinks decides what is computed.
+        return uncompiled(self._answer)(call, attend)
 
     def _answer(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         heads = self.heads.get(call.layer, ()) if call.layer is not None else ()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eff_attention.passes import key_bits
+
 ATTRIBUTE = "_eff_sink_calibration"  # of a cache
 
 
@@ -67,6 +69,5 @@ class SinkState:
 
 
 def marks_of(key: Tensor, length: int) -> Tensor:
-    """The first eight bytes of each key of the first head, int64 [B, length]."""
-    width = 8 // key.element_size()
-    return key.detach()[:, 0, :length, :width].contiguous().view(torch.int64)[..., 0]
+    """A few bits of each of the first ``length`` keys, int64 [B, length]."""
+    return key_bits(key[:, :, :length])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, Part, Role, TokenRoles
 from torch import Tensor
 
@@ -74,11 +75,8 @@ class VARRule:
 
     def __call__(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         """Answer a call of a layer."""
-        if torch.compiler.is_compiling():
-            # Whether there are sinks decides what is computed. As a decorator this would import the compiler.
-            answer: AttentionOutput = torch.compiler.disable(self._answer)(call, attend)
-            return answer
-        return self._answer(call, attend)
+        # Whether there are sinks decides what is computed.
+        return uncompiled(self._answer)(call, attend)
 
     def _answer(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         roles = checked_roles(call)

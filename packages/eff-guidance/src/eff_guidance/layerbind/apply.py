@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from eff_kernels.edit import Handle, Report
+from eff_kernels.edit import Handle, Report, uncompiled
 from eff_kernels.edit.attention import intercept_attention
 from eff_kernels.edit.attention.forward import Forward
 
@@ -104,8 +104,7 @@ class Evaluate(Forward):
         run = current_run()
         if run is None or run.done or inner(run.pipe.transformer) is not self.module:
             return self.plain(*args, **kwargs)
-        evaluate = torch.compiler.disable(_evaluate) if torch.compiler.is_compiling() else _evaluate
-        return evaluate(run, self, args, kwargs)
+        return uncompiled(_evaluate)(run, self, args, kwargs)
 
 
 def _evaluate(run: Run, forward: Evaluate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

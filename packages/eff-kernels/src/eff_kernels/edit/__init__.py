@@ -8,6 +8,7 @@ runs a model over batches and looks at its modules; `Distiller` compares them wi
 """
 
 from eff_kernels.edit.calibrate import ModuleCall, Run, calibrate, evaluating
+from eff_kernels.edit.compiled import uncompiled
 from eff_kernels.edit.distill import Distiller, cosine
 from eff_kernels.edit.files import Record, write_whole
 from eff_kernels.edit.handle import Handle
@@ -33,5 +34,6 @@ __all__ = [
     "matches",
     "replace_module",
     "select",
+    "uncompiled",
     "write_whole",
 ]
