@@ -1,8 +1,8 @@
 """SmolLM2 with eyes before and after SENTINEL, beside DPO on whole captions with as many pairs and updates.
 
-    uvx nox -s bench -- adapters sentinel [--images 48] [--pictures 60]
+    uvx nox -s bench -- adapters sentinel [--images 100] [--pictures 80]
 
-Pictures hold one to three objects, and objects that go together never come together, so that habits of the training
+Pictures hold four to six objects, and objects that go together never come together, so that habits of the training
 mislead. Detectors are the layouts of the pictures with errors: each denies or invents one name in twenty. Captions are
 greedy; pairs come from other pictures than the evaluation.
 """
@@ -124,12 +124,13 @@ def main() -> None:
     from eff_embedded.eyes.evaluation import WORLDS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=60, help="most pictures that pairs are built from")
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=60, help="pictures of the evaluation")
+    parser.add_argument("--images", type=int, default=100, help="most pictures that pairs are built from")
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--world", default="crowded contrary", choices=sorted(WORLDS))
+    parser.add_argument("--pictures", type=int, default=80, help="pictures of the evaluation")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kinds", nargs="*", default=["before", "sentences", "whole captions"])
@@ -145,10 +146,10 @@ def main() -> None:
         "commit": commit, "dirty": bool(changed.stdout.strip()),
         "processor": platform.processor() or platform.machine(),
         "threads": args.threads, "dtype": "bfloat16", "torch": torch.__version__, "seed": args.seed,
-        "date": datetime.date.today().isoformat(), "world": "contrary, 1 to 3 objects", "pictures": args.pictures,
+        "date": datetime.date.today().isoformat(), "world": args.world, "pictures": args.pictures,
     }  # fmt: skip
     for kind in args.kinds:
-        entry = {"kind": kind, **about, **run(kind, args, WORLDS["contrary"])}
+        entry = {"kind": kind, **about, **run(kind, args, WORLDS[args.world])}
         print(json.dumps(entry))
         with RESULTS.open("a") as file:
             file.write(json.dumps(entry) + "\n")
