@@ -28,13 +28,13 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 960px;
   margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem } h3 { font-size: .95rem; margin: 0 }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 1.2rem }
 svg text { font-size: 11px; fill: var(--soft) } svg .grid { stroke: var(--line) }
 polyline { fill: none; stroke-width: 1.5 } .train { stroke: var(--train) } .evaluation { stroke: var(--evaluation) }
 circle.evaluation { fill: var(--evaluation) } .key { color: var(--soft) }
 .key b { font-weight: 600 } .key .t { color: var(--train) } .key .e { color: var(--evaluation) }
 table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line) } .fails { color: var(--evaluation); font-weight: 600 }
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere } .fails { color: var(--evaluation); font-weight: 600 }
 pre { background: color-mix(in srgb, var(--line) 40%, transparent); padding: .7rem; overflow-x: auto;
   white-space: pre-wrap }
 figure { margin: 0 0 1rem } img { max-width: 100%; image-rendering: auto } figcaption { color: var(--soft) }
@@ -129,10 +129,14 @@ def _events(records: list[dict[str, Any]]) -> str:
 def _environment(run: Run) -> str:
     found: Mapping[str, Any] = json.loads((run.folder / "environment.json").read_text())
     packages = found.get("packages", {})
-    rows = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in found.items() if k != "packages"}
+    rows = {k: _listed(v) if isinstance(v, dict) else v for k, v in found.items() if k != "packages"}
     listing = " ".join(f"{n}=={v}" for n, v in packages.items())
     folded = f"<details><summary>{len(packages)} packages</summary>{_pre(listing)}</details>"
     return _section("Environment", _table(rows) + folded)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _section(title: str, content: str) -> str:
