@@ -34,7 +34,8 @@ polyline { fill: none; stroke-width: 1.5 } .train { stroke: var(--train) } .eval
 circle.evaluation { fill: var(--evaluation) } .key { color: var(--soft) }
 .key b { font-weight: 600 } .key .t { color: var(--train) } .key .e { color: var(--evaluation) }
 table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line) } td + td { overflow-wrap: anywhere } .fails { color: var(--evaluation); font-weight: 600 }
+  border-bottom: 1px solid var(--line) } td + td { overflow-wrap: anywhere }
+.fails { color: var(--evaluation); font-weight: 600 }
 pre { background: color-mix(in srgb, var(--line) 40%, transparent); padding: .7rem; overflow-x: auto;
   white-space: pre-wrap }
 figure { margin: 0 0 1rem } img { max-width: 100%; image-rendering: auto } figcaption { color: var(--soft) }
