@@ -24,6 +24,7 @@ from eff_kernels.edit.attention import intercept_attention
 
 SIDE, CELL = 128, 8
 RESULTS = Path(__file__).parent / "results" / "layerbind.jsonl"
+SPEED = RESULTS.with_name("layerbind_speed.jsonl")
 # Eight blocks are too few for the paper's share of hard-binding ones; the first is the one that all models share.
 CONFIG = LayerBindConfig(eta1=0.25, hard_blocks=(0,))
 LONGER = LayerBindConfig(eta1=0.4, hard_blocks=(0,))
@@ -193,6 +194,25 @@ def sheet(pipe: Any, path: str, layouts: int) -> None:
     whole.save(path, optimize=True)
 
 
+def speed(pipe: Any, rounds: int = 5) -> None:
+    """Processor seconds a picture of each method, in turns on one layout; the least of the rounds."""
+    case, lines = cases("overlap", 1, 5)[0], []
+    for count in (1, 4):
+        times: dict[str, list[float]] = {m: [] for m in METHODS}
+        for turn in range(rounds + 1):
+            for method, draw in METHODS.items():
+                before = time.process_time()
+                draw(pipe, case, turn, count)
+                times[method].append((time.process_time() - before) / count)
+        least = {m: min(t[1:]) for m, t in times.items()}
+        for method, seconds in least.items():
+            line = {"op": "layerbind_speed", "method": method, "pictures": count, "steps": 20}
+            line |= {"cpu_seconds": round(seconds, 4), "of_words": round(seconds / least["words"], 3)}
+            lines.append(line | about())
+            print(json.dumps({k: lines[-1][k] for k in ("method", "pictures", "cpu_seconds", "of_words")}))
+    SPEED.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def main() -> None:
     """Draw layout by layout with all methods until the time is over, and write one line a method and kind."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -201,8 +221,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--first", type=int, default=1000, help="seed of the layouts")
     parser.add_argument("--sheet", help="draw a few examples to this PNG instead")
+    parser.add_argument("--speed", action="store_true", help="measure the time of a picture instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.speed:
+        speed(load_collage_diffusion())
+        return
     if options.sheet:
         sheet(load_collage_diffusion(), options.sheet, 4)
         return
