@@ -7,6 +7,7 @@ import json
 import pytest
 from eff_serve.api import Settings, create_app
 from eff_serve.engine.types import EngineStats, Step, TokenScore
+from eff_serve.models.dialects import HERMES
 from starlette.testclient import TestClient
 
 EOS = 256
@@ -30,6 +31,11 @@ class BytesTokenizer:
 
     vocab_size = VOCAB
     eos_token_ids = frozenset({EOS})
+    dialect = HERMES
+    thinks = False
+
+    def marker(self, text):
+        return None
 
     def encode(self, text, *, add_special_tokens=True):
         return list(text.encode())
@@ -41,8 +47,16 @@ class BytesTokenizer:
         return bytes([token]) if token < 256 else b""
 
     def encode_chat(
-        self, messages, *, add_special_tokens=False, add_generation_prompt=True, continue_final_message=False, more=None
+        self,
+        messages,
+        *,
+        tools=None,
+        add_special_tokens=False,
+        add_generation_prompt=True,
+        continue_final_message=False,
+        more=None,
     ):
+        self.laid_out = {"messages": messages, "tools": tools}
         text = "|".join(f"{m['role']}:{m['content']}" for m in messages)
         return self.encode(text + ("|assistant:" if add_generation_prompt else ""))
 

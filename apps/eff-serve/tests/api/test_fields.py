@@ -84,14 +84,13 @@ BAD_BOTH = [
     ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
 ]
 BAD_CHAT = [
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0].type"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "", "function_call": {"name": "a"}}]}, "messages[0].function_call"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
     ({"top_logprobs": 1}, "top_logprobs"),

@@ -21,6 +21,8 @@ class ServedTokenizer:
         self._tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.vocab_size = tokenizer.vocab_size
+        self.dialect = tokenizer.dialect
+        self.thinks = tokenizer.thinks
         self._special = set(tokenizer.backend.get_added_tokens_decoder())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -30,6 +32,10 @@ class ServedTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids."""
         return self._tokenizer.decode(ids, skip_special_tokens)
+
+    def marker(self, text: str) -> tuple[int, bool] | None:
+        """See `Tokenizer.marker`."""
+        return self._tokenizer.marker(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for; part of a character for some tokens of a byte-level vocabulary."""

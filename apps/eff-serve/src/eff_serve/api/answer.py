@@ -83,10 +83,10 @@ class Format(Protocol):
         ...
 
 
-def assembler_for(tokenizer: Tokenizer, body: SamplingFields) -> TextAssembler:
-    """Fresh text assembler with the request's stop strings."""
+def assembler_for(tokenizer: Tokenizer, body: SamplingFields, *, keep_special: bool = False) -> TextAssembler:
+    """Fresh text assembler with the request's stop strings; ``keep_special`` shows special tokens in any case."""
     return TextAssembler(
-        tokenizer.decoder(skip_special_tokens=body.skip_special_tokens is not False),
+        tokenizer.decoder(skip_special_tokens=body.skip_special_tokens is not False and not keep_special),
         stop=body.stops,
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request, Response
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from eff_serve.api import pictures
 from eff_serve.api.answer import Answer, Frame, assembler_for, includes_usage, respond
 from eff_serve.api.documented import json_or_events
-from eff_serve.api.generation import EndReason, Generation, Job, Piece
+from eff_serve.api.generation import Generation, Job, Piece
 from eff_serve.api.logprobs import PlacedScore, chat_logprobs, prompt_logprobs
 from eff_serve.api.sampling import for_choice, sampling_for, token_limit
 from eff_serve.api.schema.chat import (
@@ -20,6 +21,7 @@ from eff_serve.api.schema.chat import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatFinishReason,
     ChatLogprobs,
     ChatRequest,
     ChunkChoice,
@@ -27,8 +29,16 @@ from eff_serve.api.schema.chat import (
 )
 from eff_serve.api.schema.common import Usage
 from eff_serve.api.schema.tokens import TokenizeRequest
+from eff_serve.api.schema.tools import (
+    AnswerFunction,
+    AnswerToolCall,
+    DeltaFunction,
+    DeltaToolCall,
+)
 from eff_serve.api.serving import Serving
+from eff_serve.api.speech import CallPart, Part, Speech, Words
 from eff_serve.api.tokenizer import Tokenizer
+from eff_serve.api.tools import ToolPlan, grammar_of, offered, plan_for, shows_special, thinks
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -43,6 +53,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     if n > serving.settings.max_sequences:
         raise bad_request(f"n={n} is more than the {serving.settings.max_sequences} that this server allows", "n")
     pictures.check(body.messages, serving.eyes)
+    plan = await asyncio.to_thread(plan_for, body, tokenizer.dialect)
     prompt = await asyncio.to_thread(chat_prompt, tokenizer, body)
     limit = token_limit(len(prompt), body.limit, engine.max_model_len, "messages")
     sampling = await sampling_for(
@@ -53,13 +64,21 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         vocab_size=tokenizer.vocab_size,
         adapter=adapter,
     )
+    thoughts = thinks(tokenizer, prompt)
+    if plan is not None:
+        sampling = replace(sampling, grammar=grammar_of(plan, body, tokenizer, thinks=thoughts))
+    special = shows_special(plan, tokenizer, thinks=thoughts)
     frame = Frame.of(request, serving, "chatcmpl-", body.request_id, adapter)
     seen = await pictures.look(body.messages, prompt, serving.eyes)
-    jobs = [Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body), seen) for i in range(n)]
+    jobs = [
+        Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body, keep_special=special), seen)
+        for i in range(n)
+    ]
     generation = Generation(
         serving, jobs, prompt_tokens=len(prompt), request_id=frame.id, arrival=frame.arrival, user=body.user
     )
-    return await respond(request, body, generation, _ChatFormat(frame, tokenizer, body, generation), frame.id)
+    form = _ChatFormat(frame, tokenizer, body, generation, plan, thoughts)
+    return await respond(request, body, generation, form, frame.id)
 
 
 def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
@@ -72,6 +91,7 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> li
     try:
         return tokenizer.encode_chat(
             [message.as_template_input() for message in body.messages or ()],
+            tools=offered(body),
             add_special_tokens=extra,
             add_generation_prompt=body.opens_answer,
             continue_final_message=bool(body.continue_final_message),
@@ -84,40 +104,60 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> li
 class _ChatFormat:
     """Pieces of answers as chat responses."""
 
-    def __init__(self, frame: Frame, tokenizer: Tokenizer, body: ChatRequest, generation: Generation) -> None:
+    def __init__(
+        self,
+        frame: Frame,
+        tokenizer: Tokenizer,
+        body: ChatRequest,
+        generation: Generation,
+        plan: ToolPlan | None,
+        thoughts: bool | str,
+    ) -> None:
         self._frame = frame
         self._tokenizer = tokenizer
         self._logprobs = bool(body.logprobs)
         self._prompt_logprobs = body.prompt_logprobs is not None
         self._include_usage = includes_usage(body)
         self._generation = generation
+        self._plan, self._thoughts = plan, thoughts
+        self._speech = [self._new_speech() for _ in generation.choices]
+
+    def _new_speech(self) -> Speech:
+        return Speech(thinks=self._thoughts, calls=None if self._plan is None else self._plan.calls())
 
     def opening(self) -> list[BaseModel]:
-        return [self._chunk(choice.index, Delta(role="assistant", content="")) for choice in self._generation.choices]
+        text = "" if self._plan is None else None
+        return [self._chunk(choice.index, Delta(role="assistant", content=text)) for choice in self._generation.choices]
 
     def events(self, piece: Piece) -> list[BaseModel]:
         chunks: list[BaseModel] = []
         scores = self._scores(piece.scores)
-        if piece.text:
-            chunks.append(self._chunk(piece.choice, Delta(content=piece.text), scores))
-            scores = None
+        speech = self._speech[piece.choice]
+        for part in speech.feed(piece.text, final=piece.finish_reason is not None):
+            for delta in _deltas(part):
+                chunks.append(self._chunk(piece.choice, delta, scores))
+                scores = None
         if piece.finish_reason is not None:
-            chunks.append(self._chunk(piece.choice, Delta(), scores, piece.finish_reason))
+            chunks.append(self._chunk(piece.choice, Delta(), scores, _reason(piece.finish_reason, speech)))
+        elif not chunks and scores is not None and scores.content:
+            chunks.append(self._chunk(piece.choice, Delta(), scores))
         return chunks
 
     def usage_event(self, usage: Usage) -> BaseModel:
         return ChatChunk(**self._frame.fields("chat.completion.chunk"), choices=[], usage=usage)
 
     def complete(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AnswerMessage(role="assistant", content=answer.text),
-                logprobs=self._scores(answer.scores),
-                finish_reason=answer.finish_reason,
+        choices = []
+        for index, answer in enumerate(answers):
+            speech = self._new_speech()
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=_message(speech.feed(answer.text, final=True)),
+                    logprobs=self._scores(answer.scores),
+                    finish_reason=_reason(answer.finish_reason, speech),
+                )
             )
-            for index, answer in enumerate(answers)
-        ]
         response = ChatCompletion(**self._frame.fields("chat.completion"), choices=choices, usage=usage)
         if self._prompt_logprobs:
             scores = self._generation.choices[0].prompt_scores or ()
@@ -128,10 +168,50 @@ class _ChatFormat:
         return chat_logprobs(self._tokenizer, scores) if self._logprobs else None
 
     def _chunk(
-        self, index: int, delta: Delta, logprobs: ChatLogprobs | None = None, finish_reason: EndReason | None = None
+        self,
+        index: int,
+        delta: Delta,
+        logprobs: ChatLogprobs | None = None,
+        finish_reason: ChatFinishReason | None = None,
     ) -> ChatChunk:
         choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
         chunk = ChatChunk(**self._frame.fields("chat.completion.chunk"), choices=[choice])
         if self._include_usage:
             chunk.usage = None
         return chunk
+
+
+def _reason(reason: ChatFinishReason, speech: Speech) -> ChatFinishReason:
+    return "tool_calls" if reason == "stop" and speech.called else reason
+
+
+def _deltas(part: Part) -> Iterator[Delta]:
+    """What a stream says of a part: a call's id and name come alone, in front of its arguments."""
+    if isinstance(part, Words):
+        yield Delta(reasoning_content=part.text) if part.thought else Delta(content=part.text)
+        return
+    if part.name is not None:
+        named = DeltaFunction(name=part.name, arguments="")
+        yield Delta(tool_calls=[DeltaToolCall(index=part.index, id=part.id, type="function", function=named)])
+    if part.arguments:
+        more = DeltaFunction(arguments=part.arguments)
+        yield Delta(tool_calls=[DeltaToolCall(index=part.index, function=more)])
+
+
+def _message(parts: Sequence[Part]) -> AnswerMessage:
+    """The whole answer; its text is null where there are only calls."""
+    words = "".join(p.text for p in parts if isinstance(p, Words) and not p.thought)
+    thoughts = "".join(p.text for p in parts if isinstance(p, Words) and p.thought)
+    calls: list[AnswerToolCall] = []
+    for part in parts:
+        if isinstance(part, CallPart):
+            if part.name is not None:
+                function = AnswerFunction(name=part.name, arguments="")
+                calls.append(AnswerToolCall(id=part.id or "", type="function", function=function))
+            calls[-1].function.arguments += part.arguments
+    message = AnswerMessage(role="assistant", content=words or None if calls else words)
+    if thoughts:
+        message.reasoning_content = thoughts
+    if calls:
+        message.tool_calls = calls
+    return message

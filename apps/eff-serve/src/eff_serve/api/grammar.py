@@ -13,7 +13,7 @@ from eff_serve.api.schema.sampling import MAX_GRAMMAR_CHARS, SamplingFields
 
 # JSON as Python's json.dumps writes it. Free white space would let a small model write blanks until its tokens are
 # spent.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 
 def grammar_for(request: SamplingFields) -> str | None:
@@ -60,6 +60,6 @@ def _json(schema: Any, param: str) -> str:
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"{len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
         text = json.dumps(as_read_by_clients(json.loads(text)))
-        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
+        return LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE)
     except ValueError as error:
         raise bad_request(f"{param} cannot be used as a JSON schema: {error}", param, "invalid_grammar") from None

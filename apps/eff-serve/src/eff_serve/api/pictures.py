@@ -26,7 +26,7 @@ def placed(messages: Sequence[Message]) -> list[tuple[str, ImagePart]]:
     return [
         (f"messages[{i}].content[{j}]", part)
         for i, message in enumerate(messages)
-        if not isinstance(message.content, str)
+        if isinstance(message.content, list)
         for j, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from eff_serve.models.dialects import Dialect
 from eff_serve.text import Decoder
 
 
@@ -13,6 +14,10 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eos_token_ids: frozenset[int]
+    dialect: Dialect
+    """How the model writes calls of functions."""
+    thinks: bool
+    """Whether the model writes thoughts between ``<think>`` tags."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; names of special tokens in it are read as those tokens."""
@@ -20,6 +25,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids."""
+        ...
+
+    def marker(self, text: str) -> tuple[int, bool] | None:
+        """Id of the token that a text is by itself, and whether it is a special one; None for ordinary text."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
@@ -30,6 +39,7 @@ class Tokenizer(Protocol):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_special_tokens: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,

@@ -65,11 +65,27 @@ class ChatTemplate:
                 f"the model's chat template is not valid jinja, line {e.lineno}: {e.message}"
             ) from e
         self._special_tokens = dict(special_tokens)
+        self.source = source
 
     @property
     def takes_tools(self) -> bool:
         """Whether the template has a place for tools."""
         return "tools" in self._names
+
+    @property
+    def takes_xml_tools(self) -> bool:
+        """Whether it has one under the name that SmolLM3 gives it."""
+        return "xml_tools" in self._names
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether it writes the ``tool_calls`` of a message."""
+        return "tool_calls" in self.source
+
+    @property
+    def takes_results(self) -> bool:
+        """Whether it knows messages of role "tool"."""
+        return "'tool'" in self.source or '"tool"' in self.source
 
     def render(
         self,

@@ -36,11 +36,15 @@ class SpecialTokenGuard:
             hidden.append({**texts, "content": places + texts["content"]} if places else texts)
         return hidden
 
+    def hide_value(self, value: Any) -> Any:
+        """Any JSON value, with a place-holder for each special token in its texts and keys."""
+        return self._hide(value)
+
     def _hide(self, value: Any) -> Any:
         if isinstance(value, str):
             return value if self._spelt is None else self._spelt.sub(self._place_holder, value)
         if isinstance(value, Mapping):
-            return {k: self._hide(v) for k, v in value.items()}
+            return {self._hide(k): self._hide(v) for k, v in value.items()}
         return [self._hide(v) for v in value] if isinstance(value, list | tuple) else value
 
     def _place_holder(self, match: re.Match[str]) -> str:
@@ -48,14 +52,14 @@ class SpecialTokenGuard:
 
     def _hold(self, what: str | None) -> str:
         self._hidden.append(what)
-        return f"\x02{self._nonce}:{len(self._hidden) - 1}\x03"
+        return f"@{self._nonce}:{len(self._hidden) - 1}@"  # unchanged by JSON, which templates make of functions
 
     def pieces(self, prompt: str) -> Iterator[tuple[str, Kind]]:
         """Yield the prompt in pieces: what may hold special tokens, what is plain text, and places of pictures."""
         if not self._hidden:
             yield prompt, "control"
             return
-        parts = re.split(f"\x02{self._nonce}:(\\d+)\x03", prompt)
+        parts = re.split(f"@{self._nonce}:(\\d+)@", prompt)
         for i, part in enumerate(parts):
             if i % 2:
                 text = self._hidden[int(part)]

@@ -10,8 +10,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from eff_serve.models.chat_template import ChatTemplate, ChatTemplateError
+from eff_serve.models.dialects import dialect_of
 from eff_serve.models.files import read_json
 from eff_serve.models.special_tokens import SpecialTokenGuard
+from eff_serve.models.tool_messages import arranged
 
 __all__ = ["ChatTemplateError", "IncrementalDecoder", "Tokenizer"]
 
@@ -22,6 +24,10 @@ class Tokenizer:
     Args:
         folder: The model's folder.
         picture: Token ids that keep a picture's place; empty for a model without eyes.
+
+    Attributes:
+        dialect: How the model writes calls of functions.
+        thinks: Whether its template knows thoughts between ``<think>`` tags.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json.
@@ -42,6 +48,8 @@ class Tokenizer:
         self._config = read_json(folder / "tokenizer_config.json")
         special = {name: _content(v) or "" for name, v in self._config.items() if name.endswith("_token")}
         source = _chat_template(folder, self._config)
+        self.dialect = dialect_of(source)
+        self.thinks = "<think>" in (source or "")
         self._template = None if source is None else ChatTemplate(source, {"bos_token": "", "eos_token": "", **special})
         self.bos_token = _content(self._config.get("bos_token"))
         self.eos_token = _content(self._config.get("eos_token"))
@@ -64,6 +72,12 @@ class Tokenizer:
         """Text of token ids; bytes that form no whole character become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def marker(self, text: str) -> tuple[int, bool] | None:
+        """Id of the token that a text is by itself, and whether it is a special one; None for ordinary text."""
+        token = self.backend.token_to_id(text)
+        found = None if token is None else self.backend.get_added_tokens_decoder().get(token)
+        return None if token is None or found is None else (token, found.special)
+
     def token_text(self, token: int) -> str:
         """A single token as text."""
         return self.decode([token], skip_special_tokens=False)
@@ -74,14 +88,27 @@ class Tokenizer:
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages or the arguments.
         """
+        return self._existing_template.render(messages, **kwargs)
+
+    @property
+    def _existing_template(self) -> ChatTemplate:
         if self._template is None:
             raise ChatTemplateError("this model has no chat template; use the completions endpoint, or generate --raw")
-        return self._template.render(messages, **kwargs)
+        return self._template
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_special_tokens: bool = False,
+        more: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> list[int]:
         """Token ids of a conversation; arguments as for `ChatTemplate.render`.
+
+        Functions, their calls and results are laid out whether or not the template has a place for them (see
+        `eff_serve.models.tool_messages`).
 
         Only the template writes special tokens. Where a message spells one, it is read as plain text, so that nobody
         can end their turn and open one of the system inside their own.
@@ -94,7 +121,10 @@ class Tokenizer:
         if not self._picture and any(m.get("pictures") for m in messages):
             raise ChatTemplateError("this model reads text only, and a message holds a picture")
         guard = SpecialTokenGuard(self.special_tokens)
-        text = self.render_chat(guard.hide(messages), **kwargs)
+        template = self._existing_template
+        turns, extra = arranged(guard.hide(messages), guard.hide_value(tools), template, self.dialect)
+        given = extra.pop("tools", None)
+        text = template.render(turns, tools=given, more={**extra, **(more or {})}, **kwargs)
         ids: list[int] = []
         for piece, kind in guard.pieces(text):
             if kind == "picture":

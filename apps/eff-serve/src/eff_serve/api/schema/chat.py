@@ -9,8 +9,9 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 
 from eff_serve.api.schema.common import PromptLogprobs, Usage
 from eff_serve.api.schema.sampling import MAX_TOP, SamplingFields
+from eff_serve.api.schema.tools import AnswerToolCall, CallId, DeltaToolCall, MessageToolCall, ToolFields
 
-ChatFinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TextPart(RequestModel):
@@ -75,39 +76,84 @@ def _texts(parts: list[Part]) -> list[str]:
 
 
 class Message(RequestModel):
-    """One message. ``developer`` is read as ``system``. Null and empty fields are those that clients send back."""
+    """One message. ``developer`` is read as ``system``. Null and empty fields are those that clients send back.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    A message of the assistant may hold calls of functions, and one of role ``tool`` is the result of such a call.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(min_length=1)] | None
     name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=128)] | None = None
+    tool_call_id: CallId | None = None
+    reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-    @field_validator("role", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _no_tool_role(cls, value: Any) -> Any:
-        if value in ("tool", "function"):
-            raise refuse(f"messages of role {value!r} are not supported: this server has no tool calling")
+    def _calls_need_no_text(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("tool_calls") and "content" not in value:
+            return {**value, "content": None}
         return value
 
-    @field_validator("tool_calls", "function_call", mode="before")
+    @field_validator("role", mode="before")
     @classmethod
-    def _no_tool_calls(cls, value: Any) -> Any:
-        if value:
-            raise refuse("tool calls in messages are not supported: this server has no tool calling")
+    def _no_function_role(cls, value: Any) -> Any:
+        if value == "function":
+            raise refuse("messages of role 'function' are not supported: use role 'tool' with tool_call_id")
         return value
+
+    @field_validator("function_call", mode="before")
+    @classmethod
+    def _no_function_call(cls, value: Any) -> Any:
+        if value:
+            raise refuse("function_call in messages is not supported: use tool_calls")
+        return value
+
+    @model_validator(mode="after")
+    def _fields_of_the_role(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise refuse(f"tool_calls belong into messages of the assistant, not of role {self.role!r}", "tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise refuse("content is null; only a message with tool_calls needs no text", "content")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise refuse("tool_call_id belongs to messages of role 'tool', and each of them has one", "tool_call_id")
+        return self
 
     def as_template_input(self) -> dict[str, Any]:
         """Role and text as a chat template reads them; parts are joined by line breaks, pictures are counted."""
         role = "system" if self.role == "developer" else self.role
-        parts = [self.content] if isinstance(self.content, str) else _texts(self.content)
-        pictures = 0 if isinstance(self.content, str) else len(self.content) - len(parts)
-        named = {} if self.name is None else {"name": self.name}
-        seen = {"pictures": pictures} if pictures else {}
-        return {"role": role, "content": "\n".join(parts), **named, **seen}
+        given = self.content or ""
+        parts = [given] if isinstance(given, str) else _texts(given)
+        pictures = 0 if isinstance(given, str) else len(given) - len(parts)
+        found: dict[str, Any] = {"role": role, "content": "\n".join(parts)}
+        if self.name is not None:
+            found["name"] = self.name
+        if pictures:
+            found["pictures"] = pictures
+        if self.tool_calls:
+            found["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            found["tool_call_id"] = self.tool_call_id
+        if self.reasoning_content:
+            found["reasoning_content"] = self.reasoning_content
+        return found
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+def refuse_strange_results(messages: list[Message]) -> None:
+    """Refuse results of calls that nobody made."""
+    made: set[str] = set()
+    for i, message in enumerate(messages):
+        made.update(call.id for call in message.tool_calls or ())
+        if message.tool_call_id is not None and message.tool_call_id not in made:
+            param = f"messages[{i}].tool_call_id"
+            raise refuse(f"{param}: no message before this one makes the call {message.tool_call_id[:60]!r}", param)
 
 
 class TemplateFields(RequestModel):
@@ -147,34 +193,18 @@ RESERVED_TEMPLATE_NAMES = frozenset({
 })  # fmt: skip
 
 
-class ChatRequest(SamplingFields, TemplateFields):
+class ChatRequest(SamplingFields, TemplateFields, ToolFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[Int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[Int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None  # says how tools are called, and there are none
-
-    @field_validator("tools")
-    @classmethod
-    def _no_tools(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise refuse("tools are not supported: this server has no tool calling; leave the field out or send []")
-        return value
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _no_tool_choice(cls, value: Any) -> Any:
-        if value not in (None, "none"):
-            raise refuse("tool_choice is not supported except 'none': this server has no tool calling")
-        return value
 
     @model_validator(mode="after")
     def _fits(self) -> ChatRequest:
+        refuse_strange_results(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise refuse("top_logprobs needs logprobs=true", "top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
@@ -215,7 +245,9 @@ class AnswerMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[AnswerToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -245,6 +277,8 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[DeltaToolCall] | None = None
 
 
 class ChunkChoice(BaseModel):

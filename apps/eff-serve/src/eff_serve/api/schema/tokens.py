@@ -7,8 +7,9 @@ from typing import Annotated
 from eff_http import RequestModel, refuse
 from pydantic import BaseModel, Field, model_validator
 
-from eff_serve.api.schema.chat import Message, TemplateFields
+from eff_serve.api.schema.chat import Messages, TemplateFields, refuse_strange_results
 from eff_serve.api.schema.common import Token
+from eff_serve.api.schema.tools import MAX_TOOLS, Tool
 
 
 class TokenizeRequest(TemplateFields):
@@ -20,7 +21,8 @@ class TokenizeRequest(TemplateFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = False
 
@@ -28,9 +30,10 @@ class TokenizeRequest(TemplateFields):
     def _one_input(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise refuse("give exactly one of prompt and messages", "prompt")
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
             if self.messages is None and getattr(self, name):
                 raise refuse(f"{name} needs messages", name)
+        refuse_strange_results(self.messages or [])
         return self
 
 
