@@ -21,8 +21,8 @@ import torch
 from eff_adapters.lora_mixer import LoraMixerConfig, apply_lora_mixer
 from eff_adapters.lora_mixer.peft_files import write_adapter
 from eff_embedded.language import load_smollm2
-from eff_kernels.testing import Record, Recorder
-from eff_kernels.testing.records import _environment
+from eff_kernels.testing import Record, Recorder, same
+from eff_kernels.testing.records import environment
 from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 
 RESULTS = Path(__file__).parent / "results" / "lora_mixer.jsonl"
@@ -64,6 +64,15 @@ class Step:
         self.cache.crop(-1)
         return out
 
+    def exactly(self) -> torch.Tensor:
+        """The same in float64, by the references of the ops."""
+        self()  # a routed model is in its mode now
+        step = copy.copy(self)
+        step.model, step.cache = copy.deepcopy(self.model).double(), copy.deepcopy(self.cache)
+        for layer in step.cache.layers:
+            layer.keys, layer.values = layer.keys.double(), layer.values.double()
+        return Step.__call__(step)
+
 
 class Routed(Step):
     def __init__(self, mixer, mode: str, ids: torch.Tensor, cache) -> None:
@@ -101,7 +110,7 @@ def take_times(recorder: Recorder, spec: str, mode: str, calls: dict, rounds: in
             Record(
                 op="lora_mixer", spec=spec, provider=name, backend="", mode=mode, metric="processor time", unit="us",
                 p20=p20, p50=p50, p80=p80, n=rounds, bytes=None, flops=None, achieved=None, roofline=None,
-                ok=right.get(name, True), **_environment("cpu", SOURCES),
+                checked=name in right, ok=right.get(name, False), **environment("cpu", SOURCES),
             )
         )  # fmt: skip
 
@@ -161,7 +170,11 @@ def decode(recorder, base, mixer, mixed, arrow, names, cache, batch: int, rounds
     error = float((found - wanted).norm() / wanted.norm())
     moved = float((wanted - calls["base"]()).norm() / wanted.norm())
     print(f"B={batch}: eff hard differs from PEFT's mixed batch by {error:.1e}, that from the base by {moved:.2f}")
-    take_times(recorder, f"B={batch}", "decode", calls, rounds, {"eff hard": error < 1e-4 < moved})
+    right = {
+        name: same(calls[name](), calls[name].exactly(), tolerance=1e-4) for name in ("base", "Arrow", "eff sparse")
+    }
+    right |= dict.fromkeys(("eff hard", "PEFT adapter_names"), error < 1e-4 < moved)  # one comparison, of the two
+    take_times(recorder, f"B={batch}", "decode", calls, rounds, right)
 
 
 def whole_prompt(recorder, base, mixer, adapters: dict[str, Path], ids: torch.Tensor, rounds: int) -> None:
@@ -180,7 +193,14 @@ def whole_prompt(recorder, base, mixer, adapters: dict[str, Path], ids: torch.Te
         "X-LoRA": lambda: xlora(ids),
         "eff sparse": lambda: mixer.model(ids, use_cache=False),
     }
-    take_times(recorder, "B=1", f"all {CONTEXT} tokens", calls, rounds, {})
+    models = {"base": base, "X-LoRA": xlora, "eff sparse": mixer.model}
+    more = {name: {} if name == "X-LoRA" else {"use_cache": False} for name in models}
+    right = {
+        name: same(calls[name]().logits, copy.deepcopy(model).double()(ids, **more[name]).logits, tolerance=1e-4)
+        for name, model in models.items()
+    }
+    print(f"as in float64: {right}")
+    take_times(recorder, "B=1", f"all {CONTEXT} tokens", calls, rounds, right)
 
 
 if __name__ == "__main__":

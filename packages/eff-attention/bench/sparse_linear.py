@@ -31,13 +31,47 @@ from eff_attention.sparse_linear import (
     sla_parameters,
     tile_order,
 )
-from eff_kernels.testing import Provider, Recorder
+from eff_kernels import block_map, sparse_linear_attention
+from eff_kernels.testing import Provider, Recorder, same
 from rich.progress import track
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 SOURCES = Path(eff_attention.__file__).parent / "sparse_linear"
 SHARES = (0.05, 0.1, 0.2, 0.4)
+
+
+def gradients(run, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(run(*leaves).float().square().sum(), leaves)
+
+
+def exact(run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What the first head should give, in float64 and by references, with the blocks that the call itself chooses."""
+    wide = [t[:, :1].double() for t in (q, k, v)]
+    if not isinstance(run, SparseLinearAttention):
+        return F.scaled_dot_product_attention(*wide)
+    c = run.config
+    if c.selection == "token":
+        sparse, linear, _ = run.branches(*wide)
+    else:
+        blocks = block_map(
+            q[:, :1], k[:, :1], k_high=c.k_high, k_low=c.k_low, block_q=c.block_q, block_k=c.block_k,
+            smooth_k=c.smooth_k, protect=c.protect,
+        )  # fmt: skip
+        sparse, linear, _ = sparse_linear_attention(
+            *wide, blocks, feature_map=c.feature_map, linear_scope=c.linear_scope, backend="reference"
+        )
+    return sparse + F.linear(linear, run.proj.weight.double(), run.proj.bias.double())
+
+
+def right(run, qkv: tuple[torch.Tensor, ...], bound: float) -> bool:
+    return same(run(*qkv)[:, :1], exact(run, *qkv), tolerance=bound)
+
+
+def right_gradients(run, leaves: list[torch.Tensor], bound: float) -> bool:
+    first = [t.detach()[:, :1].requires_grad_() for t in leaves]
+    wanted = torch.autograd.grad(exact(run, *first).square().sum(), first)
+    return same([g[:, :1] for g in gradients(run, leaves)], wanted, tolerance=bound)
 
 
 def speed(threads: int, rounds: int, path: Path | None) -> None:
@@ -50,18 +84,29 @@ def speed(threads: int, rounds: int, path: Path | None) -> None:
                 attention = SparseLinearAttention(64, SLAConfig(k_high=share))
                 nn.init.normal_(attention.proj.weight, std=0.01)
                 runs[f"critical {share:.0%}"] = attention
-            providers = [Provider(name, lambda i, run=run, x=(q, k, v): run(*x)) for name, run in runs.items()]
+            bound = 1e-4 if dtype == torch.float32 else 2e-2
+            providers = [
+                Provider(
+                    name,
+                    lambda i, run=run, x=(q, k, v): run(*x),
+                    check=lambda run=run, x=(q, k, v), bound=bound: right(run, x, bound),
+                )
+                for name, run in runs.items()
+            ]
             with torch.no_grad():
                 name = f"{n} tokens, 8x64 {'fp32' if dtype == torch.float32 else 'bf16'}"
                 recorder.run(name, providers, mode="forward", rounds=rounds)
             if n > 4096:
                 continue
             leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-
-            def train(run, leaves=leaves):
-                return torch.autograd.grad(run(*leaves).float().square().mean(), leaves)
-
-            both = [Provider(label, lambda i, run=run, train=train: train(run)) for label, run in runs.items()]
+            both = [
+                Provider(
+                    label,
+                    lambda i, run=run, leaves=leaves: gradients(run, leaves),
+                    check=lambda run=run, leaves=leaves, bound=bound: right_gradients(run, leaves, 2 * bound),
+                )
+                for label, run in runs.items()
+            ]
             recorder.run(name, both, mode="forward + backward", rounds=rounds)
     print(recorder.table("dense SDPA"))
 
@@ -83,11 +128,36 @@ def whole_model(threads: int, rounds: int, path: Path | None) -> None:
             for module in sla_parameters(models[f"critical {share:.0%}"]):
                 nn.init.normal_(module, std=0.01)
         x = picture.to(dtype)
-        providers = [Provider(name, lambda i, m=m, x=x: m(x).last_hidden_state) for name, m in models.items()]
+        bound = 1e-3 if dtype == torch.float32 else 5e-2
+        with torch.no_grad():
+            wanted = dense(picture).last_hidden_state if dtype == torch.bfloat16 else None
+        providers = [
+            Provider(
+                name,
+                lambda i, m=m, x=x: m(x).last_hidden_state,
+                check=lambda m=m, x=x, wanted=wanted, bound=bound: right_model(m, x, wanted, bound),
+            )
+            for name, m in models.items()
+        ]
         with torch.no_grad():
             name = f"ViT-S/16, 4096 patches {'fp32' if dtype == torch.float32 else 'bf16'}"
             recorder.run(name, providers, mode="forward", rounds=rounds)
     print(recorder.table("dense"))
+
+
+def right_model(model: nn.Module, x: torch.Tensor, wanted: torch.Tensor | None, bound: float) -> bool:
+    """Whether the attention of the first layer is right where it is sparse, and the whole model where it is dense."""
+    sparse = [module for _, module in sla_modules(model)]
+    if not sparse:
+        eager = copy.deepcopy(model).double().eval() if wanted is None else None
+        exactly = wanted if eager is None else eager(x.double()).last_hidden_state
+        return same(model(x).last_hidden_state, exactly, tolerance=bound)
+    seen = []
+    hook = sparse[0].register_forward_hook(lambda module, args, output: seen.append((args[:3], output)))
+    model(x)
+    hook.remove()
+    qkv, output = seen[0]
+    return same(output[:, :1], exact(sparse[0], *qkv), tolerance=bound)
 
 
 class Attention(nn.Module):
@@ -262,7 +332,12 @@ def level_speed(rounds: int, path: Path | None) -> None:
         for way in ("token", "block"):
             config = SLAConfig(selection=way, k_high=0.3, k_low=0.0, feature_map="elu", linear_scope="all")
             runs[f"{way}, 30%"] = SparseLinearAttention(64, config)
-        providers = [Provider(name, lambda i, run=run, x=(q, k, v): run(*x)) for name, run in runs.items()]
+        providers = [
+            Provider(
+                name, lambda i, run=run, x=(q, k, v): run(*x), check=lambda run=run, x=(q, k, v): right(run, x, 1e-4)
+            )
+            for name, run in runs.items()
+        ]
         with torch.no_grad():
             recorder.run(f"{n} tokens, 8x64 fp32", providers, mode="forward", rounds=rounds)
     print(recorder.table("dense SDPA"))

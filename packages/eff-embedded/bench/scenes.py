@@ -41,9 +41,29 @@ def main():
     }
     for mode, run in cases.items():
         recorder.run("128x128, 8 objects", [Provider("eff", run, backend="numpy", check=exact)], mode=mode, rounds=36)
-    wide = Provider("eff", lambda k: scenes.render(worlds[k % COUNT], panoramas[k % COUNT]), backend="numpy")
-    recorder.run("256x128 panorama, 8 objects", [wide], mode="all maps", rounds=36)
-    invent = Provider("eff", lambda k: scenes.make_scene(CONFIG, seed=k), backend="numpy")
+
+    def wide(k):
+        return scenes.render(worlds[k % COUNT], panoramas[k % COUNT])
+
+    def wide_exact():
+        """Points lie at their distance along the rays of the panorama."""
+        errors = []
+        for k, camera in enumerate(panoramas):
+            view, rays = wide(k), torch.from_numpy(camera.lens.rays()).view(3, *camera.size).float()
+            turned = view.extrinsics[:3, :3].T @ (rays * view.distance).flatten(1)
+            found = turned.view_as(rays) + torch.tensor(camera.position)[:, None, None]
+            errors.append((found - view.points).abs()[:, view.valid].max())
+        return max(errors) < 1e-5
+
+    def placed():
+        """Eight objects, and none holds the middle of another."""
+        made = [scenes.make_scene(CONFIG, seed=k).objects for k in range(COUNT)]
+        apart = (not a.holds(b.centre, 0.0) for things in made for a in things for b in things if a is not b)
+        return all(len(things) == 8 for things in made) and all(apart)
+
+    panorama = Provider("eff", wide, backend="numpy", check=wide_exact)
+    recorder.run("256x128 panorama, 8 objects", [panorama], mode="all maps", rounds=36)
+    invent = Provider("eff", lambda k: scenes.make_scene(CONFIG, seed=k), backend="numpy", check=placed)
     recorder.run("8 objects", [invent], mode="placing", rounds=36)
     print(recorder.table())
 

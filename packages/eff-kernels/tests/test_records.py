@@ -43,14 +43,17 @@ def test_recorder_writes_what_load_records_reads(tmp_path):
     recorder = Recorder("op", path)
     a = torch.randn(64, 64)
     providers = [
-        Provider("eager", lambda i: a + a),
+        Provider("unchecked", lambda i: a + a),
+        Provider("eager", lambda i: a + a, check=lambda: True),
         Provider("wrong", lambda i: a, backend="cpu", check=lambda: same(a, a + a, tolerance=1e-6)),
     ]
     recorder.run("64x64 fp32", providers, mode="forward, cache", bytes=2 * 4 * 64 * 64, flops=64 * 64, rounds=4)
     records = load_records(path)
     assert records == recorder.records
-    eager, wrong = records
-    assert (eager.ok, wrong.ok) == (True, False)
+    unchecked, right, wrong = records
+    assert [(r.checked, r.ok) for r in records] == [(False, False), (True, True), (True, False)]
+    assert not unchecked.publishable
+    eager = right
     assert (wrong.backend, wrong.provider, wrong.mode, wrong.n) == ("cpu", "wrong", "forward, cache", 4)
     assert eager.p20 <= eager.p50 <= eager.p80
     assert eager.achieved == pytest.approx(2 * 4 * 64 * 64 / eager.p50 / 1e3, rel=1e-2, abs=1e-3)
@@ -59,9 +62,9 @@ def test_recorder_writes_what_load_records_reads(tmp_path):
     assert eager.device == device_name()
     assert set(json.loads(path.read_text().splitlines()[0])) == set(Record.__dataclass_fields__)
     recorder.run("again", providers, mode="forward, cache", rounds=4)
-    assert len(load_records(path)) == 4  # appended
-    assert load_records(path)[2].roofline is None
-    assert load_records(path)[2].achieved is None
+    assert len(load_records(path)) == 6  # appended
+    assert load_records(path)[3].roofline is None
+    assert load_records(path)[3].achieved is None
 
 
 def test_state_of_the_code(tmp_path):
@@ -93,8 +96,33 @@ def test_code_outside_a_repository_has_no_commit(tmp_path, monkeypatch):
 
 def made(provider, p50, **changes):
     fields = dict.fromkeys(Record.__dataclass_fields__)
-    fields |= {"spec": "s", "mode": "m", "threads": 1, "provider": provider, "p50": p50, "ok": True, "roofline": 0.5}
+    fields |= {"spec": "s", "mode": "m", "threads": 1, "provider": provider, "p50": p50, "roofline": 0.5}
+    fields |= {"checked": True, "ok": True, "commit": "abc", "dirty": False}
     return Record(**(fields | changes))
+
+
+def test_a_record_may_be_published_if_checked_right_and_of_a_clean_commit():
+    assert made("eff", 1.0).publishable
+    for fault in ({"checked": False}, {"ok": False}, {"commit": None}, {"dirty": True}, {"dirty": None}):
+        assert not made("eff", 1.0, **fault).publishable, fault
+
+
+def test_a_line_that_does_not_say_that_it_was_checked_was_not(tmp_path):
+    line = {k: v for k, v in vars_of(made("eff", 1.0)).items() if k != "checked"}
+    (tmp_path / "old.jsonl").write_text(json.dumps(line) + "\n")
+    (record,) = load_records(tmp_path / "old.jsonl")
+    assert not record.checked
+    assert not record.publishable
+
+
+def vars_of(record):
+    return {name: getattr(record, name) for name in Record.__dataclass_fields__}
+
+
+def test_slow_calls_are_warmed_up_once():
+    calls = []
+    measure([sleeper("slow", 3e-2, calls)], rounds=2, sample_seconds=1e-4)
+    assert len(calls) == 2 + 2 * 2
 
 
 def test_table_of_ratios():
@@ -103,6 +131,8 @@ def test_table_of_ratios():
     assert lines[0] == ["spec", "mode", "threads", "eager", "eff", "roofline"]
     assert lines[2] == ["s", "m", "1", "8.0", "2.0 (4.00x)", "0.50"]
     assert lines[3] == ["t", "m", "1", "6.0", "3.0 WRONG", "0.50"]
+    assert "3.0 unchecked" in ratio_table([made("eager", 6.0), made("eff", 3.0, checked=False, ok=False)])
+    assert "x)" not in ratio_table([made("eager", 6.0, ok=False), made("eff", 3.0)])
     assert len({len(line) for line in ratio_table(records).splitlines()}) == 1
     assert "8.0 (0.25x)" in ratio_table(records, "eff")
 

@@ -62,16 +62,20 @@ def decode(recorder, ids):
     def by_eager(_):
         return [w[..., :4].sum(-1) for w in eager(output_attentions=True).attentions]
 
-    want = by_eager(0)
+    want, truth = by_eager(0), eager().logits
+
+    def untouched():
+        seen.clear()
+        return torch.allclose(watched().logits, truth, atol=1e-4) and len(seen) == 30
 
     def right():
         return all(torch.allclose(m[..., 0], w, atol=1e-5) for m, w in zip(observed(asked)(0), want, strict=True))
 
     providers = [
-        Provider("plain model", lambda _: plain()),
-        Provider("eff, observer that does nothing", observed(watched), check=lambda: len(observed(watched)(0)) == 30),
+        Provider("plain model", lambda _: plain(), check=lambda: torch.allclose(plain().logits, truth, atol=1e-4)),
+        Provider("eff, observer that does nothing", observed(watched), check=untouched),
         Provider("eff, mass of four keys", observed(asked), check=right),
-        Provider("eager, output_attentions", by_eager),
+        Provider("eager, output_attentions", by_eager, check=right),  # the same comparison
     ]
     if importlib.util.find_spec("nnsight"):
         import nnsight
@@ -112,11 +116,13 @@ def prefill(recorder, ids):
         return lambda: torch.allclose(run(model)(), want, atol=1e-4)
 
     providers = [
-        Provider("plain model", run(plain)),
-        Provider("hooks by hand, output halved", run(hooked)),
+        Provider("plain model", run(plain), check=lambda: torch.allclose(run(plain)(), run(eager)(), atol=1e-4)),
+        Provider("hooks by hand, output halved", run(hooked), check=right(weights)),  # the same comparison
         Provider("eff, output halved", run(ours), check=right(ours)),
         Provider("eff, weights of one head halved", run(weights), check=right(weights)),
-        Provider("eager, nothing changed", run(eager)),
+        Provider(
+            "eager, nothing changed", run(eager), check=lambda: torch.allclose(run(plain)(), run(eager)(), atol=1e-4)
+        ),
     ]
     if importlib.util.find_spec("nnsight"):
         import nnsight

@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
 from eff_kernels import FP4Codes, fp4_dequantize, fp4_quantize
 from eff_kernels.ops.fp4_quantize import reference
-from eff_kernels.testing import Provider, Recorder
+from eff_kernels.testing import Provider, Recorder, same
 from torch import Tensor
 from torchao.prototype.mx_formats.mx_tensor import to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
@@ -75,9 +75,13 @@ def main() -> None:
                     rounds=options.rounds,
                 )  # fmt: skip
                 arguments = (wanted.packed, wanted.scale.view(torch.uint8), wanted.global_scale, format, torch.float32)
+                ways = {
+                    "eager": lambda a=arguments: reference.dequantize(*a),
+                    "eff": lambda w=wanted, f=format: fp4_dequantize(w, f),
+                }
                 back = [
-                    Provider("eager", lambda i, a=arguments: reference.dequantize(*a)),
-                    Provider("eff", lambda i, w=wanted, f=format: fp4_dequantize(w, f)),
+                    Provider(name, lambda i, f=f: f(), check=lambda f=f, x=x: same(f(), x, tolerance=0.15))
+                    for name, f in ways.items()
                 ]
                 recorder.run(
                     f"back, {rows}x{k} {format}", back, mode="cache", bytes=x.nbytes + x.numel() * 9 // 16,

@@ -62,15 +62,17 @@ def providers(layers: Layers, x: Tensor, compiled: bool) -> list[Provider]:
     truth = {t: reference.int8_linear(x, codes, absmax, None, t, *fixed) for t in (0.0, 6.0)}
     grouped = {"threshold": 6.0, "activation_group": 128}
 
-    def make(name: str, run, wanted: Tensor | None, backend: str = "") -> Provider:
-        good = wanted is None or same(run(0), wanted, tolerance=2e-2)
+    exact = x.double() @ layers.bf16[0].weight.double().t()
+
+    def make(name: str, run, wanted: Tensor, backend: str = "") -> Provider:
+        good = same(run(0), wanted, tolerance=2e-2)
         return Provider(name, run, backend=backend, check=lambda: good)
 
-    found = [make("bf16 nn.Linear", lambda i: layers.bf16[i % count](x), None)]
+    found = [make("bf16 nn.Linear", lambda i: layers.bf16[i % count](x), exact)]
     if compiled:
         torch._dynamo.reset()
         function = torch.compile(torch.nn.functional.linear, dynamic=False)
-        found.append(make("torch.compile", lambda i: function(x, layers.bf16[i % count].weight), None))
+        found.append(make("torch.compile", lambda i: function(x, layers.bf16[i % count].weight), exact))
     found += [
         make("torchao", lambda i: layers.torchao[i % count](x), truth[0.0]),
         make("bitsandbytes", lambda i: layers.bnb[0.0][i % count](x), truth[0.0]),

@@ -52,14 +52,23 @@ def measure(recorder, shape, label, dtype, options) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     short = length <= 4096
     with torch.inference_mode():
-        found = [Provider("SDPA", lambda i: F.scaled_dot_product_attention(q, k, v))]
+        dense = F.scaled_dot_product_attention
+        exact = dense(q.double(), k.double(), v.double())
+        found = [
+            Provider("SDPA", lambda i: dense(q, k, v), check=lambda: same(dense(q, k, v), exact, tolerance=tolerance))
+        ]
         if short and options.threads == 1:
-            found.append(Provider("reference, 10 %", lambda i: ours(q, k, v, 10, "reference")))
+            run = lambda: ours(q, k, v, 10, "reference")  # noqa: E731
+            wanted = sparse_linear_attention(
+                *(t.double() for t in (q, k, v)), block_map(q, k, k_high=0.1), backend="reference"
+            )
+            good = same(run(), wanted[:2], tolerance=tolerance)
+            found.append(Provider("reference, 10 %", lambda i, run=run: run(), check=lambda good=good: good))
             if not options.no_compile:
                 run = flex(block_map(q, k, k_high=0.1))
                 wanted = ours(q.float(), k.float(), v.float(), 10)[0]
                 good = same(run(q, k, v), wanted, tolerance=tolerance)
-                found.append(Provider("flex, 10 %", lambda i: run(q, k, v), check=lambda: good))
+                found.append(Provider("flex, 10 %", lambda i, run=run: run(q, k, v), check=lambda good=good: good))
         for share in SHARES:
             truth = sparse_linear_attention(
                 *(t.double() for t in (q, k, v)), block_map(q, k, k_high=share / 100), backend="reference"
@@ -78,10 +87,11 @@ def measure(recorder, shape, label, dtype, options) -> None:
     def train(share, leaves=leaves, backend="auto"):
         return torch.autograd.grad(ours(*leaves, share, backend), leaves, (grad.to(leaves[0].dtype),) * 2)
 
-    def dense(i):
-        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+    def both(leaves):
+        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad.to(leaves[0].dtype))
 
-    found = [Provider("SDPA", dense)]
+    good = same(both(leaves), both([t.detach().double().requires_grad_() for t in leaves]), tolerance=2 * tolerance)
+    found = [Provider("SDPA", lambda i: both(leaves), check=lambda good=good: good)]
     for share in (10, 40):
         good = same(train(share), train(share, wide, "reference"), tolerance=2 * tolerance)
         found.append(Provider(f"eff, {share} %", lambda i, s=share: train(s), backend="cpu", check=lambda g=good: g))

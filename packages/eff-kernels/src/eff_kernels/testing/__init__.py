@@ -4,7 +4,7 @@
 """
 
 from eff_kernels.testing.budget import assert_within_budget, compare, to_float64, within_budget
-from eff_kernels.testing.records import Provider, Record, Recorder, load_records, measure, ratio_table, rotating, same
+from eff_kernels.testing.records import Provider, Record, Recorder, load_records, measure, rotating, same
 from eff_kernels.testing.specs import (
     NON_CONTIGUOUS,
     ODD_SIZES,
@@ -15,6 +15,7 @@ from eff_kernels.testing.specs import (
     swapped_dims,
     tagged,
 )
+from eff_kernels.testing.tables import ratio_table
 
 __all__ = [
     "NON_CONTIGUOUS",

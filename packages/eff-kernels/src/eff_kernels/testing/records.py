@@ -34,6 +34,7 @@ from eff_kernels.testing.machine import (
     matmul_rate,
     read_bandwidth,
 )
+from eff_kernels.testing.tables import ratio_table
 
 T = TypeVar("T")
 
@@ -46,7 +47,8 @@ class Provider:
         name: Such as "eager", "torch.compile", "transformers" or "eff".
         run: Computes; called with the number of the call, so that it can take the next of several sets of inputs.
         backend: The backend behind the name, where there are several.
-        check: Tells whether the result is right; None stands for a provider that is the yardstick itself.
+        check: Tells whether the result is right. Without one the provider is timed, but its record is not ``ok`` and
+            enters no table; what others are compared with needs a check as they do.
     """
 
     name: str
@@ -70,7 +72,8 @@ class Record:
     """One line of a results file.
 
     ``achieved`` is in GB/s where bytes are given, else in GFLOP/s. ``roofline`` is the time that this machine needs at
-    least, by its measured bandwidth and matrix rate, divided by the median time.
+    least, by its measured bandwidth and matrix rate, divided by the median time. ``checked`` tells whether the result
+    was compared with another one in the same process, ``ok`` that it was and agreed.
     """
 
     op: str
@@ -96,9 +99,15 @@ class Record:
     commit: str | None
     dirty: bool | None
     date: str
+    checked: bool
     ok: bool
     threads: int
     cpu_flags: str
+
+    @property
+    def publishable(self) -> bool:
+        """Whether the record may stand in a table: found right by a check, and made from code that a commit holds."""
+        return self.checked and self.ok and self.commit is not None and self.dirty is False
 
 
 def measure(
@@ -126,8 +135,10 @@ def measure(
         return (time.perf_counter() - start) / count
 
     for provider in providers:
-        sample(provider, 2)  # compiling and allocating happen here
-        counts[provider.name] = max(1, int(sample_seconds / sample(provider, 3)))
+        took = sample(provider, 1)  # compiling and allocating happen here
+        if took < 100 * sample_seconds:  # else even an estimate that is far off gives one call a sample
+            took = sample(provider, 3)
+        counts[provider.name] = max(1, int(sample_seconds / took))
     samples: dict[str, list[float]] = {p.name: [] for p in providers}
     for turn in range(rounds):
         for k in range(len(providers)):
@@ -189,10 +200,10 @@ class Recorder:
                 of the cache and that of memory. Default: ``bytes``.
             rounds: Number of samples of each provider.
         """
-        good = {p.name: p.check is None or bool(p.check()) for p in providers}
+        good = {p.name: p.check is not None and bool(p.check()) for p in providers}
         times = measure(providers, rounds=rounds, device=self.device)
         floor = self._floor(bytes, flops, working_set)
-        common = _environment(self.device, self.sources)
+        common = environment(self.device, self.sources)
         for p in providers:
             t = times[p.name]
             rate = None if bytes is None and flops is None else (bytes or flops or 0) / t.p50 / 1e9
@@ -212,6 +223,7 @@ class Recorder:
                 flops=flops,
                 achieved=None if rate is None else round(rate, 3),
                 roofline=None if floor is None else round(floor / t.p50, 4),
+                checked=p.check is not None,
                 ok=good[p.name],
                 **common,
             )
@@ -241,37 +253,10 @@ class Recorder:
         return max(memory, (flops or 0) / matmul_rate(threads))
 
 
-def ratio_table(records: Sequence[Record], baseline: str | None = None, *, provider_rows: bool = False) -> str:
-    """A Markdown table with one row for each spec and mode: median microseconds and speed relative to the baseline.
-
-    A provider that was wrong shows as such and has no ratio. With ``provider_rows`` rows and columns change places, for
-    many providers and few shapes.
-    """
-    names = list(dict.fromkeys(r.provider for r in records))
-    first = baseline or names[0]
-    rows: dict[tuple[str, str, int], dict[str, Record]] = {}
-    for r in records:
-        rows.setdefault((r.spec, r.mode, r.threads), {})[r.provider] = r
-    lines = [["spec", "mode", "threads", *names, "roofline"]]
-    for (spec, mode, threads), found in rows.items():
-        base = found.get(first)
-        cells = [_cell(found.get(name), base) for name in names]
-        last = found.get(names[-1])
-        part = "" if last is None or last.roofline is None else f"{last.roofline:.2f}"
-        lines.append([spec, mode, str(threads), *cells, part])
-    if provider_rows:
-        lines = [list(column) for column in zip(*lines, strict=True) if any(column[1:])]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
-
-
 def load_records(path: Path) -> list[Record]:
-    """Read a results file."""
-    return [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
+    """Read a results file; a record that does not say that it was checked was not."""
+    lines = path.read_text().splitlines()
+    return [Record(**{"checked": False, **json.loads(line)}) for line in lines if line.strip()]
 
 
 def same(actual: Any, wanted: Any, *, tolerance: float) -> bool:
@@ -283,22 +268,13 @@ def same(actual: Any, wanted: Any, *, tolerance: float) -> bool:
     )
 
 
-def _cell(record: Record | None, base: Record | None) -> str:
-    if record is None:
-        return ""
-    if not record.ok:
-        return f"{record.p50:.1f} WRONG"
-    if base is None or base is record:
-        return f"{record.p50:.1f}"
-    return f"{record.p50:.1f} ({base.p50 / record.p50:.2f}x)"
-
-
 def _percentiles(values: Sequence[float]) -> Times:
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Times(fifths[0], statistics.median(values), fifths[-1], len(values))
 
 
-def _environment(device: str, sources: tuple[Path, ...]) -> dict[str, Any]:
+def environment(device: str, sources: tuple[Path, ...]) -> dict[str, Any]:
+    """The fields of a record that tell of the machine, the versions and the state of ``sources``."""
     commit, dirty = _git_state(sources)
     return {
         "device": device_name(device),
