@@ -79,7 +79,7 @@ class Eyes:
     def see(self, pictures):
         found = []
         for part in pictures.split(16):
-            states = self.vit(vit_pixels((part + 1) / 2), output_hidden_states=True).hidden_states
+            states = self.vit(vit_pixels((part + 1) / 2, size=112), output_hidden_states=True).hidden_states
             found.append(torch.cat([states[layer][:, 1:].mean(1) for layer in LAYERS], -1))
         return torch.cat(found)
 
