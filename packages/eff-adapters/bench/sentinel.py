@@ -17,6 +17,7 @@ import platform
 import subprocess
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -99,12 +100,12 @@ def run(kind: str, args: argparse.Namespace, world) -> dict:
     sampler = (WholeCaptions if whole else SentenceSampler)(model, processor, max_new_tokens=40)
     numbers = SentinelConfig(seed=args.seed, max_sentences=1 if whole else 3, retries=0)
     builder = SentinelDataBuilder(sampler, table, [detector(0), detector(1)], numbers)
-    examples, counts, begun, images = [], {}, time.process_time(), 0
+    examples, counts, begun, images = [], Counter[str](), time.process_time(), 0
     while len(examples) < args.pairs and images < args.images:
         image = picture(BUILD_SEED + images, world)
         built = builder.build(image, QUESTION, image_id=str(images))
         examples += [(image, pair) for pair in built.pairs]
-        counts = {n: counts.get(n, 0) + v for n, v in built.counts.items()}
+        counts.update(built.counts)
         images += 1
     examples, built_s = examples[: args.pairs], time.process_time() - begun
     config = CDPOConfig(
