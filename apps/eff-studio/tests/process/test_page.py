@@ -1,6 +1,7 @@
 """The page in Chromium: boxes by mouse, drawing, cancelling, what a reload keeps."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import threading
@@ -11,11 +12,12 @@ import uvicorn
 from eff_studio.api import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+NEEDS = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 
-@pytest.fixture
-def address(worker):
-    """Address of the app around the fake model."""
+@contextlib.contextmanager
+def serving(worker):
+    """Address of the app around a worker."""
     server = uvicorn.Server(uvicorn.Config(create_app(worker), port=0, log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
@@ -26,26 +28,40 @@ def address(worker):
     thread.join(30)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-def test_draw_cancel_reload(address, worker, settle):
+@contextlib.contextmanager
+def opened(worker):
+    """The page in a browser; whatever it complains of fails the test."""
     api = pytest.importorskip("playwright.sync_api")
     problems = []
-    with api.sync_playwright() as playwright:
+    with serving(worker) as address, api.sync_playwright() as playwright:
         options = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
+        yield page
+        browser.close()
+    assert problems == []
+
+
+def drag(page, first, *then):
+    """Draw a box on the canvas between places given as shares of it."""
+    bounds = page.locator("#canvas").bounding_box()
+    at = [(bounds["x"] + x * bounds["width"], bounds["y"] + y * bounds["height"]) for x, y in (first, *then)]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    for place in at[1:]:
+        page.mouse.move(*place, steps=3)
+    page.mouse.up()
+
+
+@pytest.mark.slow
+@NEEDS
+def test_draw_cancel_reload(worker, settle):
+    with opened(worker) as page:
         settle(lambda: "64" in page.inner_text("#model"))
-        bounds = page.locator("#canvas").bounding_box()
-        places = [(bounds["x"] + s * bounds["width"], bounds["y"] + s * bounds["height"]) for s in (0.1, 0.4, 0.6)]
-        page.mouse.move(*places[0])
-        page.mouse.down()
-        for place in places[1:]:
-            page.mouse.move(*place, steps=3)
-        page.mouse.up()
+        drag(page, (0.1, 0.1), (0.4, 0.4), (0.6, 0.6))
         page.keyboard.type("a dog")
         page.keyboard.press("Tab")
         page.fill("#prompt", "a dog")
@@ -71,6 +87,33 @@ def test_draw_cancel_reload(address, worker, settle):
         assert page.input_value("#seed") == "5"
         page.click("#use")
         assert page.evaluate("document.documentElement.scrollWidth") <= 1280
-        browser.close()
-    assert problems == []
     assert worker.jobs.latest(1)[0].work.seed == 5
+
+
+@pytest.mark.slow
+@NEEDS
+def test_objects_lie_where_they_were_drawn(make_worker, collage, settle):
+    """Boxes drawn by mouse come out as a picture on which the judge finds the named objects inside of them."""
+    from eff_embedded.judge import load_judge
+
+    judge, worker = load_judge(), make_worker(collage)
+    boxes = {"apple": ((0.03, 0.05), (0.47, 0.5)), "car": ((0.53, 0.5), (0.97, 0.95))}
+    inside = []
+    with opened(worker) as page:
+        settle(lambda: "128" in page.inner_text("#model"))
+        for name, corners in boxes.items():
+            drag(page, *corners)
+            page.keyboard.type(f"a {name} on a yellow background")
+            page.keyboard.press("Tab")
+        page.fill("#prompt", "an apple and a car on a yellow background")
+        for seed in range(4):
+            page.fill("#seed", str(seed))
+            page.click("#go")
+            settle(lambda made=seed + 1: page.locator("#history img").count() == made, 120)
+            (job,) = worker.jobs.latest(1)
+            (reading,) = judge(worker.pictures.open(job.pictures[0]))
+            for name, ((left, top), (right, bottom)) in boxes.items():
+                found = reading.find(name)
+                x, y = found.centre if found else (-1, -1)
+                inside.append(128 * left <= x <= 128 * right and 128 * top <= y <= 128 * bottom)
+    assert sum(inside) >= 6, inside

@@ -142,7 +142,7 @@ def _dress(model: StudioModel, work: Generate, stack: contextlib.ExitStack) -> N
         from eff_guidance.layerbind import Layer, LayerBindConfig, Layout, apply_layerbind
 
         layers = tuple(Layer(prompt=layer.prompt, box=layer.box) for layer in work.layers)
-        config = LayerBindConfig(eta1=0.25, opacity=work.opacity)
+        config = LayerBindConfig(eta1=0.25, opacity=work.opacity, hard_blocks=model.hard_blocks)
         stack.enter_context(apply_layerbind(model.pipe, Layout(layers=layers), config, order=1))
     if work.heads.acts:
         from eff_guidance.head_guidance import SoftPAGConfig, apply_head_guidance

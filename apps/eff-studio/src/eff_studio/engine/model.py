@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ class StudioModel:
         styles: Folder with style adapters, or None.
         concepts: Folder with learnt concepts, or None.
         resizable: Whether other sizes than its own work.
+        hard_blocks: LayerBind's hard-binding blocks; "auto" scales those of large models to the depth.
     """
 
     name: str
@@ -38,6 +39,7 @@ class StudioModel:
     styles: Path | None = None
     concepts: Path | None = None
     resizable: bool = True
+    hard_blocks: Literal["auto"] | tuple[int, ...] = "auto"
 
     def facts(self) -> dict[str, Any]:
         """What a page needs to know, as JSON."""
@@ -108,6 +110,8 @@ def load_model(
         styles=None if data is None else data / "styles",
         concepts=None if data is None else data / "concepts",
         resizable=name != EMBEDDED,
+        # Scaled to eight blocks the list of large models would be nearly all of them.
+        hard_blocks=(0,) if name == EMBEDDED else "auto",
     )
 
 
