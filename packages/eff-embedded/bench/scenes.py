@@ -49,7 +49,8 @@ def main():
         """Points lie at their distance along the rays of the panorama."""
         errors = []
         for k, camera in enumerate(panoramas):
-            view, rays = wide(k), torch.from_numpy(camera.lens.rays()).view(3, *camera.size).float()
+            view = wide(k)
+            rays = torch.tensor(camera.lens.rays()).view_as(view.points).float()
             turned = view.extrinsics[:3, :3].T @ (rays * view.distance).flatten(1)
             found = turned.view_as(rays) + torch.tensor(camera.position)[:, None, None]
             errors.append((found - view.points).abs()[:, view.valid].max())
