@@ -36,6 +36,8 @@ class Model:
         reuse_min_len: Tokens from which on they do; by default what the file says, or 2048.
         reuse_selector: How the layers that they follow choose: by all their attention, or by the means of pages.
         adapter: LoRA adapters as name=folder, in the form of PEFT; requests name them as model:name.
+        prefix_cache: Keep what was read, so that a text that begins like an earlier one, such as the next turn of a
+            conversation, is not read anew.
     """
 
     model: str | None = None
@@ -50,6 +52,7 @@ class Model:
     reuse_min_len: int | None = None
     reuse_selector: Literal["exact", "pooled"] | None = None
     adapter: tuple[str, ...] = ()
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +179,7 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             reuse_min_len=model.reuse_min_len,
             reuse_selector=model.reuse_selector,
             adapters=_adapters(model.adapter),
+            prefix_cache=model.prefix_cache,
             max_waiting=max_waiting,
         )
     except (FileNotFoundError, ValueError) as error:

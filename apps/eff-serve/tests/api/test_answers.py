@@ -3,6 +3,13 @@
 import pytest
 from eff_serve.engine.types import Step
 
+USAGE = {
+    "prompt_tokens": 18,
+    "completion_tokens": 6,
+    "total_tokens": 24,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
 
 def test_whole_chat_answer(chat):
     body = chat().json()
@@ -15,7 +22,7 @@ def test_whole_chat_answer(chat):
             "finish_reason": "stop",
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 18, "completion_tokens": 6, "total_tokens": 24}
+    assert body["usage"] == USAGE
 
 
 @pytest.mark.parametrize("usage", [None, False, True])
@@ -28,7 +35,7 @@ def test_order_of_stream_events(chat, events, usage):
     if usage:
         *chunks, last = chunks
         assert last["choices"] == []
-        assert last["usage"] == {"prompt_tokens": 18, "completion_tokens": 6, "total_tokens": 24}
+        assert last["usage"] == USAGE
         assert all(chunk["usage"] is None for chunk in chunks)
     else:
         assert not any("usage" in chunk for chunk in chunks)

@@ -28,9 +28,21 @@ class HashDecoder:
     config: FakeConfig = field(default_factory=FakeConfig)
     fail_on: int | None = None  # a token whose sight raises
     batches: list = field(default_factory=list)
+    on_write: object = None  # called with each page before a token is written to it
 
     def __post_init__(self):
         self.cache = torch.full((self.num_pages, PAGE), -1)
+
+    def write(self, page, place, token):
+        if self.on_write is not None:
+            self.on_write(int(page))
+        self.cache[page, place] = token
+
+    def copy_page(self, source, target, count):
+        if self.on_write is not None:
+            self.on_write(target)
+        self.cache[target] = -1
+        self.cache[target, :count] = self.cache[source, :count]
 
     def logits(self, history):
         if self.fail_on in history:
@@ -42,7 +54,7 @@ class HashDecoder:
 
     def prefill(self, tokens, start, pages, *, all_logits=False):
         for i, token in enumerate(tokens.tolist(), start):
-            self.cache[pages[i // PAGE], i % PAGE] = token
+            self.write(pages[i // PAGE], i % PAGE, token)
         history = self.cache[pages].flatten().tolist()
         end = start + tokens.numel()
         self.batches.append(("prefill", tokens.numel()))
@@ -53,7 +65,7 @@ class HashDecoder:
         self.batches.append(("decode", tokens.numel()))
         rows = []
         for token, position, table in zip(tokens.tolist(), positions.tolist(), block_table, strict=True):
-            self.cache[table[position // PAGE], position % PAGE] = token
+            self.write(table[position // PAGE], position % PAGE, token)
             rows.append(self.logits(self.cache[table].flatten()[: position + 1].tolist()))
         return torch.stack(rows)
 

@@ -14,7 +14,7 @@ from eff_http import ApiError, bad_request, internal_error, retry_later
 from eff_serve.api.errors import draining, queue_full
 from eff_serve.api.logprobs import PlacedScore
 from eff_serve.api.metrics import SequenceMetrics
-from eff_serve.api.schema.common import Usage
+from eff_serve.api.schema.common import PromptTokensDetails, Usage
 from eff_serve.api.serving import Serving
 from eff_serve.engine.types import DrainingError, QueueFullError, Sampling, Step, Stream, TokenScore
 from eff_serve.text import TextAssembler
@@ -55,6 +55,7 @@ class Choice:
     stream: Stream
     metrics: SequenceMetrics
     tokens: int = 0
+    cached_tokens: int = 0
     prompt_scores: tuple[TokenScore, ...] | None = None
     finish_reason: EndReason | None = None
     _scores: list[PlacedScore] = field(default_factory=list)
@@ -62,7 +63,8 @@ class Choice:
     async def run(self, emit: Emit) -> None:
         """Read the stream to its end, and emit whatever becomes visible."""
         async for step in self.stream:
-            self.metrics.step(token=step.token is not None)
+            self.cached_tokens = max(self.cached_tokens, step.cached_tokens)
+            self.metrics.step(token=step.token is not None, cached_tokens=step.cached_tokens)
             if step.prompt_scores is not None:
                 self.prompt_scores = step.prompt_scores
             text = self._take(step)
@@ -196,7 +198,17 @@ class Generation:
     def usage(self) -> Usage:
         """Tokens so far."""
         new = sum(choice.tokens for choice in self.choices)
-        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=new, total_tokens=self._prompt_tokens + new)
+        # Choices of one prompt share what the first of them computed; only what none had to compute counts.
+        cached: dict[tuple[int, ...], int] = {}
+        for choice in self.choices:
+            prompt = tuple(choice.job.prompt)
+            cached[prompt] = min(choice.cached_tokens, cached.get(prompt, choice.cached_tokens))
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=new,
+            total_tokens=self._prompt_tokens + new,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached.values())),
+        )
 
     def close(self) -> None:
         """Give all slots back and write the log line; further calls do nothing."""

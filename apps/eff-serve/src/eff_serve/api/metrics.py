@@ -31,6 +31,7 @@ class _EngineGauges(Collector):
             ("eff_num_requests_waiting", "Sequences in the waiting line.", stats.waiting),
             ("eff_num_requests_layer_reuse", "Sequences that decode with layer reuse.", stats.reusing),
             ("eff_kv_cache_usage_perc", "Part of the key-value cache in use, from 0 to 1.", stats.kv_usage),
+            ("eff_kv_cache_kept_perc", "Part of it that holds earlier texts for later ones.", stats.kv_kept),
         ):
             family = GaugeMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model], value)
@@ -63,6 +64,9 @@ class Metrics:
         self._rejected = counter("eff_admission_rejections_total", "Requests turned away.", "reason")
         self._http = counter("eff_http_requests_total", "HTTP responses.", "method", "path", "status")
         self._prompt_tokens = counter("eff_prompt_tokens_total", "Prompt tokens processed.").labels(model)
+        self._cached_tokens = counter(
+            "eff_prefix_cache_hits_total", "Prompt tokens that an earlier text held already and were not computed."
+        ).labels(model)
         self._new_tokens = counter("eff_generation_tokens_total", "Tokens generated.").labels(model)
         first = "Time from a request's arrival to the first token of each sequence."
         self._first = histogram("eff_time_to_first_token_seconds", first, _SECONDS).labels(model)
@@ -119,13 +123,19 @@ class SequenceMetrics:
         self._tokens = 0
         self._ended = False
 
-    def step(self, *, token: bool) -> None:
-        """Note a message of the engine, with a token or only with scores of the prompt."""
+    def step(self, *, token: bool, cached_tokens: int = 0) -> None:
+        """Note a message of the engine, with a token or only with scores of the prompt.
+
+        Args:
+            token: Whether it has a token.
+            cached_tokens: Prompt tokens that were not computed; those of the first message count.
+        """
         m = self._metrics
         if not self._started:
             self._started = True
             m._prompt_tokens.inc(self._prompt_tokens)
             m._prompt_size.observe(self._prompt_tokens)
+            m._cached_tokens.inc(cached_tokens)
         if not token:
             return
         now = time.perf_counter()

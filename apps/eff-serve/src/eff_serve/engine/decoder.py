@@ -22,6 +22,8 @@ from eff_serve.engine.linear import FloatLinear, Linear
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import load_linear
 from eff_serve.engine.reuse import LayerReuse
+from eff_serve.engine.steered import Steered
+from eff_serve.engine.steering import Steerer
 from eff_serve.engine.weights import Checkpoint
 from eff_serve.pictures.prompt import LowRank, PromptPictures
 
@@ -112,6 +114,7 @@ class Decoder:
         self.reuse: LayerReuse | None = None
         self.behind_pictures: LowRank | None = None
         self.adapters: Adapters | None = None
+        self.steerer = Steerer(self)
         shape = (num_pages, c.num_kv_heads, PAGE, d)
         self.keys = [_untouched(shape) for _ in range(c.num_layers)]
         self.values = [_untouched(shape) for _ in range(c.num_layers)]
@@ -141,6 +144,7 @@ class Decoder:
         block_table: Tensor,
         behind: Tensor | None = None,
         adapters: Tensor | None = None,
+        steered: Mapping[int, Steered] | None = None,
     ) -> Tensor:
         """Next-token logits [T, vocab] of T sequences that each add one token at its position.
 
@@ -150,6 +154,7 @@ class Decoder:
             block_table: int32 [T, max_pages], with room for the new key.
             behind: int64, the rows of sequences with a picture, where `behind_pictures` acts; None is no row.
             adapters: int64 [T], number of each sequence's adapter, -1 for none; None is none for all.
+            steered: Rules of attention of some rows.
         """
         c = self.config
         rows = torch.arange(tokens.size(0))
@@ -157,13 +162,19 @@ class Decoder:
         at, written = self._cache_rows(pages, positions), (pages, positions % PAGE + 1)
         lengths = (positions + 1).to(torch.int32)
         step = None if self.reuse is None else self.reuse.step(lengths.tolist(), block_table)
+        for row, one in (steered or {}).items():
+            one.begin(int(positions[row]), 1)
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
             self._write(layer, at, written, k_TGD, v_TGD)
             keys, values = self.keys[layer], self.values[layer]
             if step is not None:
                 return step.attend(layer, q_THD, keys, values)
-            return decode_attention(q_THD, keys, values, lengths, block_table=block_table)
+            out = decode_attention(q_THD, keys, values, lengths, block_table=block_table)
+            for row, one in (steered or {}).items():
+                held = partial(self._held, layer, block_table[row], int(lengths[row]))
+                out[row] = one.attend(layer, q_THD[row, None], out[row, None], held, c.num_kv_heads)[0]
+            return out
 
         # Tokens of different sequences: a batch of sequences of length one for the rotation.
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
@@ -186,6 +197,7 @@ class Decoder:
         all_logits: bool = False,
         pictures: PromptPictures | None = None,
         adapter: int = -1,
+        steered: Steered | None = None,
     ) -> Tensor:
         """Add T tokens of one sequence with ``start`` keys; logits of the last [1, vocab], or all [T, vocab].
 
@@ -196,35 +208,28 @@ class Decoder:
             all_logits: Return the logits after every token.
             pictures: The sequence's pictures; from the first on `behind_pictures` acts.
             adapter: Number of the sequence's adapter; -1 is none.
+            steered: Rules of the sequence's attention; they want a prompt in one piece.
         """
+        if steered is not None:
+            steered.begin(start, tokens.size(0))
         end = start + tokens.size(0)
         positions = torch.arange(start, end)
         at = self._cache_rows(pages[positions // PAGE], positions)
         used = pages[: -(-end // PAGE)]
-        # Query i may look at keys up to start + i; from the start on that is the causal mask which SDPA has built in.
-        mask = None if start == 0 else torch.arange(end)[None, :] <= positions[:, None]
+        # Each token attends as it would in a step of its own, with the same sums in the same order: a text gives the
+        # same bits however it is cut into pieces, and whatever of it was in the cache.
+        table, lengths = used.to(torch.int32).expand(tokens.size(0), -1).contiguous(), (positions + 1).to(torch.int32)
         new = torch.arange(start // PAGE, used.size(0))
         written = used[new].long(), (end - new * PAGE).clamp(max=PAGE)
 
         def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
             self._write(layer, at, written, k_TGD, v_TGD)
-            if start == 0:
-                keys, values = k_TGD.transpose(0, 1), v_TGD.transpose(0, 1)
-            else:
-                keys, values = (
-                    cache[layer][used].transpose(0, 1).flatten(1, 2)[:, :end] for cache in (self.keys, self.values)
-                )
-            out = functional.scaled_dot_product_attention(
-                q_THD.transpose(0, 1)[None],
-                keys[None],
-                values[None],
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=True,
-            )
-            return out[0].transpose(0, 1)
+            out = decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=table)
+            if steered is None:
+                return out
+            held = partial(self._held, layer, used, end)
+            return steered.attend(layer, q_THD, out, held, self.config.num_kv_heads)
 
-        cos, sin = self.cos[None, start:end], self.sin[None, start:end]
         residual, behind = self.embedding[tokens].float(), None
         if pictures is not None:
             pictures.put_into(residual, start)
@@ -233,12 +238,66 @@ class Decoder:
         adapters = None if adapter < 0 else torch.full((tokens.size(0),), adapter)
         hidden = self._blocks(
             residual,
-            lambda x_TND: rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1),
+            partial(self._turned, start),
             attend,
             behind,
             adapters,
+            None if steered is None else steered.watch,
         )
         return self.head(hidden if all_logits else hidden[-1:])
+
+    @torch.inference_mode()
+    def look(
+        self,
+        tokens: Tensor,
+        *,
+        on_hidden: Callable[[int, Tensor], object] | None = None,
+        on_output: Callable[[int, Tensor], object] = lambda layer, out: None,
+        behind: Tensor | None = None,
+        adapter: int = -1,
+        steered: Steered | None = None,
+    ) -> None:
+        """Read T tokens as a sequence of their own, without the cache, for what goes on inside.
+
+        Args:
+            tokens: int64 [T].
+            on_hidden: Gets each layer's number and the hidden states [T, hidden] that enter it.
+            on_output: Gets each layer's number and the outputs of its heads [T, H, D].
+            behind: int64, the tokens where `behind_pictures` acts.
+            adapter: Number of an adapter; -1 is none.
+            steered: Rules of attention.
+        """
+        if steered is not None:
+            steered.begin(0, tokens.size(0))
+
+        def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+            keys, values = k_TGD.transpose(0, 1), v_TGD.transpose(0, 1)
+            out = _attended(q_THD, keys, values)
+            if steered is not None:
+                out = steered.attend(layer, q_THD, out, lambda: (keys, values), self.config.num_kv_heads)
+            on_output(layer, out)
+            return out
+
+        adapters = None if adapter < 0 else torch.full((tokens.size(0),), adapter)
+        self._blocks(self.embedding[tokens].float(), partial(self._turned, 0), attend, behind, adapters, on_hidden)
+
+    def copy_page(self, source: int, target: int, count: int) -> None:
+        """Copy the first ``count`` keys and values of a page to another, in all layers."""
+        for cache in (*self.keys, *self.values):
+            cache[target, :, :count] = cache[source, :, :count]
+
+    def _turned(self, start: int, x_TND: Tensor) -> Tensor:
+        """Queries and keys of one sequence's tokens from place ``start`` on, after the rotation."""
+        end = start + x_TND.size(0)
+        cos, sin = self.cos[None, start:end], self.sin[None, start:end]
+        return rope(x_TND.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1)
+
+    def _held(self, layer: int, pages: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The first ``count`` keys and values [G, S, D] of a sequence in a layer's cache."""
+        used = pages[: -(-count // PAGE)]
+        caches = (self.keys[layer], self.values[layer])
+        keys, values = (cache[used].transpose(0, 1).flatten(1, 2)[:, :count] for cache in caches)
+        return keys, values
 
     def _cache_rows(self, pages_T: Tensor, positions: Tensor) -> Tensor:
         """Where the keys of T tokens lie in a layer's cache, seen as rows of head_dim numbers: [T * G]."""
@@ -259,6 +318,7 @@ class Decoder:
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
         behind: Tensor | None,
         adapters: Tensor | None,
+        watch: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
         """All layers and the last norm, from embeddings to hidden states [T, hidden]."""
         c = self.config
@@ -274,6 +334,8 @@ class Decoder:
 
         x = rms_norm(residual, self.layers[0].attention_norm, eps=c.rms_norm_eps)
         for i, layer in enumerate(self.layers):
+            if watch is not None:
+                watch(i, residual)
             qkv_TND = project(i, "qkv", layer.qkv, x).view(count, q_heads + 2 * kv_heads, c.head_dim)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = qkv_TND[:, :q_heads], qkv_TND[:, q_heads : q_heads + kv_heads]
@@ -289,6 +351,14 @@ class Decoder:
             norm = self.layers[i + 1].attention_norm if i + 1 < c.num_layers else self.norm
             x, residual = add_rms_norm(mlp, residual, norm, eps=c.rms_norm_eps)
         return x
+
+
+def _attended(q_THD: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> Tensor:
+    """PyTorch's attention [T, H, D] of one sequence from its beginning."""
+    out = functional.scaled_dot_product_attention(
+        q_THD.transpose(0, 1)[None], k_GSD[None], v_GSD[None], is_causal=True, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
 
 
 def _untouched(shape: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,8 @@
 
 Sequences hold pages of the cache as they grow. When no page is free the youngest sequence gives its pages back and
 waits; it is computed anew later, from the same tokens and the same random state, so its text does not change.
+
+What a text has in common with earlier ones from its beginning on is not computed again: see `prefix`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from torch import Tensor
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
-from eff_serve.engine.pages import PagePool
-from eff_serve.engine.sampler import Sampler, score
+from eff_serve.engine.prefix import Chain, PrefixCache, root_of
+from eff_serve.engine.sampler import Sampler, pick, score
 from eff_serve.engine.sequence import Sequence, TokenStream
 from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
 from eff_serve.pictures.prompt import PromptPictures
@@ -41,6 +43,8 @@ class BatchEngine:
         max_waiting_tokens: Most prompt tokens in line.
         chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding.
             Short pieces are no slower on a CPU and hold the others up for less long.
+        prefix_cache: Keep keys of ended requests while there is room, and share them with requests that begin alike.
+            Decoders without ``copy_page`` cannot.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class BatchEngine:
         max_waiting: int = 64,
         max_waiting_tokens: int = 65536,
         chunk: int = 128,
+        prefix_cache: bool = True,
     ) -> None:
         self.decoder = decoder
         for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "chunk": chunk}.items():
@@ -70,7 +75,9 @@ class BatchEngine:
         self._tokenizer_file = tokenizer_file
         self._max_batch, self._max_waiting, self._max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._chunk = chunk
-        self._pool = PagePool(decoder.num_pages)
+        self._prefix = PrefixCache(decoder.num_pages, PAGE)
+        self._pool = self._prefix.pool
+        self._copy_page = getattr(decoder, "copy_page", None) if prefix_cache else None
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
@@ -102,6 +109,10 @@ class BatchEngine:
                 raise ValueError(f"pictures must stand inside the prompt of {len(prompt)} tokens")
         if sampling.adapter is not None and sampling.adapter not in self.adapters:
             raise ValueError(f"there is no adapter {sampling.adapter!r}; there are {list(self.adapters)}")
+        if sampling.steering is not None:
+            if (steerer := getattr(self.decoder, "steerer", None)) is None:
+                raise ValueError("this model takes no steering")
+            steerer.check(sampling.steering, pictures)
         eos = self.decoder.config.eos_token_ids
         grammar = None
         if sampling.grammar is not None:
@@ -128,6 +139,12 @@ class BatchEngine:
         held = getattr(self.decoder, "adapters", None)
         return () if held is None else held.names
 
+    @property
+    def steering(self) -> tuple[str, ...]:
+        """Ways in which requests may steer the attention of this model."""
+        steerer = getattr(self.decoder, "steerer", None)
+        return () if steerer is None else steerer.takes
+
     def _number(self, sequence: Sequence) -> int:
         """Number of a sequence's adapter; -1 for none."""
         held = getattr(self.decoder, "adapters", None)
@@ -137,8 +154,9 @@ class BatchEngine:
         """Counts at this moment."""
         used = self._pool.num_pages - self._pool.free
         reuse = getattr(self.decoder, "reuse", None)
-        reusing = 0 if reuse is None else reuse.count([len(s.tokens) for s in list(self._running) if s.pending == 1])
-        return EngineStats(len(self._running), len(self._waiting), used / self._pool.num_pages, reusing)
+        reusing = 0 if reuse is None else reuse.count([len(s.tokens) for s in list(self._running) if s.decoding])
+        kept = self._pool.kept / self._pool.num_pages
+        return EngineStats(len(self._running), len(self._waiting), used / self._pool.num_pages, reusing, kept)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -174,10 +192,10 @@ class BatchEngine:
             if sequence.stream.cancelled.is_set():
                 self._finish(sequence, Step(finish_reason="cancelled"))
         self._admit()
-        prefilling = next((s for s in self._running if s.pending > 1 or s.cached == 0), None)
+        prefilling = next((s for s in self._running if not s.decoding), None)
         if prefilling is not None:
             self._guarded([prefilling], lambda: self._prefill(prefilling))
-        decoding = [s for s in self._running if s.pending == 1 and s.cached > 0]
+        decoding = [s for s in self._running if s.decoding]
         decoding = [s for s in decoding if s in self._running and self._make_room(s, 1)]
         decoding = [s for s in decoding if s in self._running]  # making room may have sent some back to the line
         if decoding:
@@ -211,8 +229,7 @@ class BatchEngine:
                 sequence.pages.extend(pages)
                 return True
             youngest = self._running[-1]
-            self._pool.give_back(youngest.pages)
-            youngest.cached = 0
+            self._give_back(youngest)
             youngest.prompt_scores.clear()
             with self._wake:
                 self._running.remove(youngest)
@@ -221,8 +238,52 @@ class BatchEngine:
                 return False
         return True
 
+    def _find_beginning(self, sequence: Sequence) -> None:
+        """Take from the prefix cache what it holds of a sequence that has no keys yet, all but its last token."""
+        if self._copy_page is None or sequence.sampling.steering is not None:
+            return  # rules of attention know what they have read themselves, and no more
+        if sequence.chain is None:
+            root = root_of(sequence.sampling, self._number(sequence))
+            sequence.chain = Chain(root, sequence.tokens, PAGE, sequence.pictures)
+        if sequence.sampling.prompt_logprobs is not None and not sequence.output:
+            return  # the scores of the prompt need the model's view of each of its tokens
+        found = self._prefix.find(sequence.chain, len(sequence.tokens) - 1)
+        sequence.pages.extend(found.pages)
+        sequence.shared = len(found.pages)
+        sequence.cached = len(found.pages) * PAGE
+        if found.source is not None:
+            if (pages := self._pool.take(1)) is not None:
+                self._copy_page(found.source, pages[0], found.copied)
+                sequence.pages.extend(pages)
+                sequence.cached += found.copied
+            self._pool.give_back([found.source])
+        if sequence.reused is None:
+            sequence.reused = min(sequence.cached, sequence.prompt_length)
+
+    def _share(self, sequence: Sequence) -> None:
+        """Let other sequences read the pages that are full."""
+        if sequence.chain is not None:
+            count = self._shareable(sequence)
+            self._prefix.add(sequence.chain, sequence.pages, sequence.shared, count)
+            sequence.shared = max(sequence.shared, count // PAGE)
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """Keys that are those of reading the text; with layer reuse, generated tokens have others."""
+        exact = getattr(self.decoder, "reuse", None) is None
+        return sequence.cached if exact else min(sequence.cached, sequence.prompt_length)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Let go of a sequence's pages; what they hold can be found again until they are needed."""
+        if sequence.chain is not None and sequence.pages:
+            self._share(sequence)
+            self._prefix.add_part(sequence.chain, sequence.pages, self._shareable(sequence))
+        self._pool.give_back(sequence.pages)
+        sequence.cached = sequence.shared = 0
+
     def _prefill(self, sequence: Sequence) -> None:
-        count = min(self._chunk, sequence.pending)
+        if not sequence.pages:
+            self._find_beginning(sequence)
+        count = self._piece(sequence)
         if not self._make_room(sequence, count):
             return
         start = sequence.cached
@@ -231,12 +292,26 @@ class BatchEngine:
         seen: dict[str, Any] = {} if sequence.pictures is None else {"pictures": sequence.pictures}
         if sequence.sampling.adapter is not None:
             seen["adapter"] = self._number(sequence)
+        if sequence.sampling.steering is not None:
+            if start == 0:
+                prompt = torch.tensor(sequence.prompt)
+                sequence.steered = self.decoder.steerer.begin(
+                    sequence.sampling.steering, prompt, sequence.pictures, self._number(sequence)
+                )
+            seen["steered"] = sequence.steered
         logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores, **seen)
         sequence.cached += count
+        self._share(sequence)
         if wants_scores:
             self._score_prompt(sequence, start, logits)
         if sequence.pending == 0:
-            self._advance(sequence, logits[-1], int(logits[-1].argmax()))
+            self._advance_all([sequence], logits[-1:])
+
+    def _piece(self, sequence: Sequence) -> int:
+        """Tokens of the next step of a sequence that is behind. Rules want a prompt whole, and an answer bit by bit."""
+        if sequence.sampling.steering is None:
+            return min(self._chunk, sequence.pending)
+        return max(1, sequence.prompt_length - sequence.cached)
 
     def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
         top = sequence.sampling.prompt_logprobs or 0
@@ -251,41 +326,61 @@ class BatchEngine:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32)
         behind = [row for row, s in enumerate(sequences) if s.pictures is not None]
-        seen = {"behind": torch.tensor(behind)} if behind else {}
+        seen: dict[str, Any] = {"behind": torch.tensor(behind)} if behind else {}
         if any(s.sampling.adapter is not None for s in sequences):
             seen["adapters"] = torch.tensor([self._number(s) for s in sequences])
+        if steered := {row: s.steered for row, s in enumerate(sequences) if s.steered is not None}:
+            seen["steered"] = steered
         logits = self.decoder.decode(tokens, positions, table, **seen)
-        best = logits.argmax(1).tolist()
-        for row, sequence in enumerate(sequences):
+        for sequence in sequences:
             sequence.cached += 1
-            self._guarded([sequence], functools.partial(self._advance, sequence, logits[row], best[row]))
+            if sequence.cached % PAGE == 0:
+                self._share(sequence)
+        self._advance_all(sequences, logits)
 
-    def _advance(self, sequence: Sequence, logits: Tensor, best: int) -> None:
-        """Choose the next token from the logits, deliver it, and end the sequence where it ends."""
-        s = sequence.sampling
-        if s.max_tokens == 0:
-            self._finish(sequence, Step(finish_reason="length"))
+    def _advance_all(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Choose the next token of each sequence, all in one pass, and go on with it."""
+        ready: list[tuple[Sequence, Tensor, Tensor]] = []
+
+        def prepare(sequence: Sequence, row: Tensor) -> None:
+            if sequence.sampling.max_tokens == 0:
+                self._finish(sequence, Step(finish_reason="length", cached_tokens=sequence.reused or 0))
+            elif sequence.sampler.plain:
+                ready.append((sequence, row, row))
+            else:
+                allowed = None if sequence.grammar is None else sequence.grammar.allowed()
+                wanted = sequence.sampler.prepare(row, sequence.prompt, sequence.output, allowed)
+                ready.append((sequence, row, wanted))
+
+        for sequence, row in zip(sequences, logits, strict=True):
+            self._guarded([sequence], functools.partial(prepare, sequence, row))
+        if not ready:
             return
-        if sequence.sampler.greedy_from_raw:
-            token = best
-        else:
-            allowed = None if sequence.grammar is None else sequence.grammar.allowed()
-            token = sequence.sampler.choose(logits, sequence.prompt, sequence.output, allowed)
+        as_they_are = len(ready) == len(sequences) and all(wanted is row for _, row, wanted in ready)
+        wanted = logits if as_they_are else torch.stack([wanted for _, _, wanted in ready])
+        tokens = pick([sequence.sampler for sequence, _, _ in ready], wanted)
+        for (sequence, row, _), token in zip(ready, tokens, strict=True):
+            self._guarded([sequence], functools.partial(self._advance, sequence, row, token))
+
+    def _advance(self, sequence: Sequence, logits: Tensor, token: int) -> None:
+        """Deliver the next token, which was chosen from the logits, and end the sequence where it ends."""
+        s = sequence.sampling
         scored = None if s.logprobs is None else score(logits, token, s.logprobs)
         if sequence.grammar is not None:
             sequence.grammar.accept(token)
         sequence.tokens.append(token)
         ended = token in s.stop_token_ids or (not s.ignore_eos and token in self.decoder.config.eos_token_ids)
+        reused = sequence.reused or 0
         if ended or (sequence.grammar is not None and sequence.grammar.done):
-            self._finish(sequence, Step(token, scored, finish_reason="stop"))
+            self._finish(sequence, Step(token, scored, finish_reason="stop", cached_tokens=reused))
         elif len(sequence.output) >= s.max_tokens:
-            self._finish(sequence, Step(token, scored, finish_reason="length"))
+            self._finish(sequence, Step(token, scored, finish_reason="length", cached_tokens=reused))
         else:
-            sequence.stream.put(Step(token, scored))
+            sequence.stream.put(Step(token, scored, cached_tokens=reused))
 
     def _finish(self, sequence: Sequence, step: Step) -> None:
         with self._wake:
-            self._pool.give_back(sequence.pages)
+            self._give_back(sequence)
             if sequence in self._running:
                 self._running.remove(sequence)
             else:

@@ -52,6 +52,7 @@ def load_engine(
     reuse_min_len: int | None = None,
     reuse_selector: Selector | None = None,
     adapters: Mapping[str, Path] | None = None,
+    prefix_cache: bool = True,
     progress: bool = True,
 ) -> LoadedModel:
     """Load a model for serving.
@@ -74,6 +75,8 @@ def load_engine(
         reuse_min_len: Length from which on they do, instead of what the file says.
         reuse_selector: How the layers that they follow choose: "exact" or "pooled", instead of what the file says.
         adapters: Folders of LoRA adapters that PEFT wrote, by the names that requests use.
+        prefix_cache: Share keys between texts that begin alike, those of ended requests included; models that run
+            through transformers do not.
         progress: Show progress bars on standard error.
 
     Raises:
@@ -128,6 +131,7 @@ def load_engine(
         max_model_len=length,
         max_batch=max_batch,
         max_waiting=max_waiting,
+        prefix_cache=prefix_cache,
     )
     name = SMOLLM2_NAME if model is None else Path(model).name if Path(model).is_dir() else model
     stored = config.quantization if isinstance(config, DecoderConfig) else None

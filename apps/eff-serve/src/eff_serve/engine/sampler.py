@@ -1,4 +1,4 @@
-"""Choosing a token from logits: penalties, truncation, seeds; one request at a time, whatever else is in the batch."""
+"""Choosing tokens from logits: penalties, masks, seeds. A request gets the same whatever the batch holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eff_serve.engine.truncation import draw
 from eff_serve.engine.types import Sampling, TokenScore
 
 TINY = torch.finfo(torch.float32).tiny  # smaller temperatures are zero in float32, and so greedy
@@ -31,16 +32,16 @@ class Sampler:
             self._generator.manual_seed(sampling.seed % 2**63)
 
     @property
-    def greedy_from_raw(self) -> bool:
-        """Whether the choice is the largest raw logit, which a batch can compute at once."""
+    def plain(self) -> bool:
+        """Whether the logits are taken as they are."""
         s = self.sampling
-        plain = s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0
-        return s.temperature < TINY and plain and not s.logit_bias and s.min_tokens == 0 and s.grammar is None
+        free = s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0
+        return free and not s.logit_bias and s.min_tokens == 0 and s.grammar is None
 
-    def choose(
+    def prepare(
         self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], allowed: Tensor | None = None
-    ) -> int:
-        """Pick a token.
+    ) -> Tensor:
+        """Logits as this request wants them, with what it forbids at minus infinity.
 
         Args:
             logits: float32 [vocab]; left unchanged.
@@ -57,11 +58,36 @@ class Sampler:
             longer[[t for t in self._ends if t < logits.numel()]] = -torch.inf
             if longer.max() > -torch.inf:  # a grammar that is at its end goes before min_tokens
                 logits = longer
-        if s.temperature < TINY:
-            return int(logits.argmax())
-        # Below the largest logit all differences are negative: dividing by a tiny temperature gives -inf, never NaN.
-        probabilities = truncated((logits - logits.max()) / s.temperature, s)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return logits
+
+    def choose(
+        self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], allowed: Tensor | None = None
+    ) -> int:
+        """Pick a token; the arguments are those of `prepare`."""
+        return pick([self], self.prepare(logits, prompt, output, allowed)[None])[0]
+
+    def chance(self) -> float:
+        """The next number from 0 to 1 of this request."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+
+def pick(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+    """A token for each of several requests, each with its own settings and its own randomness.
+
+    Args:
+        samplers: Of the requests.
+        logits: float32 [B, vocab], prepared.
+    """
+    drawing = [i for i, sampler in enumerate(samplers) if sampler.sampling.temperature >= TINY]
+    tokens = [0] * len(samplers)
+    if len(drawing) < len(samplers):
+        tokens = logits.argmax(1).tolist()
+    if drawing:
+        rows = logits if len(drawing) == len(samplers) else logits[drawing]
+        settings, chances = [samplers[i].sampling for i in drawing], [samplers[i].chance() for i in drawing]
+        for i, token in zip(drawing, draw(rows, settings, chances), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def adjusted(logits: Tensor, s: Sampling, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
@@ -77,22 +103,6 @@ def adjusted(logits: Tensor, s: Sampling, prompt: Sequence[int], output: Sequenc
     for token, bias in s.logit_bias.items():
         logits[token] += bias
     return logits
-
-
-def truncated(logits: Tensor, s: Sampling) -> Tensor:
-    """Probabilities [vocab] after top-k, top-p and min-p, not normalised; the most likely token always stays."""
-    if 0 < s.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
-    probabilities = torch.softmax(logits, -1)
-    if s.min_p > 0:
-        probabilities = probabilities * (probabilities >= s.min_p * probabilities.max())
-    if s.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        # Keep tokens until their sum reaches top_p, the one that reaches it included.
-        beyond = ordered.cumsum(0) - ordered >= s.top_p * ordered.sum()
-        beyond[0] = False
-        probabilities = probabilities.index_fill(0, order[beyond], 0.0)
-    return probabilities
 
 
 def score(logits: Tensor, token: int, top: int) -> TokenScore:

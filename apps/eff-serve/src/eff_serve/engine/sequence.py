@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from eff_serve.engine.grammar import GrammarMatcher
+from eff_serve.engine.prefix import Chain
 from eff_serve.engine.sampler import Sampler
 from eff_serve.engine.types import Sampling, Step, TokenScore
 from eff_serve.pictures.prompt import PromptPictures
@@ -52,6 +54,10 @@ class Sequence:
         tokens: Prompt and output.
         cached: How many of them have keys and values in the cache.
         pages: The pages that hold these.
+        shared: How many of these pages other sequences may read.
+        chain: What the pages hold, for the prefix cache.
+        reused: Tokens of the prompt whose keys were there when it was first read.
+        steered: Rules of its attention, from its first step on; see `steering`.
     """
 
     prompt_length: int
@@ -63,6 +69,10 @@ class Sequence:
     pictures: PromptPictures | None = None
     cached: int = 0
     pages: list[int] = field(default_factory=list)
+    shared: int = 0
+    chain: Chain | None = None
+    reused: int | None = None
+    steered: Any = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     submitted: float = field(default_factory=time.monotonic)
 
@@ -78,5 +88,10 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that the model has not seen yet; 1 means that the next step is a decoding step."""
+        """Tokens that the model has not seen yet."""
         return len(self.tokens) - self.cached
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next step reads one token, a generated one."""
+        return self.pending == 1 and self.cached >= self.prompt_length

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from eff_serve.engine.steering import Steering
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -28,6 +31,7 @@ class Sampling:
         prompt_logprobs: The same for the prompt's tokens.
         grammar: An llguidance grammar (JSON, from ``LLMatcher.grammar_from_json_schema`` and the like) for the output.
         adapter: Name of a LoRA adapter that the engine holds; None is the base model.
+        steering: Rules of attention, which the engine checks; None changes nothing.
     """
 
     max_tokens: int
@@ -47,6 +51,7 @@ class Sampling:
     prompt_logprobs: int | None = None
     grammar: str | None = None
     adapter: str | None = None
+    steering: Steering | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class Step:
         prompt_scores: Scores of prompt tokens 1.. (the first token has none), where asked for.
         finish_reason: Why the stream ends here; None while it goes on.
         error: With ``finish_reason="error"``, what went wrong.
+        cached_tokens: Tokens of the prompt that were not computed, because an earlier text began with them.
     """
 
     token: int | None = None
@@ -78,6 +84,7 @@ class Step:
     prompt_scores: tuple[TokenScore, ...] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +93,14 @@ class EngineStats:
 
     Attributes:
         reusing: Running requests that are long enough for layer reuse.
+        kv_kept: Part of the key-value cache that no request uses, kept for later ones.
     """
 
     running: int
     waiting: int
     kv_usage: float
     reusing: int = 0
+    kv_kept: float = 0.0
 
 
 class QueueFullError(RuntimeError):

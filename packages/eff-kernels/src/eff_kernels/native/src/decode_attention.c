@@ -25,7 +25,7 @@ typedef struct {
   int64_t mass_block, mass_blocks;
   void *out;
   eff_dtype out_dtype;
-  float *merged; /* [dp] of a sum, [d] of a result */
+  float *merged; /* for each sequence, [dp] of a sum and [d] of a result */
 } job;
 
 /* One block of keys for NH query heads: scores, running maximum and weight, values; its own weight is added to `record`. */
@@ -80,9 +80,10 @@ static int64_t place(const job *j, int64_t b, int64_t kv, int64_t key) {
 
 static void attend(void *ctx, int64_t item) {
   job *j = ctx;
-  const int64_t group = j->heads / j->kv_heads, split = item % j->splits, kv = item / j->splits % j->kv_heads;
-  const int64_t b = item / j->splits / j->kv_heads, row = j->dp + 2;
-  float *partial = j->partial + item * group * row;
+  /* Queries that read the same pages, such as those of a prompt, follow one another while these are in cache. */
+  const int64_t group = j->heads / j->kv_heads, b = item % j->batch, kv = item / j->batch % j->kv_heads;
+  const int64_t split = item / j->batch / j->kv_heads, row = j->dp + 2;
+  float *partial = j->partial + ((b * j->kv_heads + kv) * j->splits + split) * group * row;
   float *sum = partial, *top = partial + group * j->dp, *weight = top + group;
   for (int64_t i = 0; i < group * j->dp; i++) sum[i] = 0.0f;
   for (int64_t h = 0; h < group; h++) top[h] = -INFINITY, weight[h] = 0.0f;
@@ -103,11 +104,12 @@ static void attend(void *ctx, int64_t item) {
   }
 }
 
-/* Merge the splits of each head: sum_s e^(top_s - top) sum_s / sum_s e^(top_s - top) weight_s. */
-static void merge(const job *j) {
+/* Merge the splits of each head of a sequence: sum_s e^(top_s - top) sum_s / sum_s e^(top_s - top) weight_s. */
+static void merge(void *ctx, int64_t b) {
+  const job *j = ctx;
   const int64_t group = j->heads / j->kv_heads, row = j->dp + 2, dp = j->dp;
-  float *sum = j->merged, *out = sum + dp;
-  for (int64_t head = 0; head < j->batch * j->heads; head++) {
+  float *sum = j->merged + b * (dp + j->d), *out = sum + dp;
+  for (int64_t head = b * j->heads; head < (b + 1) * j->heads; head++) {
     const int64_t h = head % group, first = head / group * j->splits;
     float top = -INFINITY, weight = 0.0f;
     memset(sum, 0, (size_t)dp * 4);
@@ -189,7 +191,7 @@ KERNEL(int, eff_decode_attention, args) {
            .lengths = lengths, .splits = splits, .piece = piece, .pieces = pieces, .mass = a->mass, .mass_block = a->mass_block,
            .mass_blocks = a->mass_blocks, .out = a->out, .out_dtype = (eff_dtype)a->q_dtype};
   const int64_t dp = j.dp, partials = batch * heads * splits * (dp + 2), records = batch * heads * pieces * 2;
-  float *scratch = eff_scratch((size_t)(batch * heads * dp + partials + records + dp + d) * 4), *row = scratch;
+  float *scratch = eff_scratch((size_t)(batch * heads * dp + partials + records + batch * (dp + d)) * 4), *row = scratch;
   if (!scratch) return 1;
   memset(scratch, 0, (size_t)(batch * heads * dp) * 4);
   j.q = scratch, j.partial = scratch + batch * heads * dp, j.merged = j.partial + partials + records;
@@ -199,7 +201,7 @@ KERNEL(int, eff_decode_attention, args) {
   }
   if (records) j.records = memset(j.partial + partials, 0, (size_t)records * 4);
   eff_parallel_for(batch * kv_heads * splits, threads, attend, &j);
-  merge(&j);
+  eff_parallel_for(batch, batch * heads * splits * dp < 65536 ? 1 : threads, merge, &j);
   free(scratch);
   return 0;
 }
