@@ -53,6 +53,7 @@ async def sampling_for(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=await asyncio.to_thread(grammar_for, request),
+        steering=None if request.eff is None else request.eff.steering,
     )
 
 

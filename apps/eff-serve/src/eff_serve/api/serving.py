@@ -80,6 +80,11 @@ class Serving:
         """Names of the adapters that requests may ask for, as ``model:name``."""
         return () if self._engine is None else tuple(getattr(self._engine, "adapters", ()))
 
+    @property
+    def steering(self) -> tuple[str, ...]:
+        """Methods of steering that requests may ask for."""
+        return () if self._engine is None else tuple(getattr(self._engine, "steering", ()))
+
     def name_of(self, adapter: str | None) -> str:
         """The model's name with an adapter, or that of the base."""
         return self.settings.model_id if adapter is None else f"{self.settings.model_id}:{adapter}"

@@ -7,15 +7,20 @@ sequence is known by its first page, which no other sequence holds at the same t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from eff_attention.caches import cache_name
+from eff_attention.sink_calibration import ACTConfig, ACTHandle, apply_act
+from eff_attention.sink_calibration.apply import treated_heads
 from torch import Tensor
 
+from eff_serve.engine.steering import Steering, check_takes
 from eff_serve.models.files import read_json
+from eff_serve.pictures.prompt import PromptPictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class HFDecoder:
         self._model: Any = model.eval()
         self._cache_name = cache_name(self._model)
         self._caches: dict[int, tuple[Any, int]] = {}  # first page -> cache and its length
+        self.steerer = HFSteerer(self._model)
 
     @property
     def weight_bytes(self) -> int:
@@ -64,14 +70,33 @@ class HFDecoder:
         return sum(t.nbytes for t in (*self._model.parameters(), *self._model.buffers()))
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> Tensor:
+    def decode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        block_table: Tensor,
+        steered: Mapping[int, ACTConfig] | None = None,
+    ) -> Tensor:
         """Next-token logits [T, vocab] of T sequences; see `Decoder.decode`."""
         rows = zip(tokens, positions.tolist(), block_table[:, 0].tolist(), strict=True)
-        return torch.cat([self._forward(token[None], start, page, last_only=True) for token, start, page in rows])
+        logits = []
+        for row, (token, start, page) in enumerate(rows):
+            self.steerer.use((steered or {}).get(row))
+            logits.append(self._forward(token[None], start, page, last_only=True))
+        return torch.cat(logits)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, start: int, pages: Tensor, *, all_logits: bool = False) -> Tensor:
+    def prefill(
+        self,
+        tokens: Tensor,
+        start: int,
+        pages: Tensor,
+        *,
+        all_logits: bool = False,
+        steered: ACTConfig | None = None,
+    ) -> Tensor:
         """Add T tokens of one sequence that already has ``start`` keys; see `Decoder.prefill`."""
+        self.steerer.use(steered)
         return self._forward(tokens, start, int(pages[0]), last_only=not all_logits)
 
     def _forward(self, tokens: Tensor, start: int, page: int, *, last_only: bool) -> Tensor:
@@ -88,6 +113,42 @@ class HFDecoder:
         self._caches[page] = (out[self._cache_name], start + tokens.numel())
         logits: Tensor = out.logits[0]
         return (logits[-1:] if last_only else logits).float()
+
+
+class HFSteerer:
+    """Steering of a model of transformers: calibrated attention, put in for the passes of the sequences that ask.
+
+    What is known of a sequence's sinks stays with its cache.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._now: tuple[ACTConfig, ACTHandle] | None = None
+        try:
+            apply_act(model).remove()
+            self.takes: tuple[str, ...] = ("act",)
+        except (NotImplementedError, ValueError):  # no decoder on transformers' interface, or no full attention
+            self.takes = ()
+
+    def check(self, steering: Steering, pictures: PromptPictures | None) -> None:
+        """See `Steerer.check`."""
+        check_takes(steering, self.takes)
+        if steering.act is not None:
+            treated_heads(self._model, steering.act)
+
+    def begin(
+        self, steering: Steering, prompt: Tensor, pictures: PromptPictures | None, adapter: int = -1
+    ) -> ACTConfig | None:
+        """See `Steerer.begin`."""
+        return steering.act
+
+    def use(self, config: ACTConfig | None) -> None:
+        """Calibrate by these settings from now on, or not at all."""
+        if self._now is not None and self._now[0] != config:
+            self._now[1].remove()
+            self._now = None
+        if config is not None and self._now is None:
+            self._now = config, apply_act(self._model, config)
 
 
 def hf_config(folder: Path) -> HFConfig:

@@ -12,8 +12,9 @@ from eff_serve.names import EYES
 from eff_serve.pictures.prompt import LowRank, PromptPictures
 
 if TYPE_CHECKING:
+    from eff_kernels.edit.attention import AttentionCall, AttentionOutput
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from eff_serve.engine.decoder import Decoder
 
@@ -25,10 +26,17 @@ class Eyes:
         encode: Pictures to embeddings, float32 [pictures, tokens, hidden].
         token: The id that marks a picture's places in a prompt.
         tokens: Tokens of one picture.
+        saliency: What the tower's class token attended to in the last call of ``encode``, see `PromptPictures`.
     """
 
-    def __init__(self, encode: Callable[[Sequence[Image]], Tensor], token: int, tokens: int) -> None:
-        self._encode, self.token, self.tokens = encode, token, tokens
+    def __init__(
+        self,
+        encode: Callable[[Sequence[Image]], Tensor],
+        token: int,
+        tokens: int,
+        saliency: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._encode, self.token, self.tokens, self._saliency = encode, token, tokens, saliency
         self._lock = threading.Lock()
 
     @property
@@ -50,7 +58,33 @@ class Eyes:
             )
         with self._lock:
             seen = self._encode(pictures)
-        return PromptPictures(places, seen.flatten(0, 1))
+            saliency = None if self._saliency is None else self._saliency()
+        return PromptPictures(places, seen.flatten(0, 1), saliency)
+
+
+class TowerSaliency:
+    """Notes what the class token of a vision tower attends to, in its first layer and its last but one.
+
+    Args:
+        tower: The tower, with one class token before its patches; looked at as long as it lives.
+    """
+
+    def __init__(self, tower: nn.Module) -> None:
+        from eff_kernels.edit.attention import find_attention, observe_attention
+
+        names = [found.name for found in find_attention(tower) if found.way]
+        self._places = {names[0]: 0, names[-2]: 1}
+        self._last: dict[int, Tensor] = {}
+        observe_attention(tower, self._note, where=list(self._places))
+
+    def _note(self, call: AttentionCall, output: AttentionOutput) -> None:
+        from eff_kernels.edit.attention import rows
+
+        self._last[self._places[call.name]] = rows(call, [0]).sum(1)[:, 0, 1:]
+
+    def __call__(self) -> Tensor:
+        """Of the last pictures, float32 [2, pictures, patches]."""
+        return torch.stack([self._last[0], self._last[1]])
 
 
 def open_eyes(decoder: Decoder) -> Eyes:
@@ -61,9 +95,12 @@ def open_eyes(decoder: Decoder) -> Eyes:
     """
     try:
         from eff_embedded.eyes import PICTURE_TOKEN_ID, PictureEncoder, checkpoint_file, read_checkpoint
+        from eff_embedded.vision import load_vit
 
         config, weights = read_checkpoint(checkpoint_file())
-        encoder = PictureEncoder(config, weights)
+        vision = load_vit()
+        encoder = PictureEncoder(config, weights, vision)
+        saliency = TowerSaliency(vision)
     except ImportError as error:
         raise ValueError(
             f"{EYES} needs packages that are missing, pip install 'eff-serve[pictures]': {error}"
@@ -76,4 +113,5 @@ def open_eyes(decoder: Decoder) -> Eyes:
     sizes = {"q_proj": c.num_heads * c.head_dim, "gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
     sizes |= dict.fromkeys(("k_proj", "v_proj"), c.num_kv_heads * c.head_dim)
     decoder.behind_pictures = LowRank.from_weights(lora, c.num_layers, sizes)
-    return Eyes(encoder, PICTURE_TOKEN_ID, config.picture_tokens)
+    decoder.steerer.measure()
+    return Eyes(encoder, PICTURE_TOKEN_ID, config.picture_tokens, saliency)

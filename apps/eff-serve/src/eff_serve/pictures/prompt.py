@@ -17,10 +17,13 @@ class PromptPictures:
     Attributes:
         places: int64 [tokens], where in the prompt their tokens stand, ascending.
         embeddings: float32 [tokens, hidden], what the model reads there.
+        saliency: float32 [2, pictures, tokens of one], what the vision tower's class token attends to in its first and
+            in its last layer but one; None where nobody looked.
     """
 
     places: Tensor
     embeddings: Tensor
+    saliency: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.places.ndim != 1 or self.embeddings.shape[:1] != self.places.shape or not self.places.numel():

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from eff_kernels import Handle
-from eff_kernels.edit.attention import decoder_attention, intercept_attention
+from eff_kernels.edit.attention import decoder_attention, find_decoder, intercept_attention
 
 from eff_attention.layers import attention_types
 from eff_attention.sink_calibration.config import ACTConfig
@@ -72,9 +72,9 @@ def apply_act(model: PreTrainedModel, config: ACTConfig | None = None, *, order:
     inner = intercept_attention(model, rule, where=lambda name, module: name in taken, needs=["roles"], order=order)
     handle.report = inner.report
     handle.on_remove(inner.remove)
-    base = model.base_model
-    handle.on_remove(base.register_forward_pre_hook(begin_pass, with_kwargs=True).remove)
-    handle.on_remove(base.register_forward_hook(end_pass, with_kwargs=True).remove)
+    decoder = find_decoder(model)  # not the model around it: other rules may call the decoder alone
+    handle.on_remove(decoder.register_forward_pre_hook(begin_pass, with_kwargs=True).remove)
+    handle.on_remove(decoder.register_forward_hook(end_pass, with_kwargs=True).remove)
     return handle
 
 

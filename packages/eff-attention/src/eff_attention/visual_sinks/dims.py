@@ -71,10 +71,33 @@ def find_sink_dims(
         given = {"input_ids": given}
     batches = [given] if isinstance(given, Mapping) else given
     hidden = torch.cat([_first_tokens(model, batch, [blocks[i] for i in chosen]) for batch in batches])
+    return dims_of_sinks(hidden, limit, max_dims, share=share)
+
+
+def dims_of_sinks(hidden: Tensor, tau: float, max_dims: int = 8, *, share: float = 0.8) -> list[int]:
+    """Dimensions that are huge in nearly all hidden states of first tokens.
+
+    Args:
+        hidden: [N, L, D] of N prompts and L layers.
+        tau: A dimension is huge above tau times the root mean square.
+        max_dims: Most dimensions.
+        share: Of the pairs of prompt and layer in which a dimension must be huge.
+
+    Returns:
+        The dimensions, the largest on average first; empty if there is none.
+    """
     values = hidden.abs() * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    often = (values > limit).float().mean((0, 1)) >= share
+    often = (values > tau).float().mean((0, 1)) >= share
     order = torch.where(often, values.mean((0, 1)), -1.0).argsort(descending=True)
     return [int(d) for d in order[: min(max_dims, int(often.sum()))]]
+
+
+def random_prompts(vocab_size: int, begin: int | None) -> Tensor:
+    """Eight prompts of sixteen random tokens, int64 [8, 16], behind the token ``begin`` if there is one."""
+    ids = torch.randint(0, vocab_size, (8, 16), generator=torch.Generator().manual_seed(0))
+    if begin is not None:
+        ids[:, 0] = begin
+    return ids
 
 
 def _first_tokens(model: Any, inputs: Mapping[str, Any], blocks: Sequence[Any]) -> Tensor:
@@ -100,10 +123,8 @@ def _first_tokens(model: Any, inputs: Mapping[str, Any], blocks: Sequence[Any]) 
 def _prompts(model: Any) -> Tensor:
     """Eight prompts of random tokens, behind the one that begins all prompts if the model has such a token."""
     config = text_config(model)
-    ids = torch.randint(0, config.vocab_size, (8, 16), generator=torch.Generator().manual_seed(0))
     begin = config.bos_token_id
-    if isinstance(begin, int):
-        ids[:, 0] = begin
+    ids = random_prompts(config.vocab_size, begin if isinstance(begin, int) else None)
     special = [getattr(model.config, n, None) for n in ("image_token_id", "video_token_id")]
     for token in special:
         if isinstance(token, int):

@@ -52,7 +52,10 @@ class Version(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model of /v1/models; ``input_modalities`` says whether it sees pictures."""
+    """One model of /v1/models.
+
+    ``input_modalities`` says whether it sees pictures, ``steering`` which methods the field ``eff`` may ask for.
+    """
 
     id: str
     object: str = "model"
@@ -60,6 +63,7 @@ class ModelCard(BaseModel):
     owned_by: str = "eff"
     max_model_len: int
     input_modalities: list[str] = ["text"]
+    steering: list[str] = []
 
 
 class ModelList(BaseModel):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from eff_serve.api.schema.accepted import AcceptedFields
 from eff_serve.api.schema.common import RequestId, Seed, Token
+from eff_serve.api.schema.steering import EffFields
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -115,6 +116,7 @@ class SamplingFields(AcceptedFields):
     prompt_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    eff: EffFields | None = None
     request_id: RequestId | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
     priority: Int | None = 0
