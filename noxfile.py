@@ -8,8 +8,13 @@ environment cheap in time and disk as long as the cache and this folder are on o
 from __future__ import annotations
 
 import shutil
+import socket
+import subprocess
+import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +40,10 @@ class Target:
     def sync_args(self, *more_groups: str) -> list[str]:
         """Arguments of ``uv sync`` that select this target, its extras and its dependency groups."""
         package = [f"--package={self.member}"] if self.member else ["--all-packages"]
-        return [*package, "--all-extras", *(f"--group={g}" for g in (*self.groups, *more_groups))]
+        # Ray has a session of its own; uv refuses to leave out an extra that is not there.
+        some = self.member is None or "replicas" in read(self.member).get("optional-dependencies", {})
+        without = ["--no-extra=replicas"] if some else []
+        return [*package, "--all-extras", *without, *(f"--group={g}" for g in (*self.groups, *more_groups))]
 
 
 MEMBERS = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproject.toml"))}
@@ -59,6 +67,16 @@ TARGETS = {
 TARGETS["workspace"] = Target("tests", None, ("test", "lint", "docs", "serve-test"))
 SOURCES = [str(folder.relative_to(ROOT) / "src") for folder in MEMBERS.values()]
 
+CLIENTS = {  # scripts apps/eff-serve/clients/with_NAME.py, and what each installs
+    "openai": ("openai",),
+    "openai_agents": ("openai-agents",),
+    "instructor": ("instructor",),
+    "langchain": ("langchain-openai",),
+    "pydantic_ai": ("pydantic-ai-slim[openai]",),
+    "llama_index": ("llama-index-llms-openai-like",),
+    "litellm": ("litellm",),
+    "ollama": ("ollama",),
+}
 each_target = nox.parametrize("target", [nox.param(t, id=name) for name, t in TARGETS.items()])
 each_member = nox.parametrize("member", [nox.param(m, id=m.removeprefix("eff-")) for m in MEMBERS])
 
@@ -96,7 +114,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, target: Target) -> None:
     """Run the tests on the CPU, Triton kernels under its interpreter. Arguments after ``--`` go to pytest."""
     sync(session, *target.sync_args())
-    session.run("pytest", target.folder, "--timeout=600", "-m", "not gpu", *session.posargs, env=CPU)
+    session.run("pytest", target.folder, "--timeout=600", "-m", "not gpu and not cluster", *session.posargs, env=CPU)
 
 
 @nox.session
@@ -111,6 +129,14 @@ def tests_gpu(session: nox.Session, target: Target) -> None:
     kernels = any((ROOT / target.folder / "src").rglob("triton*.py"))
     fine = [0] if kernels else [0, 5]
     session.run("pytest", target.folder, "--timeout=600", "-m", "gpu", *session.posargs, env=env, success_codes=fine)
+
+
+@nox.session
+@nox.parametrize("app", [nox.param(n, id=n) for n in ("studio",)])
+def replicas(session: nox.Session, app: str) -> None:
+    """Run an app's tests of several replicas, which start Ray."""
+    sync(session, *(a for a in TARGETS[app].sync_args() if a != "--no-extra=replicas"))
+    session.run("pytest", TARGETS[app].folder, "--timeout=600", "-m", "cluster", *session.posargs, env=CPU)
 
 
 @nox.session(reuse_venv=False)
@@ -130,12 +156,12 @@ def wheel(session: nox.Session, member: str) -> None:
         "python", "-I", "-c", f"import {module} as m; assert 'site-packages' in m.__file__, m.__file__", env=CPU
     )
     session.run("uv", "pip", "check", external=True)
-    extras = ",".join(read(member).get("optional-dependencies", {}))
+    extras = ",".join(e for e in read(member).get("optional-dependencies", {}) if e != "replicas")
     groups = TARGETS[member.removeprefix("eff-")].groups
     whole = f"{files.pop(member)}[{extras}]" if extras else files.pop(member)
     session.install(whole, *files.values(), *(f"--group={g}" for g in groups))
     folder = MEMBERS[member].relative_to(ROOT)
-    session.run("pytest", str(folder), "--timeout=600", "-m", "not gpu", *session.posargs, env=CPU)
+    session.run("pytest", str(folder), "--timeout=600", "-m", "not gpu and not cluster", *session.posargs, env=CPU)
 
 
 @nox.session
@@ -145,6 +171,47 @@ def docs(session: nox.Session) -> None:
     sync(session, *target.sync_args())
     session.run("zensical", "build", "--strict", "--clean")
     session.run("pytest", "tests/docs", "--timeout=600", *session.posargs, env=CPU)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Talk to a running server with real clients, each in an environment of its own; names after ``--`` choose some."""
+    sync(session, *TARGETS["serve"].sync_args())
+    chosen = session.posargs or list(CLIENTS)
+    if unknown := sorted(set(chosen) - set(CLIENTS)):
+        session.error(f"no client {unknown[0]!r}; there are {', '.join(CLIENTS)}")
+    folder = ROOT / "apps" / "eff-serve" / "clients"
+    pythons = {}
+    for name in chosen:
+        venv = Path(session.create_tmp()) / name
+        session.run_install("uv", "venv", "--clear", f"--python={session.python or '3.11'}", str(venv), external=True)
+        pythons[name] = venv / "bin" / "python"
+        session.run_install("uv", "pip", "install", f"--python={pythons[name]}", *CLIENTS[name], external=True)
+    with server(Path(session.bin) / "eff-serve") as url:
+        env = {"EFF_SERVE_URL": url, "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        for name, python in pythons.items():
+            session.run(str(python), str(folder / f"with_{name}.py"), env=env, external=True)
+
+
+@contextmanager
+def server(command: Path) -> Iterator[str]:
+    """Run eff-serve with the embedded model on a free port; gives its address once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([command, f"--port={port}", "--no-log-requests"])
+    try:
+        for _ in range(600):
+            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            if process.poll() is not None:
+                raise RuntimeError(f"eff-serve ended with status {process.returncode}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @nox.session

@@ -90,7 +90,7 @@ def test_cancel_waiting_and_running(worker, settle):
     first, second = (worker.jobs.add(Generate(prompt="x", steps=4)) for _ in range(2))
     heard = [Heard(worker, job) for job in (first, second)]
     worker.submit(first)
-    settle(lambda: worker.running == first.id)
+    settle(lambda: first.id in worker.running)
     assert worker.cancel(second.id)
     assert worker.jobs.get(second.id).state == "cancelled"
     assert worker.cancel(first.id)
@@ -101,7 +101,7 @@ def test_cancel_waiting_and_running(worker, settle):
     assert [h[-1]["state"] for h in heard] == ["cancelled", "cancelled"]
     assert not worker.cancel(first.id)
     assert not worker.cancel("nonsense")
-    settle(lambda: worker.running is None)
+    settle(lambda: not worker.running)
     assert not worker._cancelled
     assert worker.counts.cancelled == 1
 
@@ -110,7 +110,7 @@ def test_late_listeners_hear_the_last_news(worker, settle):
     worker.model.pipe.gate.clear()
     job = worker.jobs.add(Generate(prompt="x", steps=1))
     worker.submit(job)
-    settle(lambda: worker.running == job.id)
+    settle(lambda: job.id in worker.running)
     heard = Heard(worker, job)
     assert heard[0]["type"] == "state"
     worker.model.pipe.gate.set()
@@ -123,7 +123,7 @@ def test_stop_puts_the_job_back(make_worker, fake, settle):
     job, later = (worker.jobs.add(Generate(prompt="x", steps=5)) for _ in range(2))
     heard = Heard(worker, later)
     worker.submit(job)
-    settle(lambda: worker.running == job.id)
+    settle(lambda: job.id in worker.running)
     threading.Timer(0.2, fake.pipe.gate.set).start()
     worker.stop()
     assert not worker.alive

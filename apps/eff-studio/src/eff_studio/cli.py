@@ -70,6 +70,9 @@ class Serve:
         api_key_file: File with one API key a line; requests need one of them then.
         max_waiting: Most jobs in line; more are answered with 429.
         grace: Seconds that running answers get after SIGTERM; a job under way waits for the next start.
+        replicas: Copies of the model, each in a process of its own, by Ray Serve (the extra "replicas"); so many jobs
+            are done at a time.
+        ray_address: Of a running Ray cluster to put them on, such as auto; by default they run on this machine.
     """
 
     model: tyro.conf.OmitArgPrefixes[Model] = Model()
@@ -78,6 +81,8 @@ class Serve:
     api_key_file: Path | None = None
     max_waiting: int = 64
     grace: float = 5.0
+    replicas: int = 1
+    ray_address: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +229,7 @@ def _serve(config: tyro.conf.OmitArgPrefixes[Serve]) -> int:
     """Serve the page and the API (what eff-studio does without a subcommand)."""
     from eff_studio.server import serve
 
-    return serve(config, config.model.load(), config.model.folder)
+    return serve(config)
 
 
 def _generate(config: tyro.conf.OmitArgPrefixes[GenerateCommand]) -> int:

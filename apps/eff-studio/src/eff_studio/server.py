@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from eff_http import LOOPBACK_HOSTS, DrainingServer, log_to_stderr, read_keys
 from rich.console import Console
 
 from eff_studio.api import ServerSettings, create_app
-from eff_studio.engine import StudioModel
 from eff_studio.store import Jobs, Pictures
-from eff_studio.worker import Worker
+from eff_studio.worker import Drawer, Worker
 
 if TYPE_CHECKING:
     from eff_studio.cli import Serve
 
 
-def serve(config: Serve, model: StudioModel, data: Path) -> int:
+def serve(config: Serve) -> int:
     """Serve until a signal comes; a job under way then waits for the next start."""
+    if config.replicas < 1:
+        sys.exit(f"eff-studio: replicas={config.replicas}; wanted 1 or more")
+    if config.replicas == 1 and config.ray_address is None:
+        model = config.model.load()
+        return _serve(config, model, f"{model.name} on {model.pipe.device}")
+    if importlib.util.find_spec("ray") is None:
+        sys.exit("eff-studio: several replicas need Ray Serve; install eff-studio[replicas]")
+    from eff_studio.replicas import started
+
+    gpus = int(config.model.device.startswith("cuda") or (config.model.device == "auto" and torch.cuda.is_available()))
+    with started(config.model.load, config.replicas, address=config.ray_address, gpus=gpus) as replicas:
+        title = f"{replicas.count} replicas of {replicas.name} on {replicas.device}"
+        return _serve(config, replicas, title, run=replicas.run, lanes=replicas.count)
+
+
+def _serve(config: Serve, model: Drawer, title: str, **lanes: Any) -> int:
+    data = config.model.folder
     log_to_stderr(logging.INFO, "eff_studio", "eff_http")
     try:
         keys = read_keys(config.api_key_file)
-        worker = Worker(model, Jobs(data / "studio.db"), Pictures(data / "pictures"))
+        worker = Worker(model, Jobs(data / "studio.db"), Pictures(data / "pictures"), **lanes)
     except ValueError as error:
         sys.exit(f"eff-studio: {error}")
     settings = ServerSettings(
@@ -44,7 +61,7 @@ def serve(config: Serve, model: StudioModel, data: Path) -> int:
         host=config.host,
         port=config.port,
         grace=config.grace,
-        on_open=partial(_banner, model, config.host),
+        on_open=partial(_banner, title, model.facts(), config.host),
         on_drain=drain,
         on_cut=partial(worker.stop, 0.0),
     )
@@ -54,8 +71,8 @@ def serve(config: Serve, model: StudioModel, data: Path) -> int:
     return 0
 
 
-def _banner(model: StudioModel, host: str, port: int) -> None:
+def _banner(title: str, facts: dict[str, Any], host: str, port: int) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     address = f"http://{host}:{port}"
-    console.print(f"Drawing with {model.name} on {model.pipe.device}, {model.width} x {model.height} points")
+    console.print(f"Drawing with {title}, {facts['width']} x {facts['height']} points")
     console.print(f"Page at {address}/ and OpenAI's image API at {address}/v1")

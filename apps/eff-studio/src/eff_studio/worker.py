@@ -1,4 +1,4 @@
-"""The thread that works through the jobs, and tells whoever listens."""
+"""The threads that work through the jobs, and tell whoever listens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
-from eff_studio.engine import CancelledError, Progress, StudioModel, run_work
+from eff_studio.engine import CancelledError, Progress, Result, run_work
 from eff_studio.store import Job, Jobs, Pictures
 
 log = logging.getLogger("eff_studio")
@@ -38,55 +38,78 @@ class Counts:
     busy_seconds: float = 0.0
 
 
+class Drawer(Protocol):
+    """What the server needs to know of a model."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+
+    def facts(self) -> dict[str, Any]:
+        """As `eff_studio.engine.StudioModel.facts`."""
+
+
 class Worker:
-    """Does one job after another in a thread of its own.
+    """Does one job after another, in one thread or several.
 
     Args:
         model: What to draw with.
         jobs: Where jobs come from.
         pictures: Where pictures go.
+        run: Does a piece of work; by default `eff_studio.engine.run_work`.
+        lanes: Jobs at a time.
     """
 
-    def __init__(self, model: StudioModel, jobs: Jobs, pictures: Pictures) -> None:
+    def __init__(
+        self, model: Drawer, jobs: Jobs, pictures: Pictures, *, run: Callable[..., Result] | None = None, lanes: int = 1
+    ) -> None:
         self.model, self.jobs, self.pictures = model, jobs, pictures
+        self._run = run
         self.counts = Counts()
-        self._wake, self._stop = threading.Event(), threading.Event()
-        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._lock = threading.Condition()
         self._cancelled: set[str] = set()
-        self._running: str | None = None
+        self._running: set[str] = set()
         self._last: dict[str, dict[str, Any]] = {}
         self._listeners: dict[str, list[tuple[Listener, bool]]] = {}
-        self._thread = threading.Thread(target=self._work, name="studio-worker", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"studio-worker-{i}", daemon=True) for i in range(lanes)
+        ]
 
     def start(self) -> None:
         """Begin, with jobs that an earlier process left."""
-        self._thread.start()
-        self._wake.set()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, timeout: float = 60.0) -> None:
         """End after the current step; a job that is under way waits again."""
-        self._stop.set()
-        self._wake.set()
         with self._lock:
+            self._stop.set()
+            self._lock.notify_all()
             heard = list(self._listeners)
         for job in heard:  # nobody waits for what this process will not do
             self._tell(job, {"type": "stopped"})
-        self._thread.join(timeout)
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     @property
     def alive(self) -> bool:
         """Whether jobs are being worked through."""
-        return self._thread.is_alive() and not self._stop.is_set()
+        return all(thread.is_alive() for thread in self._threads) and not self._stop.is_set()
 
     @property
-    def running(self) -> str | None:
-        """Id of the job under way."""
-        return self._running
+    def running(self) -> frozenset[str]:
+        """Ids of the jobs under way."""
+        return frozenset(self._running)
 
     def submit(self, job: Job) -> None:
         """There is a new job in the line."""
-        self._tell(job.id, {"type": "state", "state": "waiting"})
-        self._wake.set()
+        with self._lock:  # nobody takes it meanwhile; a thread that was looking may have it already
+            found = self.jobs.get(job.id)
+            if found is not None and found.state == "waiting":
+                self._tell(job.id, {"type": "state", "state": "waiting"})
+            self._lock.notify()
 
     def cancel(self, job: str) -> bool:
         """Cancel a job that waits or runs; False if it does neither."""
@@ -94,7 +117,7 @@ class Worker:
             self._tell(job, {"type": "state", "state": "cancelled"})
             return True
         with self._lock:
-            if self._running != job:
+            if job not in self._running:
                 return False
             self._cancelled.add(job)
         return True
@@ -133,28 +156,32 @@ class Worker:
         for listener, _ in listeners:
             listener(event)
 
+    def _next(self) -> Job | None:
+        """Wait for a job; None at the end."""
+        with self._lock:  # between taking it and saying so a cancel would be lost
+            while not self._stop.is_set():
+                if (job := self.jobs.start_next()) is not None:
+                    self._running.add(job.id)
+                    return job
+                self._lock.wait()
+        return None
+
     def _work(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:  # between the two steps a cancel would be lost
-                job = self.jobs.start_next()
-                self._running = None if job is None else job.id
-            if job is None:
-                self._wake.wait()
-                self._wake.clear()
-                continue
+        while (job := self._next()) is not None:
             begun = time.monotonic()
             try:
                 self._one(job)
             finally:
                 with self._lock:
-                    self._running = None
+                    self._running.discard(job.id)
                     self._cancelled.discard(job.id)
-                self._add(seconds=time.monotonic() - begun)
+                    self._add(seconds=time.monotonic() - begun)
 
     def _one(self, job: Job) -> None:
         self._tell(job.id, {"type": "state", "state": "running"})
         try:
-            result = run_work(
+            run: Callable[..., Result] = self._run or run_work
+            result = run(
                 self.model,
                 job.work,
                 open_picture=self.pictures.open,
@@ -197,10 +224,12 @@ class Worker:
     def _add(
         self, *, done: int = 0, failed: int = 0, cancelled: int = 0, pictures: int = 0, seconds: float = 0
     ) -> None:
-        c = self.counts
-        self.counts = Counts(
-            c.done + done, c.failed + failed, c.cancelled + cancelled, c.pictures + pictures, c.busy_seconds + seconds
-        )
+        with self._lock:
+            c = self.counts
+            self.counts = Counts(
+                *(c.done + done, c.failed + failed, c.cancelled + cancelled, c.pictures + pictures),
+                c.busy_seconds + seconds,
+            )
 
 
 def data_url(image: Image.Image) -> str:

@@ -151,7 +151,7 @@ def test_a_client_that_leaves_cancels(client, worker, settle):
 
         async def receive():
             if len(messages) == 1:
-                while worker.running is None:
+                while not worker.running:
                     await asyncio.sleep(0.01)
             return messages.pop(0)
 

@@ -42,7 +42,7 @@ class Metrics(Collector):
         yield CounterMetricFamily("eff_studio_pictures", "Pictures made.", value=counts.pictures)
         yield CounterMetricFamily("eff_studio_busy_seconds", "Time spent on jobs.", value=counts.busy_seconds)
         yield GaugeMetricFamily("eff_studio_jobs_waiting", "Jobs in line.", value=self._worker.jobs.waiting())
-        yield GaugeMetricFamily("eff_studio_jobs_running", "Jobs under way.", value=self._worker.running is not None)
+        yield GaugeMetricFamily("eff_studio_jobs_running", "Jobs under way.", value=len(self._worker.running))
 
     def render(self) -> bytes:
         """The text for a scraper."""

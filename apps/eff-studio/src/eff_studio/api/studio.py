@@ -61,7 +61,7 @@ class Studio:
 
     def describe(self, job: Job) -> dict[str, Any]:
         """A job as clients see it."""
-        ahead = self.jobs.ahead_of(job) + (self.worker.running is not None) if job.state == "waiting" else None
+        ahead = self.jobs.ahead_of(job) + len(self.worker.running) if job.state == "waiting" else None
         return {
             "id": job.id,
             **job.settings(),
