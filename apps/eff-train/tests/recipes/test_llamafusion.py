@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from eff_train.recipes.llamafusion import SIDE, Config, LlamaFusion, picture, points
+from eff_train.recipes.llamafusion import Config, LlamaFusion
+from eff_train.recipes.llamafusion.world import (
+    SIDE,
+    caption,
+    emoji,
+    folded,
+    looks_like,
+    names,
+    picture,
+    points,
+    unfolded,
+)
 from PIL import Image
 
 pytest.importorskip("eff_adapters")
@@ -25,8 +36,9 @@ class Words:
 
 
 @pytest.fixture
-def recipe():
-    made = LlamaFusion(Config(batch_size=4, judged=4, tokens=16, words=8, drawing_steps=2))
+def recipe(request):
+    options = getattr(request, "param", {})
+    made = LlamaFusion(Config(batch_size=4, judged=4, tokens=16, words=8, drawing_steps=2, **options))
     made.__dict__["tokenizer"] = Words()
     return made
 
@@ -59,11 +71,15 @@ def test_samples_depend_on_their_numbers_alone(recipe):
     assert (many["timesteps"][~reads] > 500).any()
 
 
+EMOJIS = {"things": 3, "head": "unet", "unet_channels": (8, 16), "rank": 2}
+
+
+@pytest.mark.parametrize("recipe", [{}, EMOJIS], indirect=True, ids=["collages", "emojis"])
 def test_training_and_everything_after_it(recipe, tower, tmp_path):
     adam = torch.optim.AdamW(recipe.groups(tower), lr=3e-3)
     with torch.no_grad():
         before = recipe.evaluate(tower)
-    for step in range(12):
+    for step in range(40):
         loss, also = recipe.loss(tower, recipe.batch(range(4 * step, 4 * step + 4)))
         loss.backward()
         adam.step()
@@ -71,11 +87,14 @@ def test_training_and_everything_after_it(recipe, tower, tmp_path):
         assert set(also) == {"language", "diffusion"}
     with torch.no_grad():
         after = recipe.evaluate(tower)
-    assert after["diffusion"] < 0.9 * before["diffusion"]
+    assert after["diffusion"] < (0.95 if recipe.config.things else 0.9) * before["diffusion"]
     assert after["text"] == before["text"]
     recipe.samples(tower, tmp_path)
     with Image.open(tmp_path / "drawn.png") as sheet:
-        assert sheet.size == (512, 256)
+        assert sheet.size == (512, 512 if recipe.config.things else 256)
+    if recipe.config.things:
+        assert 0 <= after["drawn"] <= 1
+        assert 0 <= after["read"] <= 1
     assert len((tmp_path / "read.txt").read_text().splitlines()) >= 4
     (tmp_path / "want.txt").write_text("a dog")
     with Image.open(recipe.predict(tower, tmp_path / "want.txt", tmp_path)) as drawn:
@@ -90,7 +109,29 @@ def test_points_and_back():
     assert points(Image.new("RGB", (128, 128), "white")).min() == 1
 
 
-@pytest.mark.parametrize("changes", [{"rank": -1}, {"reading": 2.0}, {"no_caption": -0.5}])
+def test_an_emoji_is_told_from_others_and_folding_keeps_every_number():
+    some = names(8)
+    torch.manual_seed(0)
+    for name in some:
+        seen = emoji(name, "pink")
+        assert seen.shape == (3, SIDE, SIDE)
+        assert looks_like(seen + 0.2 * torch.randn_like(seen), "pink", some) == name
+        assert torch.equal(unfolded(folded(seen)), seen)
+    assert folded(seen).shape == (48, 8, 8)
+    assert caption("owl", "dark blue") == "an owl on a dark blue background"
+    with pytest.raises(ValueError, match="things=99"):
+        names(99)
+
+
+@pytest.mark.parametrize("recipe", [EMOJIS], indirect=True)
+def test_every_emoji_and_ground_is_drawn(recipe):
+    asked = {recipe.emoji_of(seed) for seed in range(30)}
+    assert len(asked) == 30
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": -1}, {"things": -1}, {"head": "unet", "tokens": 4}, {"reading": 2.0}, {"no_caption": -0.5}]
+)
 def test_wrong_options(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
+    with pytest.raises(ValueError, match=list(changes)[-1]):
         Config(**changes)

@@ -94,7 +94,7 @@ class Router(Questions[Config]):
         batch = self.held_out()[0]
         with mixer.route(domain_ids=batch.tasks, attention_mask=batch.mask):
             self.logits(model, batch)
-        loads = torch.stack([s.domain_load for s in mixer.stats().values()]).mean(0)
+        loads = torch.stack([s.domain_load for s in mixer.stats().values() if s.domain_load is not None]).mean(0)
         return {**found, **{f"{n}_own_load": float(loads[i, i]) for i, n in enumerate(TASKS)}}
 
     def predict(self, model: Any, file: Path, out: Path) -> str:
