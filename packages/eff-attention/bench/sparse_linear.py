@@ -74,9 +74,9 @@ def right_gradients(run, leaves: list[torch.Tensor], bound: float) -> bool:
     return same([g[:, :1] for g in gradients(run, leaves)], wanted, tolerance=bound)
 
 
-def speed(threads: int, rounds: int, path: Path | None) -> None:
+def speed(lengths: list[int], rounds: int, path: Path | None) -> None:
     recorder = Recorder("sparse_linear", path, sources=[Path(__file__), SOURCES])
-    for n in (1024, 4096, 8192):
+    for n in lengths:
         for dtype in (torch.float32, torch.bfloat16):
             q, k, v = torch.randn(3, 1, 8, n, 64, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
             runs = {"dense SDPA": F.scaled_dot_product_attention}
@@ -367,13 +367,14 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "model", "quality", "plot", "levels"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 8192], help="of speed")
     parser.add_argument("--steps", type=int, default=1200, help="of the training of the dense encoder")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/sparse_linear_quality.svg"))
     parser.add_argument("--dry", action="store_true", help="do not write records of speed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "speed":
-        speed(args.threads, args.rounds, None if args.dry else RESULTS / "sparse_linear.jsonl")
+        speed(args.tokens, args.rounds, None if args.dry else RESULTS / "sparse_linear.jsonl")
     elif args.what == "model":
         whole_model(args.threads, args.rounds, None if args.dry else RESULTS / "sparse_linear_model.jsonl")
     elif args.what == "quality":
