@@ -1,0 +1,90 @@
+"""What faults are planted in: each op of eff-kernels and each method, its sources and the tests that should see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+NATIVE = "packages/eff-kernels/src/eff_kernels/native/src"
+C_FILES = {
+    "block_sparse_attention": ("block_sparse.c", "attention_tile.h"),
+    "decode_attention": ("decode_attention.c", "decode_block.h"),
+    "fp4_linear": ("fp4_linear.c",),
+    "fp4_quantize": ("fp4_quantize.c",),
+    "fp8_linear": ("fp8_linear.c",),
+    "fp8_quantize": ("fp8_rows.c", "fp8.h"),
+    "grouped_lora": ("grouped_lora.c",),
+    "int4_linear": ("int4_linear.c",),
+    "int8_linear": ("int8_linear.c", "int8_tile.h"),
+    "int8_quantize": ("int8_rows.c", "int8_columns.c"),
+    "linear": ("linear.c",),
+    "neighborhood_attention": (
+        "neighborhood.c",
+        "neighborhood.h",
+        "neighborhood_backward.c",
+        "neighborhood_tile.c",
+        "neighborhood_unfused.c",
+    ),
+    "rms_norm": ("rms_norm.c",),
+    "rope": ("rope.c",),
+    "self_gated_scan": ("self_gated_scan.c",),
+    "sparse_linear_attention": ("linear_attention.c",),
+    "swiglu": ("swiglu.c",),
+}
+TESTS = {
+    "neighborhood_attention": "test_neighborhood_*.py",
+    "sparse_linear_attention": "test_sparse_linear_*.py",
+}
+NOT_METHODS = {"specs.py", "__init__.py", "files.py"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An op or a method."""
+
+    package: str
+    name: str
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Such as "quant/fp4"."""
+        return f"{self.package}/{self.name}"
+
+
+def units(root: Path) -> list[Unit]:
+    """All of them, in a fixed order; paths are relative to ``root``."""
+    found = []
+    tests = root / "packages/eff-kernels/tests"
+    for folder in _folders(root / "packages/eff-kernels/src/eff_kernels/ops"):
+        name = folder.name
+        paths = [*_python(folder), *(root / NATIVE / f for f in C_FILES.get(name, ()))]
+        seen = sorted((tests / "ops").glob(TESTS.get(name, f"test_{name}.py")))
+        found.append(_unit(root, "kernels", name, paths, seen))
+    edit = root / "packages/eff-kernels/src/eff_kernels/edit"
+    found.append(_unit(root, "kernels", "edit", [*_python(edit), *_python(edit / "attention")], [tests / "edit"]))
+    for package in ("attention", "quant", "adapters", "guidance", "vision"):
+        home = root / f"packages/eff-{package}"
+        for folder in _folders(home / f"src/eff_{package}"):
+            if (home / "tests" / folder.name).is_dir():
+                paths = [p for p in folder.rglob("*.py") if p.name not in NOT_METHODS]
+                found.append(_unit(root, package, folder.name, paths, [home / "tests" / folder.name]))
+        shared = [p for p in _python(home / f"src/eff_{package}") if p.stat().st_size > 3000]
+        files = sorted((home / "tests").glob("test_*.py"))
+        if shared and files:
+            found.append(_unit(root, package, "shared", shared, files))
+    return found
+
+
+def _folders(home: Path) -> list[Path]:
+    return sorted(p for p in home.iterdir() if (p / "__init__.py").is_file())
+
+
+def _python(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*.py") if p.name not in NOT_METHODS]
+
+
+def _unit(root: Path, package: str, name: str, sources: list[Path], tests: list[Path]) -> Unit:
+    relative = [tuple(sorted(str(p.relative_to(root)) for p in paths)) for paths in (sources, tests)]
+    return Unit(package, name, *relative)
