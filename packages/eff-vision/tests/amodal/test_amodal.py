@@ -272,6 +272,15 @@ class TestCrops:
             with pytest.raises(ValueError, match="lie in the frame"):
                 crop_frames(frames, torch.tensor(bad), 8)
 
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+    def test_masks_that_are_no_floats_come_out_soft(self, dtype):
+        mask = torch.zeros(1, 1, 20, 30)
+        mask[..., 4:9, 5:12] = 1
+        box = torch.tensor([[3, 2, 15, 14]])
+        soft = crop_frames(mask.to(dtype), box, 8)
+        torch.testing.assert_close(soft, crop_frames(mask, box, 8))
+        assert ((soft > 0) & (soft < 1)).any()
+
     def test_masks_of_a_whole_clip(self):
         model = make()
         frames, visible = torch.rand(7, 3, 40, 48), torch.zeros(7, 40, 48, dtype=torch.bool)
