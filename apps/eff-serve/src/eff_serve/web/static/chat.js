@@ -93,62 +93,87 @@ function turn(question, shown) {
   return { role: "user", content: [...parts, { type: "text", text: question }] };
 }
 
-async function answer(question, shown, asked) {
-  const box = show("assistant", "");
-  const mine = conversation;
-  const start = performance.now();
-  let first = null;
-  let usage = null;
-  let text = "";
-  let reason = null;
+// One answer into one box: its text, usage, why it ended, and when it began.
+async function write(box, turns, eff, signal) {
+  const result = { text: "", usage: null, reason: null, error: null, start: performance.now(), first: null };
   const system = element("system").value.trim();
-  const turns = [...history, turn(question, shown)];
-  running = new AbortController();
-  element("send").textContent = "Stop";
-  element("status").textContent = "";
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      signal: running.signal,
+      signal,
       body: JSON.stringify({
         messages: [...(system ? [{ role: "system", content: system }] : []), ...turns],
         temperature: Number(element("temperature").value),
         max_tokens: Number(element("max-tokens").value),
         stream: true,
         stream_options: { include_usage: true },
+        ...(eff && { eff }),
       }),
     });
     if (!response.ok) throw new Error(await failure(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
-      usage = event.usage ?? usage;
+      result.usage = event.usage ?? result.usage;
       const choice = event.choices?.[0];
       if (!choice) continue;
-      reason = choice.finish_reason ?? reason;
+      result.reason = choice.finish_reason ?? result.reason;
       if (!choice.delta.content) continue;
-      first ??= performance.now();
-      text += choice.delta.content;
+      result.first ??= performance.now();
+      result.text += choice.delta.content;
       const atEnd = messages.scrollHeight - messages.scrollTop - messages.clientHeight < 60;
-      box.textContent = text;
+      box.textContent = result.text;
       if (atEnd) messages.scrollTop = messages.scrollHeight;
     }
   } catch (error) {
-    if (error.name !== "AbortError") {
-      if (mine === conversation) show("error", error.message);
-      reason = "error";
-    } else {
-      reason = "stopped";
-    }
-  } finally {
-    running = null;
-    element("send").textContent = "Send";
+    result.reason = error.name === "AbortError" ? "stopped" : "error";
+    result.error = error.message;
   }
+  return result;
+}
+
+// Two boxes side by side: the plain answer and the steered one.
+function pair(names) {
+  const row = document.createElement("div");
+  row.className = "message pair";
+  const boxes = names.map((name) => {
+    const side = document.createElement("div");
+    const title = document.createElement("div");
+    title.className = "quiet";
+    title.textContent = name;
+    const box = document.createElement("div");
+    side.append(title, box);
+    row.append(side);
+    return box;
+  });
+  messages.append(row);
+  messages.scrollTop = messages.scrollHeight;
+  return [row, boxes];
+}
+
+async function answer(question, shown, asked) {
+  const mine = conversation;
+  const turns = [...history, turn(question, shown)];
+  const name = element("steering").value;
+  const eff = name ? { [name]: true } : null;
+  const both = eff && element("compare").checked;
+  const alone = both ? null : show("assistant", "");
+  const [row, boxes] = both ? pair(["plain", name]) : [alone, [alone]];
+  running = new AbortController();
+  element("send").textContent = "Stop";
+  element("status").textContent = "";
+  const { signal } = running;
+  const wanted = both ? [null, eff] : [eff];
+  const results = await Promise.all(wanted.map((one, i) => write(boxes[i], turns, one, signal)));
+  running = null;
+  element("send").textContent = "Send";
   if (mine !== conversation) return;
+  const { text, usage, reason, error, start, first } = results.at(-1); // the steered one goes on
+  if (error && reason === "error") show("error", error);
   if (text) {
     history = [...turns, { role: "assistant", content: text }];
   } else {
-    box.remove();
+    row.remove();
     if (reason === "error") giveBack(question, shown, asked);
   }
   if (usage && first !== null) {
@@ -226,6 +251,9 @@ async function connect() {
     if (Number(limit.value) > model.max_model_len / 2) limit.value = Math.floor(model.max_model_len / 2);
     seesPictures = model.input_modalities.includes("image");
     element("attach").hidden = !seesPictures;
+    const steering = model.steering ?? [];
+    element("steering-row").hidden = element("compare-row").hidden = steering.length === 0;
+    element("steering").replaceChildren(new Option("none", ""), ...steering.map((name) => new Option(name, name)));
   } catch (error) {
     element("model").textContent = error.message;
     element("settings").open = true;
