@@ -77,25 +77,17 @@ def test_strict_refuses_a_surprise_before_it_changes_anything(llama):
     assert len(quantize_(model, Int8Config(), strict=True).changed) == 14  # the skip list is no surprise
 
 
-def test_experts_stacked_in_one_parameter_are_reported():
-    from transformers import MixtralConfig, MixtralForCausalLM
+def test_experts_that_are_run_in_another_way_are_reported():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts, self.down = 4, nn.Parameter(torch.zeros(4, 32, 48))
 
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-        num_local_experts=4,
-    )
-    model = MixtralForCausalLM(config)
-    report = quantize_(model, Int8Config())
-    reason = reasons(report)["model.layers.0.mlp.experts.down_proj"]
-    assert reason == "is a 3-D parameter [4, 32, 48] of a MixtralExperts, not an nn.Linear (stacked experts)"
-    assert len(report.changed) == 4  # q, k, v, o
+    model = nn.Sequential(nn.Linear(32, 32), Experts())
+    reason = "is a 3-D parameter [4, 32, 48] of a Experts, not an nn.Linear (stacked experts)"
+    assert reasons(quantize_(model, Int8Config()))["1.down"] == reason
     with pytest.raises(SkippedModulesError, match="stacked experts"):
-        quantize_(MixtralForCausalLM(config), Int8Config(), strict=True)
+        quantize_(nn.Sequential(nn.Linear(32, 32), Experts()), Int8Config(), strict=True)
 
 
 def test_conv1d_is_transposed():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _INTEGERS = {torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8, torch.float32: torch.int32}
 
@@ -28,3 +28,14 @@ def as_integers(layer: nn.Module, names: Sequence[str] | None = None) -> Iterato
         for name, tensor in before.items():
             moved = layer._buffers[name]
             layer._buffers[name] = tensor if moved is None else moved.view(tensor.dtype)
+
+
+def dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a move or cast of a module, as ``_apply`` gets it, makes of the dtype of its float weights.
+
+    Raises:
+        TypeError: it would cast codes.
+    """
+    if fn(torch.empty(0, dtype=torch.uint8, device=device)).dtype != torch.uint8:
+        raise TypeError("codes cannot be cast to another dtype; use dequantize_(model) for float weights")
+    return fn(torch.empty(0, dtype=dtype, device=device)).dtype

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from eff_kernels.edit import Report, Where, replace_module
 from torch import nn
 
+from eff_quant.experts import QuantizedExperts
 from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import Found, find_linears, linear_weight, size_of
 from eff_quant.mixed import MixedConfig
-from eff_quant.plan import groups_of, name_of, plan, report_plan
+from eff_quant.plan import QUANTIZED, groups_of, name_of, plan, report_plan
 from eff_quant.registry import method_of
+from eff_quant.stacked import is_experts
 
 Progress = Callable[[int, int, str], object]
 
@@ -32,17 +34,26 @@ def quantize_layers(
     action = f"quantize_ with {name_of(rules)}"
     if strict:
         _raise_if_surprised(action, found)
+    return exchange_layers(model, action, found, _shared(found), progress)
+
+
+def exchange_layers(
+    model: nn.Module,
+    action: str,
+    found: list[Found],
+    shared: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out a plan, which is used up; ``shared`` holds arguments for the tensors of layers, by name."""
     report = report_plan(action, found)
-    shared = _shared(found)
     todo = [f for f in reversed(found) if not f.reason]
     count = len(todo)
     show = progress or _default_progress(sum(f.size for f in todo))
-    del found  # so that each layer's old weight is freed as soon as the layer is replaced
+    found.clear()  # so that each layer's old weight is freed as soon as the layer is replaced
     while todo:
         show(count - len(todo), count, todo[-1].names[0])
         f = todo.pop()
-        name, method = f.names[0], method_of(f.config)
-        _exchange(model, f, method.build(name, f.module, f.config, shared.get(name, {})), report)
+        _exchange(model, f, _quantized(f, shared.get(f.names[0], {})), report)
         del f
     show(count, count, "")
     return report
@@ -52,19 +63,34 @@ def dequantize_layers(model: nn.Module, *, where: Where = "*", dtype: torch.dtyp
     """Replace quantised layers by `nn.Linear`, see `eff_quant.dequantize_`."""
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     report = Report("dequantize_")
-    for f in find_linears(model, where=where, done=(QuantizedLinear,)):
-        if not isinstance(f.module, QuantizedLinear):
+    for f in find_linears(model, where=where, done=QUANTIZED, experts=True):
+        if not isinstance(f.module, QUANTIZED):
             continue
         if f.wanted:
             report.skip(f.names[0], f.reason, size=f.size)
             continue
-        _exchange(model, f, f.module.to_linear(dtype), report)
+        held = f.module
+        new = held.to_experts(dtype) if isinstance(held, QuantizedExperts) else held.to_linear(dtype)
+        _exchange(model, f, new, report)
     return report
 
 
 def has_quantized_layers(model: nn.Module) -> bool:
     """Whether any layer of a model is quantised."""
-    return any(isinstance(m, QuantizedLinear) for m in model.modules())
+    return any(isinstance(m, QUANTIZED) for m in model.modules())
+
+
+def empty_module(f: Found) -> QuantizedLinear | QuantizedExperts:
+    """What is to stand in the place of a layer or of experts, unfilled."""
+    if is_experts(f.module):
+        return QuantizedExperts.empty_like(f.module, f.config)
+    return method_of(f.config).empty(f.names[0], f.module, f.config)
+
+
+def _quantized(f: Found, shared: Mapping[str, Any]) -> nn.Module:
+    if is_experts(f.module):
+        return QuantizedExperts.from_experts(f.module, f.config)
+    return method_of(f.config).build(f.names[0], f.module, f.config, shared)
 
 
 def _exchange(model: nn.Module, f: Found, new: nn.Module, report: Report) -> None:

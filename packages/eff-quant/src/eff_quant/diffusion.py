@@ -15,15 +15,16 @@ from typing import Any
 from eff_kernels.edit import Report, replace_module
 from torch import Tensor, nn
 
-from eff_quant.convert import dequantize_layers, quantize_layers
+from eff_quant.convert import dequantize_layers, empty_module, quantize_layers
+from eff_quant.count import counting_hidden
 from eff_quant.hub import headers, quantized_entries
-from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import size_of
 from eff_quant.mixed import MixedConfig, as_mixed, settings_from_dict
-from eff_quant.plan import name_of, plan, report_plan, saved_settings
+from eff_quant.plan import QUANTIZED, name_of, plan, report_plan, saved_settings
 from eff_quant.registry import method_names, method_of
 
 try:
+    from diffusers.models.modeling_utils import ModelMixin
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from diffusers.quantizers.base import DiffusersQuantizer
     from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -87,12 +88,12 @@ class EffDiffusionQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if not self._files:
             raise ValueError("a quantised model is loaded from safetensors files; this folder has none")
         entries = quantized_entries(headers(self._files))
-        found = plan(model, self.quantization_config.rules, stored=set(entries))
+        found = plan(model, self.quantization_config.rules, stored=set(entries), loading=True)
         self.report = report_plan(self.report.action, found)
         for f in found:
             if f.reason:
                 continue
-            new = method_of(f.config).empty(f.names[0], f.module, f.config)
+            new = empty_module(f)
             new.check_entries(f.names[0], next(entries[n] for n in f.names if n in entries))
             for name in f.names:
                 replace_module(model, name, new)
@@ -103,7 +104,8 @@ class EffDiffusionQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> bool:
         """Whether this is a part of a quantised layer that a cast must not touch."""
         module, _, leaf = param_name.rpartition(".")
-        return leaf != "bias" and isinstance(model.get_submodule(module), QuantizedLinear)
+        layer = model.get_submodule(module)
+        return isinstance(layer, QUANTIZED) and leaf not in layer._parameters
 
     def create_quantized_param(
         self, model: nn.Module, param: Tensor, param_name: str, device: Any, state_dict: Any, *args: Any, **kwargs: Any
@@ -143,6 +145,9 @@ class EffDiffusionQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 for _name in (*method_names(), MixedConfig.quant_method):
     AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = EffDiffusionConfig
     AUTO_QUANTIZER_MAPPING[_name] = EffDiffusionQuantizer
+
+# It counts parameters, and there is no hook; of models without our layers it says what it said.
+ModelMixin.num_parameters = counting_hidden(ModelMixin.num_parameters)
 
 
 def attach(model: Any) -> None:

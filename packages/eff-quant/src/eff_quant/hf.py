@@ -15,17 +15,20 @@ from eff_kernels.edit import Report, replace_module
 from torch import Tensor, nn
 
 from eff_quant.checkpoint import CheckpointMemory
-from eff_quant.convert import dequantize_layers
+from eff_quant.convert import dequantize_layers, empty_module
+from eff_quant.count import counting_hidden
+from eff_quant.experts import QuantizedExperts
 from eff_quant.hub import DTYPES, headers, is_code, quantized_entries, with_model_names
 from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import Found, find_linears, is_conv1d, size_of
 from eff_quant.mixed import MixedConfig, as_mixed, settings_from_dict
-from eff_quant.plan import groups_of, name_of, plan, report_plan, saved_settings
+from eff_quant.plan import QUANTIZED, groups_of, name_of, plan, report_plan, saved_settings
 from eff_quant.registry import method_names, method_of
 from eff_quant.skips import on_skip_list
 
 try:
     from transformers.core_model_loading import ConversionOps
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -74,7 +77,7 @@ class _Quantize(ConversionOps):
             if model is None or not self.quantizer.param_needs_quantization(model, name):
                 result[name] = value
                 continue
-            result.update(self.quantizer.take(model, name.removesuffix(".weight"), value))
+            result.update(self.quantizer.take(model, name, value))
             if name not in result and kwargs.get("missing_keys") is not None:
                 kwargs["missing_keys"].discard(name)
         return result
@@ -97,6 +100,7 @@ class EffHfQuantizer(HfQuantizer):
         self._waiting: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._missing: set[str] = set()
         self._incomplete: list[QuantizedLinear] = []
+        self.has_experts = False
 
     @property
     def rules(self) -> MixedConfig:
@@ -119,48 +123,59 @@ class EffHfQuantizer(HfQuantizer):
             stored = set(entries)
         else:  # a state dict, whose names are the model's
             (_, config), *_ = self.rules.rules
-            linears = find_linears(model)
+            linears = find_linears(model, experts=True)
             stored = {n for f in linears for n in f.names if not on_skip_list(model, config.skip, (n,), f.module)}
-        found = plan(model, self.rules, stored=stored)
+        found = plan(model, self.rules, stored=stored, loading=True)
         self.report = report_plan(self.report.action, found)
         self._groups = groups_of(found)
         for f in found:
             if f.reason:
                 continue
-            new = method_of(f.config).empty(f.names[0], f.module, f.config)
+            new = empty_module(f)
+            self.has_experts |= isinstance(new, QuantizedExperts)
             size = size_of(new)
             if self.pre_quantized:
                 here = [entries[n] for n in f.names if n in entries]
                 if here:
                     self._check(f.names[0], new, here[0])
             else:
-                self._missing.add(f.names[0])
-                if "weight" not in new.stored_as.values():
-                    # transformers takes only entries that the model has; this one goes when its weight arrives
-                    new._buffers["weight"] = torch.empty(new.out_features, new.in_features, device="meta")
+                for key, shape in new.float_shapes().items():
+                    self._missing.add(f"{f.names[0]}.{key}")
+                    if key not in new.state_dict():
+                        # transformers takes only entries that the model has; this one goes when its weight arrives
+                        new._buffers[key] = torch.empty(shape, device="meta")
             for name in f.names:
                 replace_module(model, name, new)
                 self._planned[name] = f
             self.report.change(f.names[0], bytes_before=f.size, bytes_after=size)
 
-    def _check(self, name: str, layer: QuantizedLinear, entries: Mapping[str, Tensor]) -> None:
+    def _check(self, name: str, layer: QuantizedLinear | QuantizedExperts, entries: Mapping[str, Tensor]) -> None:
         """Check a layer's entries; what the file may lack goes, else it is reported as missing."""
         layer.check_entries(name, entries)
+        if isinstance(layer, QuantizedExperts):
+            return
         for own in [n for n, t in layer._buffers.items() if t is not None]:
             if layer.stored_as.get(own, own) not in entries:
                 del layer._buffers[own]
                 self._incomplete.append(layer)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the weight of a layer that becomes quantised."""
+        """Whether this is the weight of a layer, or a stack of experts, that becomes quantised."""
         module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
+        layer = model.get_submodule(module)
+        return isinstance(layer, QUANTIZED) and leaf in layer.float_shapes()
 
-    def take(self, model: nn.Module, module: str, weight: Tensor) -> dict[str, Tensor]:
-        """Quantise a layer's weight; one of a group waits for the others. Returns tensors by their full names."""
+    def take(self, model: nn.Module, param_name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Quantise a weight; one of a group waits for the others. Returns tensors by their full names."""
+        module, _, leaf = param_name.rpartition(".")
         f = self._planned[module]
         name = f.names[0]
         self.memory.took(weight.nbytes)
+        layer = model.get_submodule(module)
+        if isinstance(layer, QuantizedExperts):
+            layer._buffers.pop(leaf, None)
+            self._missing.discard(f"{name}.{leaf}")
+            return {f"{module}.{buffer}": t for buffer, t in layer.quantized(leaf, weight).items()}
         members = self._groups.get(name, (name,))
         waiting = self._waiting.setdefault(members, {})
         waiting[name] = weight.T if is_conv1d(f.module) else weight
@@ -175,7 +190,7 @@ class EffHfQuantizer(HfQuantizer):
             new = method.tensors(module, weights.pop(module), config, shared)
             tensors.update({f"{module}.{leaf}": tensor for leaf, tensor in new.items()})
             model.get_submodule(module)._buffers.pop("weight", None)
-            self._missing.discard(module)
+            self._missing.discard(f"{module}.weight")
         return tensors
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -217,8 +232,8 @@ class EffHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether no method makes shapes depend on data."""
-        return all(method_of(c).compilable(c) for _, c in self.rules.rules)
+        """Whether no method makes shapes depend on data; how many tokens an expert gets always does."""
+        return not self.has_experts and all(method_of(c).compilable(c) for _, c in self.rules.rules)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Before saving: note which linear layers have which settings, so that loading exchanges the same ones."""
@@ -235,11 +250,15 @@ for _name in (*method_names(), MixedConfig.quant_method):
     register_quantization_config(_name)(EffConfig)
     register_quantizer(_name)(EffHfQuantizer)
 
+# It counts parameters, and there is no hook; of models without our layers it says what it said.
+PreTrainedModel.num_parameters = counting_hidden(PreTrainedModel.num_parameters)  # type: ignore[method-assign]
+
 
 def attach(model: Any) -> None:
     """Make a transformers model that got quantised layers look as if from_pretrained had quantised it."""
     record_settings(model)
     model.hf_quantizer = EffHfQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.hf_quantizer.has_experts = any(isinstance(m, QuantizedExperts) for m in model.modules())
     model.is_quantized = True
     model.quantization_method = model.config.quantization_config.quant_method
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eff_quant.stacked import STACKS
+
 # Names of dtypes in safetensors files
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -100,6 +102,7 @@ def quantized_entries(held: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
             leaf in _MARKS
             or leaf.startswith(("weight_scale", "weight_global_scale"))
             or (leaf == "weight" and is_code(tensor.dtype))
+            or _stack_of(leaf) is not None
         ):
             names.add(name)
     layers: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -108,6 +111,17 @@ def quantized_entries(held: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
         if name in layers:
             layers[name][leaf] = tensor
     return layers
+
+
+def _stack_of(leaf: str) -> str | None:
+    """The stack of experts to which a part of it belongs, such as ``gate_up_proj_weight_scale``; its bias is none."""
+    for stack in STACKS:
+        part = leaf.removeprefix(f"{stack}_")
+        if part == leaf:
+            continue
+        if part in _MARKS or part == "weight" or part.startswith(("weight_scale", "weight_global_scale")):
+            return stack
+    return None
 
 
 def is_code(dtype: torch.dtype) -> bool:
@@ -126,8 +140,9 @@ def with_model_names(model: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
     state = model.state_dict()
     found = {}
     for name, value in layers.items():
-        key = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, state)[0]
-        found[key.removesuffix(".weight")] = value
+        leaf = next((s for key in value if (s := _stack_of(key)) is not None), "weight")
+        key = rename_source_key(f"{name}.{leaf}", renamings, converters, model.base_model_prefix, state)[0]
+        found[key.removesuffix(f".{leaf}")] = value
     return found
 
 

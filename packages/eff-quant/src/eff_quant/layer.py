@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from eff_quant.buffers import as_integers
+from eff_quant.buffers import as_integers, dtype_after
 from eff_quant.linears import carry_hooks, is_conv1d, linear_weight
 
 
@@ -86,6 +86,19 @@ class QuantizedLinear(nn.Linear):
         """Return the weight [N, K] that the layer stands for."""
         raise NotImplementedError
 
+    @staticmethod
+    def multiply(x: Tensor, tensors: Mapping[str, Tensor | None], bias: Tensor | None, config: Any) -> Tensor:
+        """Return x @ W.T + bias for the weight that these buffers, by name, hold.
+
+        Methods whose ``Method.experts`` refuses nothing have this and `decode`, which need no layer of their own.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def decode(tensors: Mapping[str, Tensor | None], config: Any, dtype: torch.dtype) -> Tensor:
+        """Return the weight [N, K] that these buffers, by name, hold."""
+        raise NotImplementedError
+
     def check_entries(self, name: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Check what a checkpoint holds for this layer, and return it in the form in which the layer holds it.
 
@@ -105,6 +118,10 @@ class QuantizedLinear(nn.Linear):
         for leaf, like in wanted.items():
             check_entry(name, leaf, entries.get(leaf), like)
         return {leaf: entries[leaf] for leaf in wanted}
+
+    def float_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The float weights that a checkpoint has for this layer, by the last part of their names."""
+        return {"weight": self.weight_shape}
 
     def after_loading(self) -> None:
         """Put right what a file does not hold."""
@@ -162,9 +179,19 @@ class QuantizedLinear(nn.Linear):
         return linear.train(self.training)
 
     @property
+    def num_hidden_parameters(self) -> int:
+        """How many weights it stands for, see `eff_quant.count_parameters`."""
+        return self.out_features * self.in_features
+
+    @property
     def device(self) -> torch.device:
         """Where the codes are."""
         return next(t.device for t in self._buffers.values() if t is not None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the float weight: [N, K]."""
+        return self.out_features, self.in_features
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -198,9 +225,7 @@ class QuantizedLinear(nn.Linear):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).dtype != torch.uint8:
-            raise TypeError("codes cannot be cast to another dtype; use dequantize_(model) for float weights")
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        self.dtype = dtype_after(fn, self.dtype, self.device)
         with as_integers(self, [n for n in self._buffers if n not in self.follow_casts]):
             super()._apply(fn, recurse)
         return self
@@ -228,6 +253,33 @@ class QuantizedLinear(nn.Linear):
         return next((n for n, s in self.stored_as.items() if s == stored), stored)
 
 
+class HasWeight(Protocol):
+    """What holds a weight as codes: a layer, or one of the stacks of experts."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the float weight."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        ...
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the float weight."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight."""
+        ...
+
+    def set_weight(self, value: Tensor) -> None:
+        """Quantise another weight."""
+        ...
+
+
 class WeightView(Tensor):
     """The float weight of a quantised layer: it has a shape, a dtype and a device, and its values are made when used.
 
@@ -235,14 +287,15 @@ class WeightView(Tensor):
     ``view.data += d`` quantise the new weight into the layer, rounding it: so adapters merge.
     """
 
-    _layer: QuantizedLinear
+    _layer: HasWeight
     # transformers fills what is not marked so with random numbers
     _is_hf_initialized = True
 
-    def __new__(cls, layer: QuantizedLinear) -> WeightView:
+    def __new__(cls, layer: HasWeight) -> WeightView:
         """The view of one layer."""
-        shape = (layer.out_features, layer.in_features)
-        view: WeightView = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        view: WeightView = Tensor._make_wrapper_subclass(
+            cls, layer.weight_shape, dtype=layer.dtype, device=layer.device
+        )
         view._layer = layer
         return view
 

@@ -1,4 +1,4 @@
-"""Finding the linear layers of a model, and saying of each one that stays as it is why."""
+"""Finding the linear layers and the experts of a model, and saying of each one that stays as it is why."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 from eff_kernels.edit import Where, fits
 from torch import Tensor, nn
+
+from eff_quant.alike import computes_as_linear
+from eff_quant.stacked import is_experts, stacks_of
+from eff_quant.stacked import refusal as stacked_refusal
 
 Choice = Callable[[Sequence[str], nn.Module], str]
 """Why the caller wants a layer with these names left as it is; "" if it is to be quantised."""
@@ -42,6 +46,8 @@ def find_linears(
     where: Where = "*",
     leave: Choice = lambda names, module: "",
     done: tuple[type[nn.Module], ...] = (),
+    loading: bool = False,
+    experts: bool = False,
 ) -> list[Found]:
     """List the linear layers of a model in its order, each with a reason if it cannot be quantised.
 
@@ -50,20 +56,23 @@ def find_linears(
         where: Layers to quantise; others are left as the caller wants.
         leave: Says which layers the caller wants left, and why.
         done: Classes of layers that are quantised already.
+        loading: Whether weights on the meta device are still to be read, and not held elsewhere.
+        experts: List modules of stacked experts as well, each as one entry; otherwise their parameters are listed, as
+            no linear layers.
     """
     names = _names_by_module(model)
     users = _users_of_parameters(model)
     tied = _tied(model)
     adapters = _adapters(model)
-    offloaded = not all(
-        p.is_meta for p in model.parameters()
-    )  # then those on the meta device have their values elsewhere
+    # If only some are on the meta device, those have their values elsewhere, unless they are still to be read.
+    offloaded = not loading and not all(p.is_meta for p in model.parameters())
     found = []
     for module, where_it_is in names.items():
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         size = sum(t.numel() * t.element_size() for t in tensors)
         plain = [without_wrapper(name) for name in where_it_is]
-        if not _is_linear(module):
+        stacked = experts and is_experts(module)
+        if not (_is_linear(module) or stacked or isinstance(module, done)):
             found += _stacked_experts(where_it_is[0], module)
         elif not any(fits(where, name, module) for name in plain):
             found.append(Found(where_it_is, module, "not asked for (where)", wanted=True, size=size))
@@ -72,10 +81,11 @@ def find_linears(
         elif reason := leave(plain, module):
             found.append(Found(where_it_is, module, reason, wanted=True, size=size))
         else:
-            reason = "belongs to an adapter" if module in adapters else _refusal(where_it_is, module, users)
+            refusal = _experts_refusal if stacked else _refusal
+            reason = "belongs to an adapter" if module in adapters else refusal(where_it_is, module, users)
             if not reason and any(name in tied for name in where_it_is):
                 reason = "is tied"
-            if not reason and (_is_offloaded(module) or (offloaded and module.weight.is_meta)):
+            if not reason and (_is_offloaded(module) or (offloaded and any(w.is_meta for w in weights_of(module)))):
                 reason = "its weight is offloaded (on the meta device); quantise before that"
             found.append(Found(where_it_is, module, reason, size=size))
     return found
@@ -95,6 +105,11 @@ def linear_weight(linear: nn.Module) -> Tensor:
     """The weight [N, K] of an `nn.Linear` or a ``Conv1D``."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.T if is_conv1d(linear) else weight
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """The weights of a linear layer or of stacked experts."""
+    return [linear_weight(module)] if _is_linear(module) else list(stacks_of(module).values())
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -125,7 +140,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _refusal(names: tuple[str, ...], module: nn.Module, users: Mapping[int, list[str]]) -> str:
     weight: Any = module.weight
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if not is_conv1d(module) and not computes_as_linear(module):
         return f"is a {type(module).__name__}, a subclass of nn.Linear that may use its weight in another way"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"weight is a {type(weight).__name__}, not a plain tensor"
@@ -135,6 +150,15 @@ def _refusal(names: tuple[str, ...], module: nn.Module, users: Mapping[int, list
         others = ", ".join(u for u in users[id(weight)] if u.rpartition(".")[0] not in names)
         return f"weight is tied to {others}"
     return ""
+
+
+def _experts_refusal(names: tuple[str, ...], module: nn.Module, users: Mapping[int, list[str]]) -> str:
+    if any(name.endswith(".base_layer") for name in names):
+        return "has adapters on its parameters (PEFT's target_parameters); merge them or quantise before"
+    for name, weight in stacks_of(module).items():
+        if len(users[id(weight)]) > 1:
+            return f"{name} is tied to {', '.join(u for u in users[id(weight)] if u.rpartition('.')[0] not in names)}"
+    return stacked_refusal(module)
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -38,6 +38,8 @@ class Method:
         more: ``more(name, config)``: arguments by name, beside the settings, for an unfilled layer of this name and for
             its tensors.
         refuse: ``refuse(linear, config)`` says why a layer of this shape cannot be stored so; "" if it can.
+        experts: ``experts(name, config)`` says why experts that are stacked in one parameter cannot be stored so; "" if
+            they can. The layer's class then has ``multiply`` and ``decode``.
         groups: ``groups(config)``: last parts of the names of layers that share something, such as ``("q_proj",
             "k_proj", "v_proj")``; they count as a group where they have the same parent and the same config.
         share: ``share(weights, config)``: arguments by name, for the tensors of all members of a group.
@@ -52,6 +54,9 @@ class Method:
     layer: type[QuantizedLinear]
     more: Callable[[str, Any], dict[str, Any]] = lambda name, config: {}
     refuse: Callable[[nn.Module, Any], str] = lambda linear, config: ""
+    experts: Callable[[str, Any], str] = lambda name, config: (
+        f"holds stacked experts, which {type(config).__name__} has no form for; use Int8Config, FP8Config or FP4Config"
+    )
     groups: Callable[[Any], Sequence[Sequence[str]]] = lambda config: ()
     share: Callable[[Sequence[Tensor], Any], dict[str, Any]] = lambda weights, config: {}
     check: Callable[[Any, Sequence[Found]], None] = lambda config, found: None

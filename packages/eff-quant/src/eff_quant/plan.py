@@ -1,4 +1,4 @@
-"""What is to be done with each linear layer of a model: its settings, or the reason to leave it, and its group."""
+"""What is to be done with each linear layer and experts: settings, or the reason to leave them, and the group."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ from typing import Any
 from eff_kernels.edit import Report, Where
 from torch import nn
 
+from eff_quant.experts import QuantizedExperts
 from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import Found, find_linears, without_wrapper
 from eff_quant.mixed import MixedConfig
 from eff_quant.registry import method_of
 from eff_quant.skips import check_used, in_float32, on_skip_list
+from eff_quant.stacked import is_experts, matrices, routers_of, stacks_of
+
+QUANTIZED = (QuantizedLinear, QuantizedExperts)
+"""What stands in a model once it is quantised."""
 
 
 def plan(
-    model: nn.Module, config: MixedConfig, *, where: Where = "*", stored: Collection[str] | None = None
+    model: nn.Module,
+    config: MixedConfig,
+    *,
+    where: Where = "*",
+    stored: Collection[str] | None = None,
+    loading: bool = False,
 ) -> list[Found]:
     """List the linear layers of a model in its order, each with its settings or the reason why it stays as it is.
 
@@ -30,6 +40,7 @@ def plan(
         config: Settings by layer.
         where: Layers to quantise; others are left as the caller wants.
         stored: The layers that a checkpoint holds quantised, by name: these become quantised, and no others.
+        loading: Whether weights on the meta device are still to be read, and not held elsewhere.
 
     Raises:
         ValueError: settings name a layer that is not there or is left, a pattern fits nothing, or a checkpoint holds a
@@ -44,8 +55,11 @@ def plan(
             return "no rule takes it in"
         if reason := on_skip_list(model, chosen.skip, names, module):
             return reason
+        if module in routers:
+            return "chooses between experts (routers stay float)"
         return "is kept in float32 by its model class" if in_float32(model, names) else ""
 
+    routers = routers_of(model)
     prefix = "" if stored is None else f"{getattr(model, 'base_model_prefix', '')}."
 
     def known_as(names: Sequence[str]) -> Sequence[str]:
@@ -57,11 +71,11 @@ def plan(
     if stored is None:
         check_used(model, [p for _, c in config.rules for p in c.skip], where)
     found = []
-    for f in find_linears(model, where=where, leave=leave, done=(QuantizedLinear,)):
+    for f in find_linears(model, where=where, leave=leave, done=QUANTIZED, loading=loading, experts=True):
         chosen = config.choose(known_as([without_wrapper(n) for n in f.names]), f.module)
         reason = f.reason
         if not reason:
-            reason = "no rule takes it in" if chosen is None else method_of(chosen).refuse(f.module, chosen)
+            reason = "no rule takes it in" if chosen is None else refusal(f, chosen)
         if reason and stored is not None and any(n in stored for n in f.names):
             raise ValueError(
                 f"the checkpoint holds {f.names[0]} quantised, which {reason}; correct quantization_config"
@@ -72,6 +86,26 @@ def plan(
         own = [f if f.reason or f.config is settings else replace(f, reason=others) for f in found]
         method_of(settings).check(settings, own)
     return found
+
+
+def refusal(f: Found, config: Any) -> str:
+    """Why a method cannot hold a layer or experts of this shape with these settings; "" if it can."""
+    method = method_of(config)
+    if not is_experts(f.module):
+        return method.refuse(f.module, config)
+    for name in f.names:
+        if reason := method.experts(name, config):
+            return reason
+    for name, weight in stacks_of(f.module).items():
+        _, n, k = matrices(f.module, weight).shape
+        if reason := method.refuse(nn.Linear(k, n, bias=False, device="meta"), config):
+            return f"{name}: {reason}"
+    return ""
+
+
+def config_of(module: Any) -> Any:
+    """The settings of a quantised layer, or of quantised experts."""
+    return module.quantization if isinstance(module, QuantizedExperts) else module.config
 
 
 def groups_of(found: Sequence[Found]) -> dict[str, tuple[str, ...]]:
@@ -115,8 +149,8 @@ def settings_of(model: nn.Module) -> list[Any]:
     """The different settings of a model's quantised layers, without their skip lists, in the model's order."""
     different: list[Any] = []
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            config = replace(module.config, skip=())
+        if isinstance(module, QUANTIZED):
+            config = replace(config_of(module), skip=())
             if config not in different:
                 different.append(config)
     return different
@@ -128,15 +162,15 @@ def saved_settings(model: nn.Module) -> Any:
     Raises:
         ValueError: there are no quantised layers.
     """
-    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
     if not layers:
         raise ValueError("the model has no quantised layers; use quantize_ first")
     different = settings_of(model)
     if len(different) > 1:
-        of = {name: replace(m.config, skip=()) for name, m in layers.items()}
+        of = {name: replace(config_of(m), skip=()) for name, m in layers.items()}
         names = [tuple(exactly(n) for n, c in of.items() if c == config) for config in different]
         return MixedConfig(tuple(zip(names, different, strict=True)))
-    config = next(iter(layers.values())).config
+    config = config_of(next(iter(layers.values())))
     skip = tuple(p for p in config.skip if not any(on_skip_list(model, (p,), (n,), m) for n, m in layers.items()))
-    found = find_linears(model, leave=partial(on_skip_list, model, skip), done=(QuantizedLinear,))
+    found = find_linears(model, leave=partial(on_skip_list, model, skip), done=QUANTIZED, experts=True)
     return replace(config, skip=(*skip, *(exactly(f.names[0]) for f in found if not f.reason)))

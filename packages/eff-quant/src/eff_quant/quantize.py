@@ -22,7 +22,7 @@ def quantize_(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Replace the linear layers of a model by quantised ones, in place and one by one, so that memory only falls.
+    """Replace linear layers and stacked experts of a model by quantised ones, one by one, so that memory only falls.
 
     A transformers model also learns that it is quantised, so that ``save_pretrained`` writes a checkpoint that
     `eff_quant.load` and ``from_pretrained`` read back bit for bit.
@@ -37,8 +37,8 @@ def quantize_(
             models above 1 GiB.
 
     Returns:
-        Every linear layer with its size before and after, or the reason why it was left. Weights of experts stacked in
-        one 3-D parameter are no linear layers; they are listed as skipped.
+        Every linear layer, and every module of stacked experts, with its size before and after, or the reason why it
+        was left. Experts that their class runs in another way than transformers' interface are listed as skipped.
 
     Raises:
         TypeError: no method for this class of config.
@@ -53,7 +53,7 @@ def quantize_(
 
 
 def dequantize_(model: nn.Module, *, where: Where = "*", dtype: torch.dtype | None = None) -> Report:
-    """Replace quantised layers by `nn.Linear` with the dequantised weights, in place.
+    """Replace quantised layers by `nn.Linear` with the dequantised weights, and experts by those of their class.
 
     Args:
         model: Any module.

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from eff_quant.experts import check_no_experts
 from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import Activations, Format, FP4Config
 from eff_quant.fp4.files import Folder
@@ -91,6 +92,7 @@ def check_exportable(model: nn.Module, layers: Mapping[str, FP4Linear]) -> FP4Co
         codes = isinstance(module, QuantizedLinear) or module.weight.dtype.itemsize == 1
         if name not in layers and codes:
             raise ValueError(f"{name} is a {type(module).__name__}; a folder of FP4 layers takes float layers beside")
+    check_no_experts(model, "a folder of FP4 layers")
     for f in find_linears(model):
         if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
             raise ValueError(f"{f.names[0]} {f.reason}; other libraries expect these in FP4, too. Use save_pretrained")

@@ -108,7 +108,12 @@ class FP4Linear(QuantizedLinear):
         config = self.config
         if config.activations == "static" and not self._calibrated and not torch.compiler.is_compiling():
             self._check_calibrated()
-        weight_scale, input_scale = self.weight_global_scale, self.input_global_scale
+        return self.multiply(input, self._buffers, self.bias, config)
+
+    @staticmethod
+    def multiply(x: Tensor, tensors: Mapping[str, Any], bias: Tensor | None, config: FP4Config) -> Tensor:
+        """As `forward`, without a look at the scale of the input."""
+        weight_scale, input_scale = tensors.get("weight_global_scale"), tensors.get("input_global_scale")
         rounding: dict[str, Any] = {}
         if config.activations is not None:
             rounding = {
@@ -117,11 +122,11 @@ class FP4Linear(QuantizedLinear):
                 "scale_rounding": config.scale_rounding,
             }
         return fp4_linear(
-            input,
-            self.weight_packed,
-            self.weight_scale,
+            x,
+            tensors["weight_packed"],
+            tensors["weight_scale"],
             None if weight_scale is None else weight_scale.reciprocal(),
-            self.bias,
+            bias,
             format=config.format,
             out_dtype=config.out_dtype,
             backend=config.backend,
@@ -139,7 +144,13 @@ class FP4Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K] that the layer stands for."""
-        return dequantize_weight(self.codes, self.config.format, dtype)
+        return self.decode(self._buffers, self.config, dtype)
+
+    @staticmethod
+    def decode(tensors: Mapping[str, Any], config: FP4Config, dtype: torch.dtype) -> Tensor:
+        """As `dequantize`."""
+        weight = FP4Weight(tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_global_scale"))
+        return dequantize_weight(weight.codes, config.format, dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows between the brackets."""

@@ -40,11 +40,18 @@ def _read(path: Any, config: None = None, **kwargs: Any) -> Any:
     return load_fp4_checkpoint(path, **kwargs)
 
 
+def _experts(name: str, config: FP4Config) -> str:
+    if config.activations == "static":
+        return "has activations='static', and stacked experts have no scale of their inputs; use None or 'dynamic'"
+    return ""
+
+
 METHOD = register(
     Method(
         config=FP4Config,
         layer=FP4Linear,
         refuse=_refuse,
+        experts=_experts,
         groups=_groups,
         share=_share,
         bytes_per_weight=lambda config: 0.5 + 1 / config.block,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from eff_quant.experts import check_no_experts
 from eff_quant.fp8_qat.config import FP8Config
 from eff_quant.fp8_qat.layer import FP8Linear
 from eff_quant.hub import check_transformers_model, model_class, quantization_settings, save_as
@@ -118,6 +119,7 @@ def compressed_settings(model: nn.Module) -> dict[str, Any]:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FP8Linear)}
     if not layers:
         raise ValueError("the model has no FP8 layers; use quantize_ with an FP8Config first")
+    check_no_experts(model, "compressed-tensors")
     activations = {m.config.activations for m in layers.values()}
     if len(activations) > 1:
         raise ValueError(f"the model has layers with activations {sorted(activations)}; a folder holds one setting")

@@ -70,12 +70,16 @@ class FP8Linear(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x @ W.T + bias for an input x [..., K]."""
-        config = self.config
+        return self.multiply(input, self._buffers, self.bias, self.config)
+
+    @staticmethod
+    def multiply(x: Tensor, tensors: Mapping[str, Any], bias: Tensor | None, config: FP8Config) -> Tensor:
+        """As `forward`."""
         return fp8_linear(
-            input,
-            self.codes,
-            self.weight_scale.view(-1),
-            self.bias,
+            x,
+            tensors["codes"],
+            tensors["weight_scale"].view(-1),
+            bias,
             activations=config.activations,
             out_dtype=config.out_dtype,
             backend=config.backend,
@@ -83,7 +87,12 @@ class FP8Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K] that the layer stands for: codes * scale."""
-        return (self.codes.float() * self.weight_scale).to(dtype)
+        return self.decode(self._buffers, self.config, dtype)
+
+    @staticmethod
+    def decode(tensors: Mapping[str, Any], config: FP8Config, dtype: torch.dtype) -> Tensor:
+        """As `dequantize`."""
+        return (tensors["codes"].float() * tensors["weight_scale"]).to(dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows between the brackets."""

@@ -25,5 +25,12 @@ def _reads(settings: Mapping[str, Any]) -> bool:
 
 
 METHOD = register(
-    Method(config=FP8Config, layer=FP8Linear, bytes_per_weight=lambda config: 1.0, reads=_reads, read=_read)
+    Method(
+        config=FP8Config,
+        layer=FP8Linear,
+        experts=lambda name, config: "",
+        bytes_per_weight=lambda config: 1.0,
+        reads=_reads,
+        read=_read,
+    )
 )

@@ -13,6 +13,7 @@ import torch
 from eff_kernels.edit import Report, replace_module
 from torch import nn
 
+from eff_quant.experts import check_no_experts
 from eff_quant.hub import check_transformers_model, model_class, quantization_settings, save_as
 from eff_quant.linears import find_linears, size_of
 from eff_quant.llm_int8.config import Int8Config
@@ -70,6 +71,7 @@ def bnb_settings(model: nn.Module) -> dict[str, Any]:
         ValueError: settings that bitsandbytes does not have (weight-only, groups of activations, per-token outliers,
             static outlier columns), or layers with different settings.
     """
+    check_no_experts(model, "bitsandbytes")
     different = settings_of(model)
     if len(different) != 1 or not isinstance(different[0], Int8Config):
         raise ValueError(f"bitsandbytes' int8 needs int8 layers of one setting, the model has {different or 'none'}")

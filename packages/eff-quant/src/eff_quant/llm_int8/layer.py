@@ -115,12 +115,16 @@ class Int8Linear(QuantizedLinear):
         return inside + outside.to(inside.dtype)
 
     def _int8(self, x: Tensor) -> Tensor:
-        config = self.config
+        return self.multiply(x, self._buffers, self.bias, self.config)
+
+    @staticmethod
+    def multiply(x: Tensor, tensors: Mapping[str, Any], bias: Tensor | None, config: Int8Config) -> Tensor:
+        """Without static outlier columns."""
         return int8_linear(
             x,
-            self.codes,
-            self.SCB,
-            self.bias,
+            tensors["codes"],
+            tensors["SCB"],
+            bias,
             threshold=config.threshold if config.activation == "dynamic" else 0.0,
             per_token_outliers=config.per_token_outliers,
             activation=config.activation,
@@ -131,10 +135,15 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K] that the layer stands for: codes * SCB / 127, static columns as they were."""
-        weight = dequantize_weight(self.codes, self.SCB, dtype)
+        weight = self.decode(self._buffers, self.config, dtype)
         if self.outlier_columns is not None and self.outlier_weight is not None:
             weight[:, self.outlier_columns] = self.outlier_weight.to(dtype)
         return weight
+
+    @staticmethod
+    def decode(tensors: Mapping[str, Any], config: Int8Config, dtype: torch.dtype) -> Tensor:
+        """Without static outlier columns."""
+        return dequantize_weight(tensors["codes"], tensors["SCB"], dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows between the brackets."""

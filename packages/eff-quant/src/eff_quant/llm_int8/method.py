@@ -25,10 +25,18 @@ def _check_outlier_columns(config: Int8Config, found: Sequence[Found]) -> None:
             raise ValueError(f"outlier_columns names {name!r}, which is not quantised: {reason}")
 
 
+def _experts(name: str, config: Int8Config) -> str:
+    """Static outlier columns are found for one matrix, and each expert has two."""
+    if columns := config.outlier_columns.get(name):
+        return f"has outlier_columns={columns}, which stacked experts do not have; leave it out of outlier_columns"
+    return ""
+
+
 METHOD = register(
     Method(
         config=Int8Config,
         layer=Int8Linear,
+        experts=_experts,
         more=lambda name, config: {"outlier_columns": config.outlier_columns.get(name, ())},
         check=_check_outlier_columns,
         bytes_per_weight=lambda config: 1.0,
