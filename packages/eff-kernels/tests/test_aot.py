@@ -126,6 +126,14 @@ def test_lists_of_cases_are_checked(cases, message):
         aot.aot_cases(module)
 
 
+def test_a_kernel_without_a_case_is_named(samples):
+    module = types.ModuleType(samples.__name__)
+    vars(module).update({name: value for name, value in vars(samples).items() if name.endswith("_kernel")})
+    module.AOT_CASES = [samples.matmul("one", 64)]
+    with pytest.raises(ValueError, match="AOT_CASES has no case of _broken_kernel, _scale_kernel"):
+        aot.aot_cases(module)
+
+
 def test_autotune_keeps_one_config_under_the_interpreter(monkeypatch, samples):
     configs = [triton.Config({"BLOCK": 16}, num_warps=w) for w in (1, 2, 4)]
     hip = [triton.Config({"BLOCK": 32}, num_warps=1)]

@@ -116,6 +116,19 @@ def test_wrong_fake_kernel():
         tests.test_opcheck("cpu", SPEC)
 
 
+def test_fake_kernel_with_another_dtype_or_order_in_memory():
+    def wide(x):
+        return x.new_empty(x.shape, dtype=torch.float32)
+
+    def turned(x):
+        return x.new_empty(x.shape[::-1]).t()
+
+    make_tests("told").test_fake_kernel_tells_the_outputs(SPEC, torch.bfloat16)
+    for name, fake in (("told_wide", wide), ("told_turned", turned)):
+        with pytest.raises(AssertionError):
+            make_tests(name, fake=fake).test_fake_kernel_tells_the_outputs(SPEC, torch.bfloat16)
+
+
 def test_backend_that_drops_out_unseen():
     tests = make_tests("shy", reject=lambda x: "not on Tuesdays")
     with pytest.raises(pytest.fail.Exception, match="'cpu' refuses rows: not on Tuesdays"):
@@ -192,6 +205,40 @@ def test_names_of_the_generated_tests():
         "dtype": ["float32", "bfloat16", "float16"],
         "one_spec": ["rows"],
     }
+
+
+def test_layouts_and_gradients_take_turns():
+    asked = {}
+
+    class Metafunc:
+        fixturenames = ("layout", "leading_spec", "layout_dtype", "gradient_spec", "gradient_dtype")
+
+        def parametrize(self, names, params):
+            asked[names[0]] = [p.id for p in params]
+
+    tests = make_tests("turns")
+    other = Spec("other", SPEC.make, tags=frozenset())
+    type(tests).specs = (SPEC, other, EMPTY)
+    tests.pytest_generate_tests(Metafunc())
+    assert asked["layout"] == [
+        "padded_rows-rows-float32",
+        "padded_rows-other-bfloat16",
+        "strided_columns-rows-bfloat16",
+        "strided_columns-other-float16",
+        "swapped_dims-rows-float16",
+        "swapped_dims-other-float32",
+    ]
+    assert asked["gradient_spec"] == [
+        "rows-float32",
+        "rows-bfloat16",
+        "other-float32",
+        "other-float16",
+        "empty-float32",
+        "empty-bfloat16",
+    ]
+    type(tests).dtypes = (torch.float32,)
+    tests.pytest_generate_tests(Metafunc())
+    assert asked["gradient_spec"] == ["rows-float32", "other-float32", "empty-float32"]
 
 
 def test_slow_specs_are_marked():

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -224,7 +225,8 @@ def aot_cases(module: ModuleType) -> list[AotCase]:
     """The module's ``AOT_CASES``, checked.
 
     Raises:
-        ValueError: there is no such list, it is empty, two names are equal, or a target is unknown.
+        ValueError: there is no such list, it is empty, two names are equal, a target is unknown, or a kernel of the
+            module (a function whose name ends in ``_kernel``) has no case.
     """
     cases: list[AotCase] = list(getattr(module, "AOT_CASES", []))
     if not cases:
@@ -237,7 +239,22 @@ def aot_cases(module: ModuleType) -> list[AotCase]:
     unknown = {t for c in cases for t in c.targets} - set(TARGETS)
     if unknown:
         raise ValueError(f"{module.__name__}: unknown targets {sorted(unknown)}; use {', '.join(TARGETS)}")
+    kernels = {f.__name__ for f in map(_function, vars(module).values()) if f.__module__ == module.__name__}
+    bare = {name for name in kernels if name.endswith("_kernel")} - {_function(c.kernel).__name__ for c in cases}
+    if bare:
+        raise ValueError(f"{module.__name__}: AOT_CASES has no case of {', '.join(sorted(bare))}")
     return cases
+
+
+def _function(value: Any) -> Any:
+    """The Python function in a kernel, through what Triton wrapped around it; else something without a module."""
+    while hasattr(value, "fn"):
+        value = value.fn
+    return value if inspect.isfunction(value) else _nothing
+
+
+def _nothing() -> None:
+    """Stands for what is no function."""
 
 
 def load(source: str | Path) -> ModuleType:

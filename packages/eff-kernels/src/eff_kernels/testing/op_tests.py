@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eff_kernels import native
 from eff_kernels.op import BackendError, Op, triton_interprets
@@ -98,19 +99,40 @@ class OpTests:
     gradcheck: ClassVar[bool] = True
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Make one test for each backend, spec, dtype and layout that a check asks for."""
+        """Make one test for each backend, spec and dtype that a check asks for.
+
+        Where nothing in the code could tell more combinations apart they take turns: each layout meets each spec and
+        each dtype once (`together`); gradients are tried for each spec in the first dtype and in one of the others.
+        """
         full = [s for s in self.specs if "empty" not in s.tags]
-        values: dict[str, tuple[Sequence[Any], Callable[[Any], str]]] = {
-            "backend": ([b.name for b in self.op.backends], str),
-            "spec": (self.specs, lambda s: s.name),
-            "leading_spec": (full[:4], lambda s: s.name),
-            "one_spec": (full[:1], lambda s: s.name),
-            "dtype": (self.dtypes, lambda d: str(d).removeprefix("torch.")),
-            "layout": (self.layouts, str),
+        first, *others = self.dtypes
+        turns = [[first, *others[i % len(others) :][:1]] if others else [first] for i in range(len(self.specs))]
+        together: dict[tuple[str, ...], list[tuple[Any, ...]]] = {
+            ("layout", "leading_spec", "layout_dtype"): [
+                (layout, spec, self.dtypes[(i + k) % len(self.dtypes)])
+                for i, layout in enumerate(self.layouts)
+                for k, spec in enumerate(full[:4])
+            ],
+            ("gradient_spec", "gradient_dtype"): [
+                (spec, dtype) for spec, dtypes in zip(self.specs, turns, strict=True) for dtype in dtypes
+            ],
         }
-        for name, (items, label) in values.items():
+        for names, rows in together.items():
+            if names[0] in metafunc.fixturenames:
+                params = [pytest.param(*row, id="-".join(map(_label, row)), marks=_marks(row)) for row in rows]
+                metafunc.parametrize(names, params)
+        values: dict[str, Sequence[Any]] = {
+            "backend": [b.name for b in self.op.backends],
+            "spec": self.specs,
+            "one_spec": full[:1],
+            "dtype": self.dtypes,
+            "first_dtype": self.dtypes[:1],
+        }
+        if "layout" not in metafunc.fixturenames:
+            values["leading_spec"] = full[:4]
+        for name, items in values.items():
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, [pytest.param(i, id=label(i), marks=_marks(i)) for i in items])
+                metafunc.parametrize(name, [pytest.param(i, id=_label(i), marks=_marks((i,))) for i in items])
 
     def schema_args(self, spec: Spec, args: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of the op's schema for a call of the public function; override if the two differ."""
@@ -151,24 +173,25 @@ class OpTests:
             if isinstance(old, Tensor):
                 torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
-    def test_non_contiguous(self, backend: str, layout: str, leading_spec: Spec, dtype: torch.dtype) -> None:
+    def test_non_contiguous(self, backend: str, layout: str, leading_spec: Spec, layout_dtype: torch.dtype) -> None:
         """The values count and not their place in memory; nothing outside the view is read."""
-        args = self._args(leading_spec, dtype, backend)
+        args = self._args(leading_spec, layout_dtype, backend)
         views = tuple(NON_CONTIGUOUS[layout](a) if isinstance(a, Tensor) else a for a in args)
         self._skip_or_fail_if_refused(leading_spec, views, backend)
         actual = self.function(*views, **leading_spec.kwargs, backend=backend)
         self._assert_budget(actual, self.expected(self.schema_args(leading_spec, args)))
 
-    def test_gradients(self, backend: str, spec: Spec, dtype: torch.dtype) -> None:
+    def test_gradients(self, backend: str, gradient_spec: Spec, gradient_dtype: torch.dtype) -> None:
         """Each gradient keeps to the budget."""
         self._skip_without_backward()
-        args = self._args(spec, dtype, backend)
-        leaves, wanted = self._with_leaves(self.schema_args(spec, args))
+        args = self._args(gradient_spec, gradient_dtype, backend)
+        schema_args = self.schema_args(gradient_spec, args)
+        leaves, wanted = self._with_leaves(schema_args)
         with poisoned_memory():
             output = self.op(*leaves, backend=backend)
             cotangents = _cotangents(output)
             actual = _gradients(output, wanted, cotangents)
-        self._assert_budget(actual, self.expected_gradients(self.schema_args(spec, args), cotangents))
+        self._assert_budget(actual, self.expected_gradients(schema_args, cotangents))
 
     def test_gradcheck(self, one_spec: Spec) -> None:
         """The backward is the derivative of the forward, in float64 on the reference."""
@@ -196,9 +219,18 @@ class OpTests:
             if self.differentiable:
                 torch.library.opcheck(self.op.registered, (*self._with_leaves(schema_args)[0], backend))
 
-    def test_compiles_to_one_graph(self, backend: str, one_spec: Spec, dtype: torch.dtype) -> None:
+    def test_fake_kernel_tells_the_outputs(self, spec: Spec, dtype: torch.dtype) -> None:
+        """torch.compile is told the shapes, dtypes and order in memory that come out."""
+        args = self.schema_args(spec, self._args(spec, dtype, "reference"))
+        real = self.op.registered(*args, "reference")
+        with FakeTensorMode() as mode:
+            told = self.op.registered(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args), "reference")
+        for one, other in zip(*([r] if isinstance(r, Tensor) else r for r in (real, told)), strict=True):
+            assert (one.shape, one.dtype, _strides(one)) == (other.shape, other.dtype, _strides(other))
+
+    def test_compiles_to_one_graph(self, backend: str, one_spec: Spec, first_dtype: torch.dtype) -> None:
         """torch.compile(fullgraph=True) gives the same bits, forward and backward."""
-        args = self._args(one_spec, dtype, backend)
+        args = self._args(one_spec, first_dtype, backend)
         schema_args, wanted = self._with_leaves(self.schema_args(one_spec, args))
         torch._dynamo.reset()
         compiled = torch.compile(lambda *a: self.op(*a, backend=backend), fullgraph=True, backend="aot_eager")
@@ -209,9 +241,9 @@ class OpTests:
             compiled_gradients = _gradients(compiled_out, wanted, cotangents)
             torch.testing.assert_close(compiled_gradients, _gradients(eager_out, wanted, cotangents), rtol=0, atol=0)
 
-    def test_autocast_changes_nothing(self, backend: str, one_spec: Spec, dtype: torch.dtype) -> None:
+    def test_autocast_changes_nothing(self, backend: str, one_spec: Spec, first_dtype: torch.dtype) -> None:
         """Of a forward under autocast the results and gradients are the same bits."""
-        args = self._args(one_spec, dtype, backend)
+        args = self._args(one_spec, first_dtype, backend)
         schema_args, wanted = self._with_leaves(self.schema_args(one_spec, args))
         found = []
         for enabled in (False, True):
@@ -319,8 +351,17 @@ class OpTests:
         assert not problems, "\n".join(problems)
 
 
-def _marks(item: Any) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if isinstance(item, Spec) and "slow" in item.tags else []
+def _strides(x: Tensor) -> list[int]:
+    """Those of which something depends: not of axes of one element, nor of an empty tensor."""
+    return [step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1] if x.numel() else []
+
+
+def _label(item: Any) -> str:
+    return item.name if isinstance(item, Spec) else str(item).removeprefix("torch.")
+
+
+def _marks(items: Sequence[Any]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if any(isinstance(i, Spec) and "slow" in i.tags for i in items) else []
 
 
 def _cotangents(output: Any) -> list[Tensor]:
