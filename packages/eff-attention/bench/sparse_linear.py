@@ -326,6 +326,7 @@ def levels(path: Path, steps: int) -> None:
 
 def level_speed(rounds: int, path: Path | None) -> None:
     recorder = Recorder("sparse_linear_levels", path, sources=[Path(__file__), SOURCES])
+    bound = 1e-3  # of 4096 queries one may choose another key than in float64, where two scores are nearly equal
     for n in (1024, 4096):
         q, k, v = torch.randn(3, 1, 8, n, 64, generator=torch.Generator().manual_seed(0)).unbind()
         runs = {"dense SDPA": F.scaled_dot_product_attention}
@@ -334,7 +335,7 @@ def level_speed(rounds: int, path: Path | None) -> None:
             runs[f"{way}, 30%"] = SparseLinearAttention(64, config)
         providers = [
             Provider(
-                name, lambda i, run=run, x=(q, k, v): run(*x), check=lambda run=run, x=(q, k, v): right(run, x, 1e-4)
+                name, lambda i, run=run, x=(q, k, v): run(*x), check=lambda run=run, x=(q, k, v): right(run, x, bound)
             )
             for name, run in runs.items()
         ]
