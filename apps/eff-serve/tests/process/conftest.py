@@ -18,7 +18,7 @@ START = "from eff_serve.cli import main; main()"
 @contextmanager
 def started(*arguments):
     """Start ``eff-serve`` on a free port; yields its address, process and output lines once the port is open."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {"OMP_NUM_THREADS": "2", **os.environ}
     process = subprocess.Popen(
         [sys.executable, "-c", START, "--port", "0", *arguments],
         stdout=subprocess.PIPE,
