@@ -17,8 +17,9 @@ Records that are no times have a table with a column for each heading, filled in
 
 ``by`` names the fields that tell one measurement from another (default: method).
 
-A record of times enters a table without a check in one case: where the comment says ``unchecked=NAME``, for a plain
-function of PyTorch that speeds are relative to; the line below the table then says so. Write %20 for a space.
+A record of times enters a table without a check in one case: where the comment says ``unchecked=NAME``, for a function
+of PyTorch or another library, used as it is, that speeds are relative to; the line below the table then says so. Write
+%20 for a space.
 
 A record enters a table only if it was compared in the process that made it and found right (``checked``, ``ok``), and
 was made from committed code (``commit``, not ``dirty``). The line below a table names every commit in it.
@@ -83,6 +84,8 @@ def table(wish: str, root: Path = ROOT) -> str:
         for r in latest(load_records(root / name), unchecked)
         if all(text in str(getattr(r, f)) for f, text in choice.items())
     ]
+    shown = {(r.spec, r.mode, r.threads) for r in kept if r.checked}
+    kept = [r for r in kept if (r.spec, r.mode, r.threads) in shown]  # no row of what was not checked alone
     if not kept:
         raise TableError(f"{name} has no record that is checked, right, of a clean commit and fits {choice}")
     if unchecked and unchecked != (baseline or kept[0].provider):

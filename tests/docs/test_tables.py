@@ -76,7 +76,10 @@ def test_what_speeds_are_relative_to_may_be_unchecked_and_the_page_says_so(tool,
     lines = [record(**bare | {"p50": 8.0}), record(**bare | {"p50": 1.0, "commit": None}), record(spec="8x4")]
     (results / "r.jsonl").write_text("".join(lines))
     assert "a library" not in tool.table("r.jsonl", results)
+    lines.append(record(**bare | {"spec": "alone"}))
+    (results / "r.jsonl").write_text("".join(lines))
     table = tool.table("r.jsonl unchecked=a%20library", results)
+    assert "alone" not in table
     assert "4.0 (2.00x)" in table
     assert "Results of a library were not compared with another. A, torch" in table
     with pytest.raises(tool.TableError, match="only what speeds are relative to may be unchecked"):
