@@ -2,9 +2,9 @@
 
 Run: python apps/eff-train/bench/lite3r_speed.py
 
-Weights are random: neither side's time depends on them. Times are the least of two to four, in turns; memory is the process's
-peak above what it held before the pass, each measured in a process of its own. The floor is the share of the dense
-model's arithmetic that is left (attention's two products are counted by the keys read).
+Weights are random: neither side's time depends on them. Times are the least of two to four, in turns; memory is the
+process's peak above what it held before the pass, each measured in a process of its own. The floor is what the
+arithmetic left over allows (attention's two products are counted by the keys read).
 """
 
 from __future__ import annotations
