@@ -21,7 +21,9 @@ from torch import Tensor, nn
 RESULTS = Path(__file__).parent / "results" / "experts.jsonl"
 KERNELS = Path(eff_kernels.__file__).parent
 QUANT = Path(eff_quant.__file__).parent
-SOURCES = [KERNELS / "native/src", *(KERNELS / f"ops/{f}_linear" for f in ("int8", "fp8", "fp4")), QUANT / "experts"]
+OPS = ("int8_linear", "fp8_linear", "fp4_linear", "linear")
+COMPILED = [file for op in OPS for file in sorted((KERNELS / "native/src").glob(f"{op}*"))]
+SOURCES = [*COMPILED, *(KERNELS / "ops" / op for op in OPS), QUANT / "experts"]
 HIDDEN, INNER, EXPERTS, PLACES = 2048, 1024, 64, 8
 SETS = 16  # of tokens
 FORMATS = {
@@ -51,6 +53,14 @@ def in_the_way(module: nn.Module, way: str) -> nn.Module:
     other.config = copy.copy(module.config)
     other.config._experts_implementation = way
     return other
+
+
+@torch.no_grad()
+def truth(module: nn.Module, call: tuple[Tensor, ...]) -> Tensor:
+    """What experts give in float32, by transformers' plain loop."""
+    floats = module.to_experts() if isinstance(module, QuantizedExperts) else copy.deepcopy(module).float()
+    x, ids, weights = call
+    return in_the_way(floats, "eager")(x.float(), ids, weights.float())
 
 
 def main() -> None:
@@ -83,16 +93,16 @@ def main() -> None:
         def dequantised(*call: Tensor) -> Tensor:
             return in_the_way(whole.to_experts(torch.bfloat16), "grouped_mm")(*call)
 
-        providers = []
+        providers, truths = [], {}
         for name, module in {**modules, "dequantise all": dequantised}.items():
             if name == "transformers batched_mm" and m > 1:
                 continue  # it copies a matrix for each choice
-            floats = source if name.startswith("transformers") else modules.get(name, whole).to_experts(torch.bfloat16)
-            wanted = run(in_the_way(floats, "eager"))(0)
-            del floats
-            # bfloat16 sums in several orders; int8 also rounds the activations
+            held = source if name.startswith("transformers") else modules.get(name, whole)
+            if held not in truths:
+                truths[held] = truth(held, calls[0])
+            # bfloat16 holds eight bits; int8 also rounds the activations
             call = run(module)
-            providers.append(Provider(name, call, check=lambda r=call, w=wanted: same(r(0), w, tolerance=0.02)))
+            providers.append(Provider(name, call, check=lambda r=call, w=truths[held]: same(r(0), w, tolerance=0.02)))
         recorder.run(f"OLMoE, {m} tokens", providers, mode="forward", rounds=options.rounds)
     print(recorder.table("transformers grouped_mm"))
 

@@ -17,7 +17,7 @@ from eff_quant.linears import Found, find_linears, without_wrapper
 from eff_quant.mixed import MixedConfig
 from eff_quant.registry import method_of
 from eff_quant.skips import check_used, in_float32, on_skip_list
-from eff_quant.stacked import is_experts, matrices, routers_of, stacks_of
+from eff_quant.stacked import is_experts, matrix_shapes, routers_of
 
 QUANTIZED = (QuantizedLinear, QuantizedExperts)
 """What stands in a model once it is quantised."""
@@ -96,8 +96,7 @@ def refusal(f: Found, config: Any) -> str:
     for name in f.names:
         if reason := method.experts(name, config):
             return reason
-    for name, weight in stacks_of(f.module).items():
-        _, n, k = matrices(f.module, weight).shape
+    for name, (n, k) in matrix_shapes(f.module).items():
         if reason := method.refuse(nn.Linear(k, n, bias=False, device="meta"), config):
             return f"{name}: {reason}"
     return ""

@@ -52,6 +52,12 @@ def matrices(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.transpose(1, 2) if module.is_transposed else weight
 
 
+def matrix_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(N, K) of the matrices of each stack, by name."""
+    shapes = {name: matrices(module, p).shape for name, p in stacks_of(module).items()}
+    return {name: (n, k) for name, (_, n, k) in shapes.items()}
+
+
 def refusal(module: nn.Module) -> str:
     """Why the experts of this module cannot be held as codes, whatever the format; "" if they can."""
     stacks, name = stacks_of(module), type(module).__name__

@@ -14,7 +14,7 @@ from eff_quant.experts.route import combine, grouped, route
 from eff_quant.experts.stack import Form, Stack
 from eff_quant.layer import WeightView
 from eff_quant.linears import carry_hooks
-from eff_quant.stacked import matrices, refusal, stacks_of
+from eff_quant.stacked import matrices, matrix_shapes, refusal, stacks_of
 
 # What belongs to the old module itself and not to its place in the model: hooks are carried over apart.
 _OWN = ("_parameters", "_buffers", "_modules", "forward", "_old_forward", "_hf_hook")
@@ -70,7 +70,7 @@ class QuantizedExperts(nn.Module):
         new.__dict__["_modules"] = dict(module._modules)
         new.quantization, new.source, new.dtype = config, type(module), first.dtype
         new.parameter_order = tuple(module._parameters)
-        new.forms = {n: Form(*matrices(module, p).shape[1:], config, first.dtype) for n, p in stacks.items()}
+        new.forms = {name: Form(n, k, config, first.dtype) for name, (n, k) in matrix_shapes(module).items()}
         for name, form in new.forms.items():
             for stored, tensor in form.empty(new.num_experts, device or first.device).items():
                 new.register_buffer(f"{name}_{stored}", tensor)
