@@ -147,3 +147,39 @@ def test_scores_do_not_see_the_scale(teacher, scenes):
             return out._replace(depth=out.depth * 7)
 
     assert scores(Scaled(), [scenes])["abs_rel"] == pytest.approx(scores(teacher, [scenes])["abs_rel"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_in_two_parts(tmp_path, python):
+    """DDP and FSDP2 with a frozen teacher, swapped attention and FP8: losses are those of a batch in two parts."""
+    from eff_train.cli import main
+    from eff_train.frame.metrics import read_metrics
+
+    def words(**options):
+        return [w for name, value in options.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+
+    common = {
+        "steps": 3,
+        "batch_size": 2,
+        "side": 32,
+        "eval_every": 3,
+        "save_every": 3,
+        "log_every": 1,
+        "device": "cpu",
+    }
+    small = words(dim=32, depth=2, scenes=8, warmup=0)
+    assert main(["run", "lite3r/teacher", "--folder", str(tmp_path / "t"), *words(**common), *small]) == 0
+    assert main(["export", str(tmp_path / "t"), str(tmp_path / "teacher")]) == 0
+    student = ["lite3r/student", *words(**common, teacher=tmp_path / "teacher", warmup=1)]
+    assert main(["run", *student, "--folder", str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    wanted = read_metrics(tmp_path / "one" / "metrics.jsonl")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "eff_train", "run"]
+    for kind in ("ddp", "fsdp"):
+        done = python(*torchrun, *student, "--folder", kind, "--parallel", kind, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = read_metrics(tmp_path / kind / "metrics.jsonl")
+        assert len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            for name in set(b) - {"samples_per_second", "seconds"}:
+                same = pytest.approx(b[name], rel=1e-3, abs=1e-5) if isinstance(b[name], float) else b[name]
+                assert a[name] == same, (kind, name)

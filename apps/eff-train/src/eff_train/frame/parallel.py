@@ -64,13 +64,19 @@ class Workers:
         each = len(samples) // self.count
         return samples[self.rank * each : (self.rank + 1) * each]
 
-    def wrap(self, loss: Loss, units: Sequence[nn.Module]) -> nn.Module:
-        """Put DDP or FSDP2 around the loss; parameters change their class in place for the latter."""
+    def wrap(self, loss: Loss, units: Sequence[nn.Module], *, unused: bool = False) -> nn.Module:
+        """Put DDP or FSDP2 around the loss; parameters change their class in place for the latter.
+
+        Args:
+            loss: The loss with the model in it.
+            units: What FSDP2 gathers together.
+            unused: Whether some parameters may take no part in a batch; DDP then looks for them.
+        """
         if self.count == 1:
             return loss
         if not self.sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(loss, device_ids=ids)
+            return nn.parallel.DistributedDataParallel(loss, device_ids=ids, find_unused_parameters=unused)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

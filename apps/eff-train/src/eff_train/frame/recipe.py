@@ -26,6 +26,7 @@ class Recipe(Generic[C]):
         best: Name of the metric of `evaluate` that chooses the best checkpoint, with a sign: ``"+accuracy"`` for more
             is better, ``"-loss"`` for less; empty: the newest is the best. A better evaluation is saved at once.
         thresholds: Bounds that ``eff-train evaluate`` checks: ``thresholds: ClassVar = {"accuracy": (">=", 0.95)}``.
+        unused_parameters: Whether some trained parameters may take no part in a batch, which DDP must be told.
         config: The run's options.
         device: Where the model runs.
     """
@@ -33,6 +34,7 @@ class Recipe(Generic[C]):
     needs: ClassVar[tuple[str, ...]] = ()
     best: ClassVar[str] = ""
     thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {}
+    unused_parameters: ClassVar[bool] = False
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
 
     def __init_subclass__(cls) -> None:

@@ -37,7 +37,8 @@ class Training:
         seed_all(self.config.seed)
         self.model = recipe.build().to(workers.device)
         self.frozen = _fingerprint(self.model)
-        self.loss = workers.wrap(Loss(recipe, self.model), list(recipe.units(self.model)) if workers.sharded else [])
+        units = list(recipe.units(self.model)) if workers.sharded else []
+        self.loss = workers.wrap(Loss(recipe, self.model), units, unused=recipe.unused_parameters)
         self.optimizer = recipe.optimizer(recipe.groups(self.model))
         self.average = Average(self.model, self.config.ema) if self.config.ema else None
         self.step = 0

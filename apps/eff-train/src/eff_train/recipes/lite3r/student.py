@@ -128,6 +128,7 @@ class Student(ViewsRecipe[Config]):
     """The teacher's copy, whose new projections alone are trained."""
 
     best = "-abs_rel"
+    unused_parameters = True  # projections of layers that see fewer keys than `min_tokens`
     thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"abs_rel_over_teacher": ("<=", 1.25)}
 
     @cached_property
