@@ -117,10 +117,6 @@ class OpTests:
                 (spec, dtype) for spec, dtypes in zip(self.specs, turns, strict=True) for dtype in dtypes
             ],
         }
-        for names, rows in together.items():
-            if names[0] in metafunc.fixturenames:
-                params = [pytest.param(*row, id="-".join(map(_label, row)), marks=_marks(row)) for row in rows]
-                metafunc.parametrize(names, params)
         values: dict[str, Sequence[Any]] = {
             "backend": [b.name for b in self.op.backends],
             "spec": self.specs,
@@ -133,6 +129,10 @@ class OpTests:
         for name, items in values.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, [pytest.param(i, id=_label(i), marks=_marks((i,))) for i in items])
+        for names, rows in together.items():
+            if names[0] in metafunc.fixturenames:
+                params = [pytest.param(*row, id="-".join(map(_label, row)), marks=_marks(row)) for row in rows]
+                metafunc.parametrize(names, params)
 
     def schema_args(self, spec: Spec, args: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments of the op's schema for a call of the public function; override if the two differ."""
