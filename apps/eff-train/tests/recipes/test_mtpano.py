@@ -42,7 +42,23 @@ def test_prediction(tmp_path):
     recipe = Panorama(TINY)
     Image.effect_noise((128, 64), 60).convert("RGB").save(tmp_path / "p.png")
     said = recipe.predict(recipe.build().eval(), tmp_path / "p.png", tmp_path / "out")
-    assert said == "p-tasks.png and p.ply"
+    assert said == "p-tasks.png, p.html and p.ply"
+    page = (tmp_path / "out" / "p.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "{{" not in page
+    assert "http" not in page  # it works without a network
     Image.new("RGB", (60, 60)).save(tmp_path / "q.png")
     with pytest.raises(ValueError, match="twice as wide"):
         recipe.predict(recipe.build(), tmp_path / "q.png", tmp_path / "out")
+
+
+def test_a_page_with_hostile_names(tmp_path):
+    from eff_train.panorama_page import write_panorama_page
+
+    write_panorama_page(tmp_path / "p.html", "</title><b>{{maps}}", {"</script>": Image.new("RGB", (8, 4))})
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("</title>") == page.count("</script>") == 1
+    assert page.count("data:image") == 1
+    for maps in ({}, {"picture": Image.new("RGB", (8, 5))}):
+        with pytest.raises(ValueError, match=r"empty|twice as wide"):
+            write_panorama_page(tmp_path / "q.html", "q", maps)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
+from eff_train.panorama_page import write_panorama_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,21 +189,22 @@ class Panorama(Recipe[Config]):
     @torch.no_grad()
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Three rooms: picture, classes, distance and normals as found."""
-        rows = [self._shown(model, picture) for picture, _ in self.held_out[:3]]
+        rows = [np.concatenate([*self._maps(model, p).values()], 1) for p, _ in self.held_out[:3]]
         Image.fromarray(np.concatenate(rows)).save(folder / "rooms.png")
 
-    def _shown(self, model: nn.Module, picture: Tensor) -> np.ndarray:
+    def _maps(self, model: nn.Module, picture: Tensor) -> dict[str, np.ndarray]:
+        """The picture and what was found as pictures [H, 2H, 3], by name."""
         main = {k: v[0].cpu() for k, v in model(picture[None].to(self.device)).main.items()}
         hue = main["semseg"].argmax(0).float() * (2 * math.pi / self.classes)
         classes = torch.stack([(hue + shift).cos() / 2 + 0.5 for shift in (0.0, 2.1, 4.2)])
         distance = 1 - (main["depth"] / main["depth"].amax().clamp(min=1e-6)).expand(3, -1, -1)
         normals = F.normalize(main["normals"], dim=0) / 2 + 0.5
-        whole = torch.cat((picture, classes, distance, normals), -1)
-        return (whole.clamp(0, 1).movedim(0, -1) * 255).to(torch.uint8).numpy()
+        maps = {"picture": picture, "classes": classes, "distance": distance, "normals": normals}
+        return {k: (v.clamp(0, 1).movedim(0, -1) * 255).to(torch.uint8).numpy() for k, v in maps.items()}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
-        """Picture, classes, distance and normals side by side, and a coloured point cloud, of a panorama."""
+        """Picture, classes, distance and normals side by side, a page to look around in, and coloured points."""
         from eff_vision.geometry.formats import write_ply
         from eff_vision.panorama import point_map
 
@@ -212,11 +214,15 @@ class Panorama(Recipe[Config]):
         small = image.resize((2 * self.config.height, self.config.height), Image.Resampling.LANCZOS)
         picture = torch.from_numpy(np.array(small)).movedim(-1, 0).float() / 255
         out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self._shown(model, picture)).save(out / f"{file.stem}-tasks.png")
+        maps = self._maps(model, picture)
+        Image.fromarray(np.concatenate([*maps.values()], 1)).save(out / f"{file.stem}-tasks.png")
+        shown = {"picture": image.resize((1024, 512)) if image.height > 512 else image}
+        shown |= {k: Image.fromarray(v) for k, v in maps.items() if k != "picture"}
+        write_panorama_page(out / f"{file.stem}.html", file.stem, shown)
         distance = model(picture[None].to(self.device)).main["depth"].cpu()
         points = point_map(distance)[0].flatten(1).T
         write_ply(out / f"{file.stem}.ply", points, picture.flatten(1).T)
-        return f"{file.stem}-tasks.png and {file.stem}.ply"
+        return f"{file.stem}-tasks.png, {file.stem}.html and {file.stem}.ply"
 
 
 RECIPE = Panorama
