@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,14 @@ class Tree:
             os._exit(code)
 
 
+def nearest_first(root: Path, tests: tuple[str, ...], fault: Planted) -> tuple[str, ...]:
+    """The files of tests, those that speak most of the names in the faulty file first: a fault is found sooner."""
+    files = [p for t in tests for p in (sorted((root / t).rglob("test_*.py")) if (root / t).is_dir() else [root / t])]
+    names = set(re.findall(r"^(?:def|class) (\w+)", fault.text, re.M)) | {Path(fault.path).stem}
+    said = {p: sum(p.read_text().count(name) for name in names) for p in files}
+    return tuple(str(p.relative_to(root)) for p in sorted(files, key=lambda p: -said[p]))
+
+
 def load(packages: set[str]) -> None:
     """Import what the tests will need, so that forks need not."""
     names = dict.fromkeys(["torch", "pytest", *(n for p in sorted(packages) for n in LIBRARIES[p])])
@@ -241,7 +250,7 @@ def run(options: argparse.Namespace, chosen: list[units.Unit]) -> None:
             if not left or time.time() - started > options.seconds:
                 continue
             key = f"sound {unit.label}"
-            outcome, reason, usual = SURVIVED, "", known.get(key, {}).get("seconds", 80.0)
+            outcome, reason, usual = SURVIVED, "", known.get(key, {}).get("seconds", 30.0)
             if not options.trust and known.get(key, {}).get("commit") != tree.commit:
                 outcome, reason, usual = tree.run(unit.tests, 600, own_cache=False)
                 note(key=key, kind="none", outcome=outcome, by=reason, seconds=round(usual, 1), **common)
@@ -260,7 +269,8 @@ def run(options: argparse.Namespace, chosen: list[units.Unit]) -> None:
                 if native and not tree.compiles(fault.path):
                     outcome, reason, seconds = "not C", "", 0.0
                 else:
-                    outcome, reason, seconds = tree.run(unit.tests, 60 + 3 * usual, own_cache=native)
+                    tests = nearest_first(tree.folder, unit.tests, fault)
+                    outcome, reason, seconds = tree.run(tests, 60 + 3 * usual, own_cache=native)
                 tree.write(fault.path, sound)
                 found = {"path": fault.path, "line": fault.line, "before": fault.before, "after": fault.after}
                 end = {"outcome": outcome, "by": reason, "seconds": round(seconds, 1), "seed": options.seed}
