@@ -144,7 +144,7 @@ class RoutedLoraLinear(nn.Module):
         rows, base = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         route = current_pass(self)
         if self.mode == "hard":
-            ids = uncompiled(domain_rows)(route, lead, x.device)[:, None]
+            ids = uncompiled(domain_rows)(route, lead, x.device)
             return self._update(rows, ids, None, base).view(y.shape)
         logits = router_logits(rows, self.router.weight, None if self.all_present else self.present, self.temperature)
         if route is not None:

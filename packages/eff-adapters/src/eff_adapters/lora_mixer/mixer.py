@@ -71,6 +71,7 @@ class LoraMixer(Handle):
         if not hasattr(model, _STATE):
             raise ValueError(f"this {type(model).__name__} has no mixture; apply_lora_mixer makes one")
         self.model = model
+        self._names: dict[nn.Module, str] | None = None  # to walk through a model takes a tenth of a decoding step
         self.on_remove(self._restore)
 
     @classmethod
@@ -166,7 +167,9 @@ class LoraMixer(Handle):
         """
         domains = None if domain_ids is None else self._domains(domain_ids)
         mask = None if attention_mask is None else attention_mask != 0
-        found = RoutePass({m: n for n, m in self.layers.items()}, domains, mask)
+        if self._names is None:
+            self._names = {m: n for n, m in self.layers.items()}
+        found = RoutePass(self._names, domains, mask)
         with opened(found):
             _latest.set((weakref.ref(self.model), found))
             yield found
@@ -255,6 +258,7 @@ class LoraMixer(Handle):
         from eff_adapters.lora_mixer.edit_experts import remove_expert
 
         remove_expert(self, name)
+        self._names = None  # projections may be routed no more
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write each expert as a folder of PEFT, ``routers.safetensors``, and last ``mixer_config.json``."""
@@ -296,6 +300,7 @@ class LoraMixer(Handle):
         return given.long()
 
     def _restore(self) -> None:
+        self._names = None
         if not hasattr(self.model, _STATE):
             return
         trainable = self.state.trainable

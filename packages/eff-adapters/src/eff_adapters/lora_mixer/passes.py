@@ -44,12 +44,14 @@ class RoutePass:
         domains: int64 [B] or [B, T], -1 for none; None if not given.
         mask: bool [B, T], False is padding; None if not given.
         records: By module name, of the latest forward.
+        rows: `domains` for tokens of the shapes seen so far: all projections of a forward ask for the same.
     """
 
     names: Mapping[nn.Module, str]
     domains: Tensor | None = None
     mask: Tensor | None = None
     records: dict[str, RouteRecord] = field(default_factory=dict)
+    rows: dict[tuple[torch.Size, torch.device], Tensor] = field(default_factory=dict)
 
     def record(self, module: nn.Module, logits: Tensor, lead: torch.Size, trains: bool) -> None:
         """Keep the logits [N, E] of a call whose tokens have the shape ``lead``."""
@@ -63,6 +65,7 @@ class RoutePass:
 _mine: ContextVar[tuple[RoutePass, ...]] = ContextVar("eff_lora_mixer_passes", default=())
 _open: list[RoutePass] = []  # of all threads
 _lock = threading.Lock()
+_SHAPES = 8
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def _find(module: nn.Module) -> RoutePass | None:
 
 
 def domain_rows(route: RoutePass | None, lead: torch.Size, device: torch.device) -> Tensor:
-    """The domain of each token, int64 [N], for mode "hard".
+    """The domain of each token, int64 [N, 1], for mode "hard".
 
     Raises:
         ValueError: there is no open pass, it has no domains, or they do not fit the tokens.
@@ -106,7 +109,13 @@ def domain_rows(route: RoutePass | None, lead: torch.Size, device: torch.device)
             "mode 'hard' needs the domain of each sample: run the model, and with gradient checkpointing the backward "
             "too, inside of `with mixer.route(domain_ids=...)`"
         )
-    return per_token(route.domains, lead, "domain_ids").to(device)
+    found = route.rows.get((lead, device))
+    if found is None:
+        found = per_token(route.domains, lead, "domain_ids").to(device)[:, None]
+        if len(route.rows) >= _SHAPES:  # generation asks for few shapes; a long loop may ask for many
+            route.rows.clear()
+        route.rows[lead, device] = found
+    return found
 
 
 def per_token(values: Tensor, lead: torch.Size, name: str) -> Tensor:
