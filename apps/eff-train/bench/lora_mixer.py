@@ -27,7 +27,12 @@ from eff_train.recipes.lora_mixer.scores import answer_logits, answer_loss, judg
 from eff_train.recipes.lora_mixer.tasks import TASKS, Batch, batch_of
 
 RESULTS = Path(__file__).parent / "results" / "lora_mixer.jsonl"
-SOURCES = ("..", "../../../packages/eff-adapters/src/eff_adapters/lora_mixer")
+SOURCES = (
+    "lora_mixer.py",
+    "../src/eff_train/recipes/lora_mixer",
+    "../src/eff_train/frame/training.py",
+    "../../../packages/eff-adapters/src/eff_adapters/lora_mixer",
+)
 NAMES = tuple(TASKS)
 PROMPTS = 96  # questions that point the routers without training
 
@@ -124,9 +129,7 @@ def main() -> None:
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", *SOURCES, ":!results"], capture_output=True, text=True
-    )
+    changed = subprocess.run([*git, "status", "--porcelain", "--", *SOURCES], capture_output=True, text=True)
     about = {
         "commit": commit, "dirty": bool(changed.stdout.strip()), "seed": args.seed, "steps": args.steps,
         "router_steps": args.router_steps, "questions": args.judged, "dtype": "bfloat16", "threads": 1,
