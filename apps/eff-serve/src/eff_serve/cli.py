@@ -21,10 +21,11 @@ class Model:
     """Which model, and how.
 
     Attributes:
-        model: Folder in transformers' layout or name on the hub; by default the embedded SmolLM2-135M-Instruct.
+        model: Folder in transformers' layout, GGUF file or name on the hub; by default the embedded SmolLM2-135M-Instruct.
             smollm2-eyes is that model with eyes, for questions about pictures.
-        quantize: Weights of the projections: int8 (LLM.int8()), nvfp4, mxfp4, fp8, or none: as in the checkpoint. By
-            default a quantised folder as it is, and float weights to int8.
+        quantize: Weights of the projections: int8 (LLM.int8()), int4 (groups of 32 with a scale and a minimum), nvfp4,
+            mxfp4, fp8, or none: as in the checkpoint. By default a quantised folder and a GGUF file as they are, and
+            float weights to int8.
         threshold: Magnitude from which activations bypass int8; 0 switches that off. By default 6, or what an int8
             folder says.
         max_model_len: Most tokens of prompt and answer; by default the model's limit.
@@ -35,13 +36,14 @@ class Model:
         reuse_top_k: Keys that these layers attend to; by default what the file says, or 2048.
         reuse_min_len: Tokens from which on they do; by default what the file says, or 2048.
         reuse_selector: How the layers that they follow choose: by all their attention, or by the means of pages.
-        adapter: LoRA adapters as name=folder, in the form of PEFT; requests name them as model:name.
+        adapter: LoRA adapters as name=folder, in the form of PEFT, or mixtures of them (lora_mixer); requests name them
+            as model:name.
         prefix_cache: Keep what was read, so that a text that begins like an earlier one, such as the next turn of a
             conversation, is not read anew.
     """
 
     model: str | None = None
-    quantize: Literal["auto", "int8", "nvfp4", "mxfp4", "fp8", "none"] = "auto"
+    quantize: Literal["auto", "int8", "int4", "nvfp4", "mxfp4", "fp8", "none"] = "auto"
     threshold: float | None = None
     max_model_len: int | None = None
     max_batch: int = 16
@@ -63,8 +65,10 @@ class Serve:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         api_key_file: File with one API key a line; requests need one of them then.
+        served_model_name: Name of the model in requests, instead of its own; further ones are aliases.
         cors_origins: Origins whose pages may call the server from a browser, such as https://app.example; "*" is all.
         max_waiting: Most requests in line; more are answered with 429.
+        adapter_root: Let clients load adapters from folders in this one, and unload them, while the server runs.
         grace: Seconds that running answers get after SIGTERM.
         log_requests: Write a line to standard error for each request that ends.
     """
@@ -73,8 +77,10 @@ class Serve:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
+    served_model_name: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_waiting: int = 64
+    adapter_root: Path | None = None
     grace: float = 20.0
     log_requests: bool = True
 

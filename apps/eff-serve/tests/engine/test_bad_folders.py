@@ -54,7 +54,7 @@ CASES = {
     "cut weights": (cut_weights, "model.safetensors is damaged"),
     "a tensor less": (less_a_tensor, "mlp.up_proj"),
     "no heads": (without_heads, "num_attention_heads"),
-    "gptq": (lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
+    "gptq": (lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 3}), "gptq"),
     "foreign code": (
         lambda f: edit(
             f,

@@ -77,7 +77,7 @@ def test_float_layers_beside_int8_layers_are_not_mixed_up(make):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq' is not one of"),
+        ({"quant_method": "hqq", "bits": 4}, "'hqq' is not one of"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes' is not one of"),
         ({"quant_method": "fp8"}, "'fp8' is not one of"),
     ],

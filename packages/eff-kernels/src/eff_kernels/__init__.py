@@ -11,6 +11,7 @@ from eff_kernels.ops.fp4_linear import fp4_linear
 from eff_kernels.ops.fp4_quantize import FP4Codes, fp4_dequantize, fp4_quantize
 from eff_kernels.ops.fp8_linear import fp8_linear
 from eff_kernels.ops.fp8_quantize import FP8Rows, fp8_quantize, fp8_round
+from eff_kernels.ops.group_linear import GroupWeight, group_linear
 from eff_kernels.ops.grouped_lora import grouped_lora
 from eff_kernels.ops.int4_linear import int4_linear, int4_pack, int4_unpack, int8_static_linear
 from eff_kernels.ops.int8_linear import int8_linear
@@ -19,6 +20,7 @@ from eff_kernels.ops.linear import linear
 from eff_kernels.ops.neighborhood_attention import NeighborhoodAttention, neighborhood_attention
 from eff_kernels.ops.rms_norm import AddRMSNorm, add_rms_norm, rms_norm
 from eff_kernels.ops.rope import rope
+from eff_kernels.ops.row_write import row_write
 from eff_kernels.ops.self_gated_scan import SelfGatedScanOutput, self_gated_scan
 from eff_kernels.ops.sparse_linear_attention import BlockMap, SparseLinearOutput, block_map, sparse_linear_attention
 from eff_kernels.ops.swiglu import swiglu
@@ -33,6 +35,7 @@ __all__ = [
     "Explanation",
     "FP4Codes",
     "FP8Rows",
+    "GroupWeight",
     "Handle",
     "Int8Columns",
     "Int8Rows",
@@ -55,6 +58,7 @@ __all__ = [
     "fp8_linear",
     "fp8_quantize",
     "fp8_round",
+    "group_linear",
     "grouped_lora",
     "int4_linear",
     "int4_pack",
@@ -69,6 +73,7 @@ __all__ = [
     "replace_module",
     "rms_norm",
     "rope",
+    "row_write",
     "scored_decode_attention",
     "select",
     "self_gated_scan",

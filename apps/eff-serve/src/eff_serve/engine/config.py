@@ -11,6 +11,7 @@ import torch
 from eff_quant import MixedConfig
 from torch import Tensor
 
+from eff_serve.engine.int4_files import Int4File, int4_settings
 from eff_serve.engine.quantization import stored_settings
 from eff_serve.models.files import read_json
 
@@ -31,7 +32,8 @@ class DecoderConfig:
         inverse_frequencies: Rotary frequencies, [head_dim / 2], scaling included.
         attention_factor: Factor of cos and sin.
         eos_token_ids: Tokens that end a text.
-        quantization: How the folder stores its weights, by layer; None where they are floats.
+        quantization: How the folder stores its weights, by layer; None where they are floats, or of 4 bits.
+        int4: How the folder stores weights of 4 bits in groups.
     """
 
     architecture: str
@@ -50,6 +52,7 @@ class DecoderConfig:
     attention_factor: float
     eos_token_ids: frozenset[int]
     quantization: MixedConfig | None = None
+    int4: Int4File | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> DecoderConfig:
@@ -81,6 +84,7 @@ class DecoderConfig:
         length = config["max_position_embeddings"]
         windowed = config.get("sliding_window") and config.get("use_sliding_window", architecture.startswith("Mistral"))
         frequencies, factor = _rotary(config, head_dim)
+        quantization, int4 = _stored(config.get("quantization_config"))
         return cls(
             architecture=architecture,
             hidden_size=config["hidden_size"],
@@ -97,7 +101,8 @@ class DecoderConfig:
             inverse_frequencies=tuple(frequencies.tolist()),
             attention_factor=factor,
             eos_token_ids=_eos(folder, config),
-            quantization=_stored(config.get("quantization_config")),
+            quantization=quantization,
+            int4=int4,
         )
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,9 +111,10 @@ class DecoderConfig:
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
-def _stored(entry: dict[str, Any] | None) -> MixedConfig | None:
+def _stored(entry: dict[str, Any] | None) -> tuple[MixedConfig | None, Int4File | None]:
     try:
-        return stored_settings(entry)
+        int4 = int4_settings(entry)
+        return (None, int4) if int4 else (stored_settings(entry), None)
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
 

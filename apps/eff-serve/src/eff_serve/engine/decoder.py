@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, swiglu
+from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, row_write, swiglu
 from torch import Tensor
 from torch.nn import functional
 
 from eff_serve.engine.adapters import Adapters
 from eff_serve.engine.config import DecoderConfig
-from eff_serve.engine.linear import FloatLinear, Linear
+from eff_serve.engine.gguf.model import GGUFModel
+from eff_serve.engine.linear import Linear
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import load_linear
 from eff_serve.engine.reuse import LayerReuse
 from eff_serve.engine.steered import Steered
 from eff_serve.engine.steering import Steerer
+from eff_serve.engine.steps import Steps
 from eff_serve.engine.weights import Checkpoint
 from eff_serve.pictures.prompt import LowRank, PromptPictures
 
@@ -49,7 +51,7 @@ class Decoder:
     """A model with its key-value cache of ``num_pages`` pages.
 
     Args:
-        folder: Model folder (config.json and safetensors).
+        folder: Model folder (config.json and safetensors), or a GGUF file that was opened.
         quantize: Format to quantise the projections of a float checkpoint to, see `quantization.FORMATS`; None takes
             them as they are.
         threshold: Outlier threshold of int8 layers; 0 takes no outliers out. None is that of the checkpoint where its
@@ -64,16 +66,18 @@ class Decoder:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | GGUFModel,
         *,
         quantize: str | None = None,
         threshold: float | None = None,
         num_pages: int,
         on_layer: Callable[[], object] = lambda: None,
     ) -> None:
-        self.config = c = DecoderConfig.from_folder(folder)
-        checkpoint = Checkpoint(folder)
+        self.config = c = folder.config if isinstance(folder, GGUFModel) else DecoderConfig.from_folder(folder)
+        checkpoint = folder if isinstance(folder, GGUFModel) else Checkpoint(folder, c.int4)
         stored = c.quantization
+        if c.int4 is not None and quantize:
+            raise ValueError(f"{folder} is quantised already ({c.int4.method}); leave out quantize={quantize!r}")
         if stored is None:
             settings = settings_for(quantize, threshold) if quantize else None
         elif quantize:
@@ -105,9 +109,7 @@ class Decoder:
             )
             on_layer()
         self.norm = checkpoint.floats("model.norm.weight", (h,))
-        self.embedding = checkpoint.get("model.embed_tokens.weight", (c.vocab_size, h))
-        head = self.embedding if c.tie_word_embeddings else checkpoint.get("lm_head.weight", (c.vocab_size, h))
-        self.head = FloatLinear(head)
+        self.embedding, self.head = checkpoint.ends(c.vocab_size, h, tied=c.tie_word_embeddings)
         checkpoint.check_all_read("lm_head.weight")  # tied models may store it all the same
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
@@ -115,6 +117,7 @@ class Decoder:
         self.behind_pictures: LowRank | None = None
         self.adapters: Adapters | None = None
         self.steerer = Steerer(self)
+        self._steps = Steps(self._plain_step, widest=min(num_pages, -(-c.max_model_len // PAGE)))
         shape = (num_pages, c.num_kv_heads, PAGE, d)
         self.keys = [_untouched(shape) for _ in range(c.num_layers)]
         self.values = [_untouched(shape) for _ in range(c.num_layers)]
@@ -178,14 +181,31 @@ class Decoder:
 
         # Tokens of different sequences: a batch of sequences of length one for the rotation.
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        residual = self.embedding[tokens].float()
+        if self.reuse is None and behind is None and adapters is None and not steered:
+            return self.head(self._steps(residual, cos, sin, at, lengths, block_table))
         hidden = self._blocks(
-            self.embedding[tokens].float(),
+            residual,
             lambda x_TND: rope(x_TND.unsqueeze(2), cos, sin).view(tokens.size(0), -1, c.head_dim),
             attend,
             behind,
             adapters,
         )
         return self.head(hidden)
+
+    def _plain_step(
+        self, residual: Tensor, cos: Tensor, sin: Tensor, at: Tensor, lengths: Tensor, block_table: Tensor
+    ) -> Tensor:
+        """A decoding step of sequences that ask for nothing more, from embeddings to hidden states; see `Steps`."""
+
+        def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+            self._write(layer, at, None, k_TGD, v_TGD)
+            return decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=block_table)
+
+        def rotate(x_TND: Tensor) -> Tensor:
+            return rope(x_TND.unsqueeze(2), cos, sin).view(residual.size(0), -1, self.config.head_dim)
+
+        return self._blocks(residual, rotate, attend, None, None)
 
     @torch.inference_mode()
     def prefill(
@@ -253,6 +273,7 @@ class Decoder:
         *,
         on_hidden: Callable[[int, Tensor], object] | None = None,
         on_output: Callable[[int, Tensor], object] = lambda layer, out: None,
+        on_last: Callable[[Tensor], object] = lambda hidden: None,
         behind: Tensor | None = None,
         adapter: int = -1,
         steered: Steered | None = None,
@@ -263,6 +284,7 @@ class Decoder:
             tokens: int64 [T].
             on_hidden: Gets each layer's number and the hidden states [T, hidden] that enter it.
             on_output: Gets each layer's number and the outputs of its heads [T, H, D].
+            on_last: Gets the hidden states [T, hidden] behind the last norm.
             behind: int64, the tokens where `behind_pictures` acts.
             adapter: Number of an adapter; -1 is none.
             steered: Rules of attention.
@@ -279,7 +301,8 @@ class Decoder:
             return out
 
         adapters = None if adapter < 0 else torch.full((tokens.size(0),), adapter)
-        self._blocks(self.embedding[tokens].float(), partial(self._turned, 0), attend, behind, adapters, on_hidden)
+        residual = self.embedding[tokens].float()
+        on_last(self._blocks(residual, partial(self._turned, 0), attend, behind, adapters, on_hidden))
 
     def copy_page(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` keys and values of a page to another, in all layers."""
@@ -304,11 +327,13 @@ class Decoder:
         heads = self.config.num_kv_heads
         return (((pages_T[:, None] * heads + torch.arange(heads)) * PAGE) + positions[:, None] % PAGE).flatten()
 
-    def _write(self, layer: int, at: Tensor, written: tuple[Tensor, Tensor], k_TGD: Tensor, v_TGD: Tensor) -> None:
+    def _write(
+        self, layer: int, at: Tensor, written: tuple[Tensor, Tensor] | None, k_TGD: Tensor, v_TGD: Tensor
+    ) -> None:
         """Put keys and values ``at`` their rows; ``written``: the pages of these, and the keys that each then holds."""
         for cache, new in ((self.keys[layer], k_TGD), (self.values[layer], v_TGD)):
-            cache.view(-1, self.config.head_dim).index_copy_(0, at, new.reshape(at.size(0), -1))
-        if self.reuse is not None:
+            row_write(cache.view(-1, self.config.head_dim), at, new)
+        if self.reuse is not None and written is not None:
             self.reuse.wrote(layer, self.keys[layer], *written)
 
     def _blocks(
@@ -323,13 +348,14 @@ class Decoder:
         """All layers and the last norm, from embeddings to hidden states [T, hidden]."""
         c = self.config
         count, q_heads, kv_heads, size = residual.size(0), c.num_heads, c.num_kv_heads, c.intermediate_size
+        adapted = None if adapters is None or self.adapters is None else self.adapters.rows(adapters)
 
         def project(i: int, name: str, linear: Linear, x: Tensor) -> Tensor:
             y = linear(x)
             if behind is not None and self.behind_pictures is not None:
                 self.behind_pictures.add(i, name, x, y, behind)
-            if adapters is not None and self.adapters is not None:
-                y = self.adapters.add(i, name, x, y, adapters)
+            if adapted is not None:
+                y = adapted.add(i, name, x, y)
             return y
 
         x = rms_norm(residual, self.layers[0].attention_norm, eps=c.rms_norm_eps)
@@ -340,10 +366,11 @@ class Decoder:
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = qkv_TND[:, :q_heads], qkv_TND[:, q_heads : q_heads + kv_heads]
                 q, k = rms_norm(q, layer.q_norm, eps=c.rms_norm_eps), rms_norm(k, layer.k_norm, eps=c.rms_norm_eps)
-                qk = rotate(torch.cat([q, k], 1))
+                q, k = rotate(q), rotate(k)
             else:
                 qk = rotate(qkv_TND[:, : q_heads + kv_heads])
-            mixed = attend(i, qk[:, :q_heads], qk[:, q_heads:], qkv_TND[:, q_heads + kv_heads :])
+                q, k = qk[:, :q_heads], qk[:, q_heads:]
+            mixed = attend(i, q, k, qkv_TND[:, q_heads + kv_heads :])
             attended = project(i, "output", layer.output, mixed.reshape(count, -1))
             x, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps=c.rms_norm_eps)
             gate_up = project(i, "gate_up", layer.gate_up, x)

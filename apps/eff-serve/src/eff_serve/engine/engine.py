@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eff_serve.engine.adapters import Adapters
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
-from eff_serve.engine.prefix import Chain, PrefixCache, root_of
 from eff_serve.engine.sampler import Sampler, pick, score
 from eff_serve.engine.sequence import Sequence, TokenStream
+from eff_serve.engine.sharing import Sharing
 from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
 from eff_serve.pictures.prompt import PromptPictures
 
@@ -75,9 +76,8 @@ class BatchEngine:
         self._tokenizer_file = tokenizer_file
         self._max_batch, self._max_waiting, self._max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
         self._chunk = chunk
-        self._prefix = PrefixCache(decoder.num_pages, PAGE)
-        self._pool = self._prefix.pool
-        self._copy_page = getattr(decoder, "copy_page", None) if prefix_cache else None
+        self._sharing = Sharing(decoder, PAGE, on=prefix_cache)
+        self._pool = self._sharing.pool
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
@@ -107,8 +107,7 @@ class BatchEngine:
                 raise ValueError("this model reads text only, and the prompt holds pictures")
             if not 0 <= pictures.first <= int(pictures.places[-1]) < len(prompt):
                 raise ValueError(f"pictures must stand inside the prompt of {len(prompt)} tokens")
-        if sampling.adapter is not None and sampling.adapter not in self.adapters:
-            raise ValueError(f"there is no adapter {sampling.adapter!r}; there are {list(self.adapters)}")
+        adapter = None if sampling.adapter is None else self._shelf().get(sampling.adapter)
         if sampling.steering is not None:
             if (steerer := getattr(self.decoder, "steerer", None)) is None:
                 raise ValueError("this model takes no steering")
@@ -118,7 +117,9 @@ class BatchEngine:
         if sampling.grammar is not None:
             grammar = GrammarMatcher(sampling.grammar, self._tokenizer_file, vocab, min(eos, default=0))
         stream = TokenStream(self._notify)
-        sequence = Sequence(len(prompt), list(prompt), sampling, Sampler(sampling, eos), stream, grammar, pictures)
+        sequence = Sequence(
+            len(prompt), list(prompt), sampling, Sampler(sampling, eos), stream, grammar, pictures, adapter
+        )
         with self._wake:
             if self._draining:
                 raise DrainingError("the server is shutting down and takes no new requests")
@@ -129,15 +130,37 @@ class BatchEngine:
             ):
                 ahead = (len(self._waiting) + 1) / self._max_batch
                 raise QueueFullError(min(60.0, max(1.0, ahead * self._seconds_per_request)))
-            self._waiting.append(sequence)
+            behind = (i for i, s in enumerate(self._waiting) if s.sampling.priority > sampling.priority)
+            self._waiting.insert(next(behind, len(self._waiting)), sequence)
             self._wake.notify()
         return stream
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the LoRA adapters."""
+        """Names of the LoRA adapters that new requests may use."""
         held = getattr(self.decoder, "adapters", None)
         return () if held is None else held.names
+
+    def load_adapter(self, name: str, folder: Path, *, replace: bool = False) -> None:
+        """Offer one more adapter, while requests run; see `Adapters.load`."""
+        if getattr(self.decoder, "adapters", None) is None and isinstance(self.decoder, Decoder):
+            self.decoder.load_adapters({})
+        self._shelf().load(name, folder, replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no longer; requests that have it keep it. See `Adapters.unload`."""
+        self._shelf().unload(name)
+
+    def _shelf(self) -> Adapters:
+        """What holds the adapters.
+
+        Raises:
+            ValueError: the model runs through transformers, or holds none.
+        """
+        held: Adapters | None = getattr(self.decoder, "adapters", None)
+        if held is None:
+            raise ValueError("this model holds no adapters")
+        return held
 
     @property
     def steering(self) -> tuple[str, ...]:
@@ -147,8 +170,7 @@ class BatchEngine:
 
     def _number(self, sequence: Sequence) -> int:
         """Number of a sequence's adapter; -1 for none."""
-        held = getattr(self.decoder, "adapters", None)
-        return -1 if held is None else held.number(sequence.sampling.adapter)
+        return -1 if sequence.adapter is None else sequence.adapter.number
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""
@@ -229,7 +251,7 @@ class BatchEngine:
                 sequence.pages.extend(pages)
                 return True
             youngest = self._running[-1]
-            self._give_back(youngest)
+            self._sharing.give_back(youngest)
             youngest.prompt_scores.clear()
             with self._wake:
                 self._running.remove(youngest)
@@ -238,51 +260,9 @@ class BatchEngine:
                 return False
         return True
 
-    def _find_beginning(self, sequence: Sequence) -> None:
-        """Take from the prefix cache what it holds of a sequence that has no keys yet, all but its last token."""
-        if self._copy_page is None or sequence.sampling.steering is not None:
-            return  # rules of attention know what they have read themselves, and no more
-        if sequence.chain is None:
-            root = root_of(sequence.sampling, self._number(sequence))
-            sequence.chain = Chain(root, sequence.tokens, PAGE, sequence.pictures)
-        if sequence.sampling.prompt_logprobs is not None and not sequence.output:
-            return  # the scores of the prompt need the model's view of each of its tokens
-        found = self._prefix.find(sequence.chain, len(sequence.tokens) - 1)
-        sequence.pages.extend(found.pages)
-        sequence.shared = len(found.pages)
-        sequence.cached = len(found.pages) * PAGE
-        if found.source is not None:
-            if (pages := self._pool.take(1)) is not None:
-                self._copy_page(found.source, pages[0], found.copied)
-                sequence.pages.extend(pages)
-                sequence.cached += found.copied
-            self._pool.give_back([found.source])
-        if sequence.reused is None:
-            sequence.reused = min(sequence.cached, sequence.prompt_length)
-
-    def _share(self, sequence: Sequence) -> None:
-        """Let other sequences read the pages that are full."""
-        if sequence.chain is not None:
-            count = self._shareable(sequence)
-            self._prefix.add(sequence.chain, sequence.pages, sequence.shared, count)
-            sequence.shared = max(sequence.shared, count // PAGE)
-
-    def _shareable(self, sequence: Sequence) -> int:
-        """Keys that are those of reading the text; with layer reuse, generated tokens have others."""
-        exact = getattr(self.decoder, "reuse", None) is None
-        return sequence.cached if exact else min(sequence.cached, sequence.prompt_length)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        """Let go of a sequence's pages; what they hold can be found again until they are needed."""
-        if sequence.chain is not None and sequence.pages:
-            self._share(sequence)
-            self._prefix.add_part(sequence.chain, sequence.pages, self._shareable(sequence))
-        self._pool.give_back(sequence.pages)
-        sequence.cached = sequence.shared = 0
-
     def _prefill(self, sequence: Sequence) -> None:
         if not sequence.pages:
-            self._find_beginning(sequence)
+            self._sharing.begin(sequence, self._number(sequence))
         count = self._piece(sequence)
         if not self._make_room(sequence, count):
             return
@@ -301,7 +281,7 @@ class BatchEngine:
             seen["steered"] = sequence.steered
         logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores, **seen)
         sequence.cached += count
-        self._share(sequence)
+        self._sharing.share(sequence)
         if wants_scores:
             self._score_prompt(sequence, start, logits)
         if sequence.pending == 0:
@@ -335,7 +315,7 @@ class BatchEngine:
         for sequence in sequences:
             sequence.cached += 1
             if sequence.cached % PAGE == 0:
-                self._share(sequence)
+                self._sharing.share(sequence)
         self._advance_all(sequences, logits)
 
     def _advance_all(self, sequences: list[Sequence], logits: Tensor) -> None:
@@ -380,7 +360,7 @@ class BatchEngine:
 
     def _finish(self, sequence: Sequence, step: Step) -> None:
         with self._wake:
-            self._give_back(sequence)
+            self._sharing.give_back(sequence)
             if sequence in self._running:
                 self._running.remove(sequence)
             else:

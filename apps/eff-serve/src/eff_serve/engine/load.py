@@ -15,6 +15,8 @@ from eff_embedded.language import SMOLLM2_NAME, smollm2_folder
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.engine import BatchEngine
+from eff_serve.engine.gguf.model import GGUFModel
+from eff_serve.engine.gguf.tokenizer import gguf_folder
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.engine.reuse import read_reuse
@@ -58,12 +60,12 @@ def load_engine(
     """Load a model for serving.
 
     Args:
-        model: A folder in transformers' layout, or the name of a model on the hub; None is the embedded model, and
-            "smollm2-eyes" that model with eyes.
-        quantize: Format of all projections (embedding and head stay): "int8" (LLM.int8()), "nvfp4", "mxfp4" or "fp8"
-            quantise float weights while loading, None takes weights as they are, "auto" takes a quantised folder as it
-            is and float weights to int8. Models that the lean decoder does not run go through transformers, without
-            quantising.
+        model: A folder in transformers' layout, a GGUF file, or the name of a model on the hub; None is the embedded
+            model, and "smollm2-eyes" that model with eyes.
+        quantize: Format of all projections (embedding and head stay): "int8" (LLM.int8()), "int4" (groups of 32),
+            "nvfp4", "mxfp4" or "fp8" quantise float weights while loading, None takes weights as they are, "auto" takes
+            a quantised folder and a GGUF file as they are, and float weights to int8. Models that the lean decoder does
+            not run go through transformers, without quantising.
         threshold: Outlier threshold of int8; 0 takes no outliers out. None is that of the folder where its weights are
             int8, else 6.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
@@ -87,10 +89,16 @@ def load_engine(
         raise ValueError(f"quantize must be one of {AUTO}, {', '.join(FORMATS)} or None, got {quantize!r}")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
-    folder = smollm2_folder(progress=progress) if model in (None, EYES) else find_folder(model)
-    config = _config(folder, quantize)
+    opened = _open_gguf(model, quantize)
+    if opened is not None:
+        folder, config = gguf_folder(opened), opened.config
+        quantize = None if quantize == AUTO else quantize
+    else:
+        folder = smollm2_folder(progress=progress) if model in (None, EYES) else find_folder(model)
+        config = _config(folder, quantize)
     if quantize == AUTO:
-        quantize = "int8" if isinstance(config, DecoderConfig) and config.quantization is None else None
+        floats = isinstance(config, DecoderConfig) and config.quantization is None and config.int4 is None
+        quantize = "int8" if floats else None
     if isinstance(config, HFConfig):
         page_bytes = config.bytes_per_key * PAGE
     else:
@@ -105,7 +113,7 @@ def load_engine(
     def make_decoder() -> Decoder | HFDecoder:
         if isinstance(config, HFConfig):
             return HFDecoder(folder, num_pages=num_pages)
-        return _load(folder, quantize, threshold, num_pages, config.num_layers, progress)
+        return _load(opened or folder, quantize, threshold, num_pages, config.num_layers, progress)
 
     decoder = on_a_thread_that_ends(make_decoder)
     if layer_reuse is not None:
@@ -134,8 +142,13 @@ def load_engine(
         prefix_cache=prefix_cache,
     )
     name = SMOLLM2_NAME if model is None else Path(model).name if Path(model).is_dir() else model
+    if opened is not None:
+        name = opened.path.stem
     stored = config.quantization if isinstance(config, DecoderConfig) else None
-    kind = quantize or (describe(stored) if stored else "float weights")
+    as_it_is = opened.describe() if opened is not None else describe(stored) if stored else "float weights"
+    if isinstance(config, DecoderConfig) and config.int4 is not None:
+        as_it_is = f"{config.int4.method} of 4 bits"
+    kind = quantize or as_it_is
     weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
     if isinstance(decoder, Decoder) and decoder.reuse is not None:
         weights += f", {decoder.reuse}"
@@ -150,6 +163,15 @@ def _fingerprint(folder: Path, description: str) -> str:
     """A short name for what decides the answers: our version, the model's config, and the format of its weights."""
     facts = (metadata.version("eff-serve"), description, (folder / "config.json").read_text(encoding="utf-8"))
     return "eff-" + hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
+def _open_gguf(model: str | None, quantize: str | None) -> GGUFModel | None:
+    """The GGUF file of that name, or None where it names something else."""
+    if model is None or not model.lower().endswith(".gguf") or Path(model).is_dir():
+        return None
+    if not Path(model).is_file():
+        raise FileNotFoundError(f"no such file: {model}")
+    return GGUFModel(Path(model), keep_codes=quantize in (None, AUTO))
 
 
 def _config(folder: Path, quantize: str | None) -> DecoderConfig | HFConfig:
@@ -181,7 +203,12 @@ def find_folder(model: str) -> Path:
 
 
 def _load(
-    folder: Path, quantize: str | None, threshold: float | None, num_pages: int, layers: int, progress: bool
+    folder: Path | GGUFModel,
+    quantize: str | None,
+    threshold: float | None,
+    num_pages: int,
+    layers: int,
+    progress: bool,
 ) -> Decoder:
     def load(on_layer: Callable[[], object]) -> Decoder:
         return Decoder(folder, quantize=quantize, threshold=threshold, num_pages=num_pages, on_layer=on_layer)

@@ -12,7 +12,9 @@ from eff_quant.mixed import as_mixed
 from eff_quant.registry import METHODS, config_from_dict
 from torch import nn
 
-FORMATS = ("int8", "nvfp4", "mxfp4", "fp8")
+from eff_serve.engine.groups import GroupConfig
+
+FORMATS = ("int8", "int4", "nvfp4", "mxfp4", "fp8")
 
 
 def settings_for(quantize: Any, threshold: float | None = None) -> Any:
@@ -27,6 +29,8 @@ def settings_for(quantize: Any, threshold: float | None = None) -> Any:
         return Int8Config() if threshold is None else Int8Config(threshold=threshold)
     if threshold is not None:
         raise ValueError(f"threshold={threshold} is for int8, not for {quantize}")
+    if quantize == "int4":
+        return GroupConfig(bits=4)
     return FP8Config() if quantize == "fp8" else FP4Config(format=quantize)
 
 

@@ -13,6 +13,8 @@ from eff_quant.fp4 import weight as fp4
 from eff_quant.llm_int8 import weight as int8
 from torch import Tensor
 
+from eff_serve.engine.gguf.model import GGUFModel
+from eff_serve.engine.groups import GroupConfig, GroupLinear
 from eff_serve.engine.linear import FloatLinear, Linear, Separate, stack_biases
 from eff_serve.engine.weights import Checkpoint, CheckpointError
 
@@ -171,10 +173,17 @@ class FP8Linear:
 
 Quantized = type[Int8Linear] | type[FP4Linear] | type[FP8Linear]
 BY_CONFIG: dict[type, Quantized] = {Int8Config: Int8Linear, FP4Config: FP4Linear, FP8Config: FP8Linear}
+FROM_FLOATS: dict[type, Any] = {**BY_CONFIG, GroupConfig: GroupLinear}
 
 
 def load_linear(
-    checkpoint: Checkpoint, names: Sequence[str], sizes: Sequence[int], k: int, *, stored: Any, quantize: Any
+    checkpoint: Checkpoint | GGUFModel,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    k: int,
+    *,
+    stored: Any,
+    quantize: Any,
 ) -> Linear:
     """Read layers that share an input and stack them into one where they allow it, so that one call does all the work.
 
@@ -196,7 +205,8 @@ def load_linear(
     if whole is None:
         return Separate(tuple(layers))
     if quantize is not None and isinstance(whole, FloatLinear):
-        return BY_CONFIG[type(quantize)].quantize(whole.weight, whole.bias, quantize)
+        made: Linear = FROM_FLOATS[type(quantize)].quantize(whole.weight, whole.bias, quantize)
+        return made
     return whole
 
 
@@ -205,7 +215,9 @@ def _stack(layers: Sequence[Any]) -> Linear | None:
     return stacked
 
 
-def _read(checkpoint: Checkpoint, name: str, n: int, k: int, config: Any) -> Linear:
+def _read(checkpoint: Checkpoint | GGUFModel, name: str, n: int, k: int, config: Any) -> Linear:
+    if (made := checkpoint.layer(name, n, k)) is not None:
+        return made
     bias_name = f"{name}.bias"
     bias = checkpoint.floats(bias_name, (n,)) if bias_name in checkpoint else None
     packed = f"{name}.weight_packed" in checkpoint

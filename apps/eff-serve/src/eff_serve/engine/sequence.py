@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from eff_serve.engine.adapters import Adapter
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.prefix import Chain
 from eff_serve.engine.sampler import Sampler
@@ -52,6 +53,7 @@ class Sequence:
 
     Attributes:
         tokens: Prompt and output.
+        adapter: What `Sampling.adapter` stood for when the request came.
         cached: How many of them have keys and values in the cache.
         pages: The pages that hold these.
         shared: How many of these pages other sequences may read.
@@ -67,6 +69,7 @@ class Sequence:
     stream: TokenStream
     grammar: GrammarMatcher | None = None
     pictures: PromptPictures | None = None
+    adapter: Adapter | None = None
     cached: int = 0
     pages: list[int] = field(default_factory=list)
     shared: int = 0

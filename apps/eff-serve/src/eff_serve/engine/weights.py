@@ -9,6 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eff_serve.engine.groups import GroupLinear
+from eff_serve.engine.int4_files import Int4File, read_groups
+from eff_serve.engine.linear import FloatLinear, Linear
+
 
 class CheckpointError(ValueError):
     """The weights of a folder are missing, damaged or of another model."""
@@ -17,12 +21,17 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """The tensors of a model folder by name; files are mapped into memory and read on demand.
 
+    Args:
+        folder: The folder.
+        int4: How it stores weights of 4 bits, if it does.
+
     Raises:
         CheckpointError: there are no safetensors files, one is named but missing, or one is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, int4: Int4File | None = None) -> None:
         self.folder = folder
+        self._int4 = int4
         self._read: set[str] = set()
         index = folder / "model.safetensors.index.json"
         if index.is_file():
@@ -61,6 +70,25 @@ class Checkpoint:
         """The same in float32."""
         return self.get(name, shape).to(torch.float32)
 
+    def layer(self, name: str, n: int, k: int) -> Linear | None:
+        """A projection of 4 bits in groups, or None where the layer is stored otherwise."""
+        stored = any(f"{name}.{part}" in self for part in ("qweight", "weight_packed"))
+        if self._int4 is None or not stored:
+            return None
+        bias = self.floats(f"{name}.bias", (n,)) if f"{name}.bias" in self else None
+        try:
+            weight, order = read_groups(self._int4, self.get, self.__contains__, name, n, k)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+        return GroupLinear(weight, bias, order)
+
+    def ends(self, vocab: int, hidden: int, *, tied: bool) -> tuple[Tensor, Linear]:
+        """The embedding and the head."""
+        embedding = self.get("model.embed_tokens.weight", (vocab, hidden))
+        return embedding, FloatLinear(embedding if tied else self.get("lm_head.weight", (vocab, hidden)))
+
     def check_all_read(self, *ignored: str) -> None:
         """Raise where weights were left over: the config describes a smaller model than the file holds.
 
@@ -70,7 +98,7 @@ class Checkpoint:
         Raises:
             CheckpointError: naming some of them.
         """
-        weights = {n for n in self._files if n.endswith((".weight", ".bias", ".weight_packed"))}
+        weights = {n for n in self._files if n.endswith((".weight", ".bias", ".weight_packed", ".qweight"))}
         if left := sorted(weights - self._read - set(ignored)):
             raise CheckpointError(
                 f"{self.folder}: {len(left)} tensors belong to no layer of its config.json, such as {left[0]}"

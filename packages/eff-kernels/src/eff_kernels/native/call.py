@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,6 +18,16 @@ DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PARALLEL_FROM: Final = 65536
 """A parallel region costs about 5 us, the time in which one core handles this many simple elements."""
+
+
+class _Tape:
+    """Where calls of kernels are noted while a thread records them, see `eff_kernels.native.tape`."""
+
+    owner = 0
+    notes: list[tuple[int, bytes, bool]] | None = None
+
+
+tape = _Tape()
 
 
 def threads_for(work: int) -> int:
@@ -46,7 +57,7 @@ def fallible(name: str, fields: struct.Struct) -> Callable[[bytes], int]:
     """
     kernel = _kernel(name, fields)
     kernel.restype = ctypes.c_int
-    run: Callable[[bytes], int] = kernel
+    run: Callable[[bytes], int] = _noted(kernel, fallible=True)
     return run
 
 
@@ -57,8 +68,22 @@ def struct_kernel(name: str, fields: struct.Struct) -> Callable[[bytes], None]:
     """
     kernel = _kernel(name, fields)
     kernel.restype = None
-    run: Callable[[bytes], None] = kernel
+    run: Callable[[bytes], None] = _noted(kernel, fallible=False)
     return run
+
+
+def _noted(kernel: Any, *, fallible: bool) -> Any:
+    """The kernel; its calls are noted while this thread records."""
+    address = ctypes.cast(kernel, ctypes.c_void_p).value or 0
+
+    def run(packed: bytes) -> Any:
+        if tape.notes is not None and tape.owner == threading.get_ident():
+            tape.notes.append((address, packed, fallible))
+        return kernel(packed)
+
+    found: Any = run
+    found.argtypes, found.restype = kernel.argtypes, kernel.restype
+    return found
 
 
 def _kernel(name: str, fields: struct.Struct) -> Any:

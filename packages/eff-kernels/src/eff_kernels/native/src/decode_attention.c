@@ -136,8 +136,8 @@ static void merge(void *ctx, int64_t b) {
 }
 
 typedef struct {
-  const void *q;
-  int64_t q_dtype;
+  const void *q; /* [batch, heads, d], sequences q_stride apart */
+  int64_t q_dtype, q_stride;
   const void *k, *v;
   int64_t dtype, batch, heads, kv_heads, d;
   int64_t pages, page, page_stride, head_stride, key_stride; /* of the cache [pages, kv_heads, page, d] */
@@ -168,7 +168,7 @@ static int inside(const args *a) {
   return 1;
 }
 
-/* out[batch, heads, d] (contiguous) for q of the same shape; d a multiple of 8. Keys and values share dtype and strides; the
+/* out[batch, heads, d] (contiguous); d a multiple of 8. Keys and values share dtype and strides; the
  * last dimension is contiguous. Returns 0, 1 when memory ran out, 2 when a length or an entry lies outside the cache. */
 KERNEL(int, eff_decode_attention, args) {
   const int64_t batch = a->batch, heads = a->heads, kv_heads = a->kv_heads, d = a->d;
@@ -196,7 +196,7 @@ KERNEL(int, eff_decode_attention, args) {
   memset(scratch, 0, (size_t)(batch * heads * dp) * 4);
   j.q = scratch, j.partial = scratch + batch * heads * dp, j.merged = j.partial + partials + records;
   for (int64_t h = 0; h < batch * heads; h++, row += dp) {
-    eff_load_row((eff_dtype)a->q_dtype, eff_at(a->q, (eff_dtype)a->q_dtype, h * d), j.merged, d);
+    eff_load_row((eff_dtype)a->q_dtype, eff_at(a->q, (eff_dtype)a->q_dtype, h / heads * a->q_stride + h % heads * d), j.merged, d);
     for (int64_t c = 0; c < d; c++) row[db_order(j.dtype, c)] = j.merged[c] * (float)a->scale;
   }
   if (records) j.records = memset(j.partial + partials, 0, (size_t)records * 4);

@@ -2,6 +2,7 @@
 #include "fp4.h"
 #include "fp4_linear.h"
 #include "fp8_decode.h"
+#include "group_linear.h"
 #include "int4_linear.h"
 #include "int8_linear.h"
 
@@ -80,6 +81,40 @@ static int int4_is_wrong(int64_t m) {
   return 0;
 }
 
+/* Groups of 4 and 8 bits with minima, for one row of x and for several: activations whose codes are their values. */
+static int group_is_wrong(int64_t bits) {
+  enum { M = 11, N = 16, K = 64 };
+  float x[M * K], y[M * N];
+  uint8_t weight[K / 32 * (N * 32 + N * 8)];
+  const int64_t codes = N * 32 * bits / 8, block = codes + N * 8;
+  for (int i = 0; i < M * K; i++) x[i] = i % 32 ? (float)((i * 37) % 255 - 127) : 127.0f;
+  for (int g = 0; g < K / 32; g++) {
+    uint8_t *w = weight + g * block;
+    for (int i = 0; i < codes; i++) w[i] = (uint8_t)(i * 53 + g);
+    for (int n = 0; n < 2 * N; n++) {
+      const float factor = n < N ? (float)(n % 3 + 1) : (float)(n - 20);
+      memcpy(w + codes + 4 * n, &factor, 4);
+    }
+  }
+  for (int64_t m = 1; m <= M; m += M - 1) {
+    const eff_group_linear_args a = {.x = x, .m = m, .n = N, .k = K, .x_stride = K, .weight = weight, .bits = bits, .offset = 3,
+                                     .minima = 1, .wide = 1, .y = y, .threads = 1};
+    if (eff_group_linear(&a)) return 1;
+    for (int i = 0; i < m * N; i++) {
+      const int n = i % N;
+      double sum = 0.0;
+      for (int k = 0; k < K; k++) {
+        const uint8_t *w = weight + k / 32 * block;
+        const int in = k % 32, at = bits == 8 ? in / 4 * 64 + 4 * n + in % 4 : in % 16 / 4 * 64 + 4 * n + in % 4;
+        const int code = bits == 8 ? w[at] : w[at] >> (in / 16 * 4) & 15;
+        sum += ((code - 3) * (double)(n % 3 + 1) + (n - 4)) * x[i / N * K + k];
+      }
+      if (!(fabs(y[i] - sum) <= 1e-6 * K * 127 * 800)) return 1;
+    }
+  }
+  return 0;
+}
+
 /* Returns 0, or the number of the check that failed. */
 EXPORT int eff_self_test(void) {
   enum { M = 5, N = 7, K = 83 }; /* ragged in every direction */
@@ -107,5 +142,6 @@ EXPORT int eff_self_test(void) {
   if (!fp8_is_right(E4M3)) return 4;
   if (!fp8_is_right(E5M2)) return 5;
   if (int4_is_wrong(1) || int4_is_wrong(M)) return 7;
+  if (group_is_wrong(4) || group_is_wrong(8)) return 8;
   return 0;
 }

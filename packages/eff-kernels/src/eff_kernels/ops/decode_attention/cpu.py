@@ -13,7 +13,7 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.ops.decode_attention.reference import check_cache, num_blocks
 
-_ARGS = struct.Struct("PqPPqqqqqqqqqqPqqqPdPPqqq")  # the fields of args in decode_attention.c
+_ARGS = struct.Struct("PqqPPqqqqqqqqqqPqqqPdPPqqq")  # the fields of args in decode_attention.c
 
 
 def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, *options: float) -> str | None:
@@ -56,9 +56,10 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float,
     mass: Tensor | None, score_block: int,
 ) -> Tensor:  # fmt: skip
-    q = q.contiguous()
+    if q.stride(2) != 1 or q.stride(1) != q.size(2):  # heads lie side by side; sequences may lie apart
+        q = q.contiguous()
     lengths = lengths.contiguous()
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     (batch, heads, d), (pages, kv_heads, page, _) = q.shape, k.shape
     page_stride, head_stride, key_stride, _ = k.stride()
     table = max_pages = per_head = 0
@@ -66,7 +67,7 @@ def _attend(
         block_table = block_table.contiguous()
         table, max_pages, per_head = block_table.data_ptr(), block_table.size(-1), block_table.dim() == 3
     failed = _kernel()(_ARGS.pack(
-        q.data_ptr(), DTYPE_CODES[q.dtype], k.data_ptr(), v.data_ptr(), DTYPE_CODES[k.dtype],
+        q.data_ptr(), DTYPE_CODES[q.dtype], q.stride(0), k.data_ptr(), v.data_ptr(), DTYPE_CODES[k.dtype],
         batch, heads, kv_heads, d, pages, page, page_stride, head_stride, key_stride,
         table, max_pages, per_head, run, lengths.data_ptr(), scale, out.data_ptr(),
         0 if mass is None else mass.data_ptr(), score_block, 0 if mass is None else mass.size(2),

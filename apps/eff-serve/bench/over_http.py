@@ -1,0 +1,171 @@
+"""What a client gets over HTTP: start, memory, first tokens, throughput, and the next turn of a long conversation.
+
+Run it as ``nox -s bench -- serve over_http``, or by itself with ``--threads 2``. Each engine is a server process of its
+own on the embedded model; the client speaks the streaming API. Every line of the table is one engine.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import eff_kernels
+import httpx
+from eff_embedded.language import smollm2_gguf
+from eff_kernels.testing.records import environment
+
+RESULTS = Path(__file__).parent / "results" / "over_http.jsonl"
+TEXT = "\n".join(topics.values())  # Python's own reference manual
+SYSTEM = "You answer questions about this text."
+GREEDY = {"temperature": 0.0}
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 1}
+ENGINES = {
+    "eff gguf": ["--model", str(smollm2_gguf())],
+    "eff int8": ["--quantize", "int8"],
+    "eff int8, no prefix cache": ["--quantize", "int8", "--no-prefix-cache"],
+    "eff bf16": ["--quantize", "none"],
+}
+
+
+class Server:
+    """A server process, from its start until it answers."""
+
+    def __init__(self, options, threads, port):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", "from eff_serve.cli import main; main()", "--port", str(port)]
+        started = time.perf_counter()
+        self.process = subprocess.Popen(
+            [*command, "--no-log-requests", *options], env=environment, stdout=subprocess.DEVNULL
+        )
+        self.url = f"http://127.0.0.1:{port}"
+        while True:
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None or time.perf_counter() - started > 180:
+                raise RuntimeError(f"the server with {options} did not start")
+            time.sleep(0.02)
+        self.ready = time.perf_counter() - started
+
+    def resident(self):
+        """Resident memory in MB, and the most that it ever was."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        found = dict(line.split(":", 1) for line in lines)
+        return [int(found[key].split()[0]) / 1000 for key in ("VmRSS", "VmHWM")]
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(30)
+
+
+async def answer(client, messages, max_tokens, **fields):
+    """Seconds to the first token, seconds to the last, how many, and what was cached."""
+    body = {
+        "messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True}, **fields,
+    }  # fmt: skip
+    started, first, text, usage = time.perf_counter(), None, "", None
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
+            if piece:
+                first = time.perf_counter() - started if first is None else first
+                text += piece
+    took = time.perf_counter() - started
+    return (
+        first,
+        took,
+        usage["completion_tokens"],
+        text,
+        (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+    )
+
+
+def asking(i, characters=200):
+    return [{"role": "user", "content": f"{i}. Go on with this text: {TEXT[i * 997 : i * 997 + characters]}"}]
+
+
+async def measure(server, rounds, batches):
+    found = {}
+    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=64)) as client:
+        await answer(client, asking(999), 8, **GREEDY)
+        firsts = [(await answer(client, asking(i), 2, **GREEDY))[0] for i in range(3 * rounds)]
+        found["first token of 60"] = [1000 * s for s in firsts]
+        longs = [(await answer(client, asking(100 + i, 2200), 2, **GREEDY))[0] for i in range(rounds)]
+        found["first token of 512"] = [1000 * s for s in longs]
+        for batch in batches:
+            for name, how in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                rates = []
+                for r in range(rounds):
+                    prompts = [asking(1000 * r + 20 * batch + i) for i in range(batch)]
+                    started = time.perf_counter()
+                    got = await asyncio.gather(*(answer(client, p, 64, **how) for p in prompts))
+                    rates.append(sum(g[2] for g in got) / (time.perf_counter() - started))
+                found[f"tokens/s of {batch}, {name}"] = rates
+        turns, cached = [], 0
+        for r in range(rounds):
+            talk = [{"role": "system", "content": SYSTEM + TEXT[r * 20000 : r * 20000 + 12500]}]
+            for question in ("What is this?", "Tell me more.", "And what else?"):
+                talk.append({"role": "user", "content": question})
+                first, _, _, text, cached = await answer(client, talk, 24, **GREEDY)
+                talk.append({"role": "assistant", "content": text})
+                turns.append((question, first))
+        found["first turn of 3000"] = [1000 * s for q, s in turns if q == "What is this?"]
+        found["next turn of 3000"] = [1000 * s for q, s in turns if q != "What is this?"]
+        found["cached tokens of the last turn"] = [cached or 0]
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--port", type=int, default=8931)
+    parser.add_argument("--no-record", action="store_true", help="only print")
+    options = parser.parse_args()
+    sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
+    about = {"bench": "over_http", **environment("cpu", sources), "threads": options.threads}
+    for name in options.engines:
+        server = Server(ENGINES[name], options.threads, options.port)
+        try:
+            before = server.resident()[0]
+            found = asyncio.run(measure(server, options.rounds, options.batches))
+            resident, most = server.resident()
+        finally:
+            server.close()
+        found |= {"ready": [server.ready], "MB when ready": [before], "MB after": [resident], "MB at most": [most]}
+        print(name)
+        for metric, values in found.items():
+            middle = statistics.median(values)
+            print(
+                f"  {metric:32} {middle:10.1f}   ({min(values):.1f} to {max(values):.1f}, n={len(values)})", flush=True
+            )
+            record = {
+                **about,
+                "engine": name,
+                "metric": metric,
+                "median": middle,
+                "values": [round(v, 3) for v in values],
+            }
+            if not options.no_record:
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

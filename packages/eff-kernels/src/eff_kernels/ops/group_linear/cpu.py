@@ -1,0 +1,60 @@
+"""group_linear in compiled code: one call from float activations to float outputs."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eff_kernels import native
+from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.group_linear.pack import GROUP
+
+_ARGS = struct.Struct("PqqqqqPqqqqPPqq")  # the fields of args in group_linear.c
+
+
+def reject(x: Tensor, packed: Tensor, bias: Tensor | None, *options: object) -> str | None:
+    """Why the compiled code cannot run this call."""
+    out_dtype = options[-1]
+    if not x.is_cpu:
+        return f"needs CPU tensors, got x on {x.device}"
+    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
+        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    return native.unavailable()
+
+
+def group_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    bits: int,
+    offset: int,
+    minima: bool,
+    wide: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As the reference."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    packed = packed.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    m = x.size(0)
+    y = torch.empty(m, n, dtype=out_dtype)
+    failed = _kernel()(_ARGS.pack(
+        x.data_ptr(), DTYPE_CODES[x.dtype], m, n, packed.size(1) * GROUP, x.stride(0), packed.data_ptr(), bits, offset,
+        minima, wide, 0 if bias is None else bias.data_ptr(), y.data_ptr(), DTYPE_CODES[out_dtype],
+        native.threads_for(m * n * packed.size(1) * GROUP),
+    ))  # fmt: skip
+    if failed:
+        raise MemoryError(f"group_linear could not allocate scratch memory for x {list(x.shape)}")
+    return y
+
+
+@functools.cache
+def _kernel() -> Callable[[bytes], int]:
+    return native.fallible("eff_group_linear", _ARGS)
