@@ -70,8 +70,7 @@ class Step:
         return out
 
     def exactly(self) -> torch.Tensor:
-        """The same in float64, by the references of the ops."""
-        self()  # a routed model is in its mode now
+        """The same in float64, by the references of the ops, in the mode that `prepare` has set."""
         step = copy.copy(self)
         step.model, step.cache = copy.deepcopy(self.model).double(), copy.deepcopy(self.cache)
         for layer in step.cache.layers:
@@ -174,10 +173,11 @@ def decode(recorder, base, mixer, mixed, arrow, names, cache, batch: int, rounds
     wanted, found = calls["PEFT adapter_names"](), calls["eff hard"]()
     error = float((found - wanted).norm() / wanted.norm())
     moved = float((wanted - calls["base"]()).norm() / wanted.norm())
-    print(f"B={batch}: eff hard differs from PEFT's mixed batch by {error:.1e}, that from the base by {moved:.2f}")
-    right = {
-        name: same(calls[name](), calls[name].exactly(), tolerance=1e-4) for name in ("base", "Arrow", "eff sparse")
-    }
+    print(f"B={batch}: eff hard differs from PEFT's mixed batch by {error:.1e}, that from the base by {moved:.1e}")
+    right = {}
+    for name in ("base", "Arrow", "eff sparse"):
+        calls[name].prepare()
+        right[name] = same(calls[name](), calls[name].exactly(), tolerance=1e-4)
     right |= dict.fromkeys(("eff hard", "PEFT adapter_names"), error < 1e-4 < moved)  # one comparison, of the two
     take_times(recorder, f"B={batch}", "decode", calls, rounds, right)
 
