@@ -68,4 +68,24 @@ def models() -> None:
     need(MODEL in [m.id for m in client.models.list()], "models")
 
 
-run(chat, stream, structured, tools, streamed_tools, models)
+def responses() -> None:
+    answer = client.responses.create(model=MODEL, input=QUESTION, temperature=0)
+    need("Paris" in answer.output_text and answer.usage.output_tokens > 1, answer)
+    parsed = client.responses.parse(model=MODEL, input=QUESTION, temperature=0, text_format=Place).output_parsed
+    need(isinstance(parsed, Place), parsed)
+
+
+def streamed_responses() -> None:
+    with client.responses.stream(model=MODEL, input=QUESTION, temperature=0) as events:
+        kinds = [event.type for event in events]
+        text = events.get_final_response().output_text
+    need("response.output_text.delta" in kinds and "Paris" in text, (kinds, text))
+
+
+def embeddings() -> None:
+    found = client.embeddings.create(model=MODEL, input=["bread", "butter"]).data  # base64 on the wire
+    plain = client.embeddings.create(model=MODEL, input="bread", encoding_format="float").data[0].embedding
+    need(max(abs(a - b) for a, b in zip(found[0].embedding, plain, strict=True)) < 1e-6, found[0])
+
+
+run(chat, stream, structured, tools, streamed_tools, models, responses, streamed_responses, embeddings)

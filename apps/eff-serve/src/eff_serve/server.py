@@ -28,7 +28,14 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
     loaded.engine.start()
     eos = loaded.engine.decoder.config.eos_token_ids
     settings = Settings(
-        model_id=loaded.name,
+        model_id=name,
+        aliases=tuple(aliases),
+        family=getattr(loaded.engine.decoder.config, "architecture", "unknown").removesuffix("ForCausalLM").lower(),
+        quantization=loaded.description.removeprefix(f"{loaded.name} (").partition(",")[0],
+        weight_bytes=loaded.engine.decoder.weight_bytes,
+    name, *aliases = config.served_model_name or (loaded.name,)
+    if not all(given.isprintable() and given.strip() == given != "" for given in (name, *aliases)):
+        sys.exit(f"eff-serve: served-model-name {config.served_model_name} must be printable names")
         fingerprint=loaded.fingerprint,
         api_keys=keys,
         hosts=LOOPBACK_HOSTS if config.host in LOOPBACK_HOSTS and not keys else None,

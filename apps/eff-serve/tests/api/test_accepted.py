@@ -6,6 +6,7 @@ DESCRIBED = {
     "type": "json_schema",
     "json_schema": {"name": "x", "description": "d", "schema": {"type": "object", "properties": {}}},
 }
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}", "parsed_arguments": {}}, "index": 0}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,13 @@ DESCRIBED = {
         {"stream_options": {"include_obfuscation": False}},
         {"messages": [{"role": "user", "content": "a", "name": "bob"}]},
         {"messages": [{"role": "assistant", "content": "a", "tool_calls": []}, {"role": "user", "content": "x"}]},
-        {"messages": [{"role": "assistant", "content": "a", "annotations": [], "refusal": None}]},
+        {"messages": [{"role": "assistant", "content": "a", "annotations": [], "refusal": None, "parsed": {"a": 1}}]},
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "c", "content": ""},
+            ]
+        },
     ],
 )
 def test_taken(chat, fields):

@@ -100,7 +100,12 @@ def includes_usage(body: SamplingFields) -> bool:
 
 
 async def respond(
-    request: Request, body: SamplingFields, generation: Generation, form: Format, request_id: str
+    request: Request,
+    body: SamplingFields,
+    generation: Generation,
+    form: Format,
+    request_id: str,
+    stream: type[EventStream] = EventStream,
 ) -> Response:
     """Answer with a stream or a whole body; when the client leaves, the generation ends and is counted as left."""
     endpoint = request.url.path
@@ -120,7 +125,7 @@ async def respond(
             await send(form.usage_event(generation.usage))
 
     if body.stream:
-        return EventStream(
+        return stream(
             produce, client_gone=lambda: metrics.client_gone(endpoint), close=generation.close, headers=headers
         )
     answers = [Answer() for _ in generation.choices]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request, Response
@@ -46,6 +46,36 @@ router = APIRouter(route_class=JsonRoute, tags=["generation"])
 @router.post("/v1/chat/completions", responses=json_or_events(ChatCompletion, ChatChunk), response_model=None)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation. Every field is honoured or refused with 400 naming it."""
+    begun = await begin(body, request, "chatcmpl-")
+    return await respond(request, body, begun.generation, _ChatFormat(begun, body), begun.frame.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A conversation whose answer is in line, and what is needed to read it."""
+
+    frame: Frame
+    tokenizer: Tokenizer
+    generation: Generation
+    plan: ToolPlan | None
+    thoughts: bool | str
+
+    def speech(self) -> Speech:
+        """What takes one answer's text apart."""
+        return Speech(thinks=self.thoughts, calls=None if self.plan is None else self.plan.calls())
+
+
+async def begin(body: ChatRequest, request: Request, prefix: str) -> Begun:
+    """Check a conversation and put its answer in line.
+
+    Args:
+        body: The conversation.
+        request: Where it came from.
+        prefix: Of the id of the response.
+
+    Raises:
+        ApiError: 400, 404, 429 or 503.
+    """
     serving: Serving = request.app.state.serving
     adapter = serving.check_model(body.model)
     engine, tokenizer = serving.admit()
@@ -68,7 +98,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     if plan is not None:
         sampling = replace(sampling, grammar=grammar_of(plan, body, tokenizer, thinks=thoughts))
     special = shows_special(plan, tokenizer, thinks=thoughts)
-    frame = Frame.of(request, serving, "chatcmpl-", body.request_id, adapter)
+    frame = Frame.of(request, serving, prefix, body.request_id, adapter)
     seen = await pictures.look(body.messages, prompt, serving.eyes)
     jobs = [
         Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body, keep_special=special), seen)
@@ -77,8 +107,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     generation = Generation(
         serving, jobs, prompt_tokens=len(prompt), request_id=frame.id, arrival=frame.arrival, user=body.user
     )
-    form = _ChatFormat(frame, tokenizer, body, generation, plan, thoughts)
-    return await respond(request, body, generation, form, frame.id)
+    return Begun(frame, tokenizer, generation, plan, thoughts)
 
 
 def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> list[int]:
@@ -104,29 +133,16 @@ def chat_prompt(tokenizer: Tokenizer, body: ChatRequest | TokenizeRequest) -> li
 class _ChatFormat:
     """Pieces of answers as chat responses."""
 
-    def __init__(
-        self,
-        frame: Frame,
-        tokenizer: Tokenizer,
-        body: ChatRequest,
-        generation: Generation,
-        plan: ToolPlan | None,
-        thoughts: bool | str,
-    ) -> None:
-        self._frame = frame
-        self._tokenizer = tokenizer
+    def __init__(self, begun: Begun, body: ChatRequest) -> None:
+        self._begun = begun
+        self._frame, self._tokenizer, self._generation = begun.frame, begun.tokenizer, begun.generation
         self._logprobs = bool(body.logprobs)
         self._prompt_logprobs = body.prompt_logprobs is not None
         self._include_usage = includes_usage(body)
-        self._generation = generation
-        self._plan, self._thoughts = plan, thoughts
-        self._speech = [self._new_speech() for _ in generation.choices]
-
-    def _new_speech(self) -> Speech:
-        return Speech(thinks=self._thoughts, calls=None if self._plan is None else self._plan.calls())
+        self._speech = [begun.speech() for _ in begun.generation.choices]
 
     def opening(self) -> list[BaseModel]:
-        text = "" if self._plan is None else None
+        text = "" if self._begun.plan is None else None
         return [self._chunk(choice.index, Delta(role="assistant", content=text)) for choice in self._generation.choices]
 
     def events(self, piece: Piece) -> list[BaseModel]:
@@ -149,11 +165,11 @@ class _ChatFormat:
     def complete(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         choices = []
         for index, answer in enumerate(answers):
-            speech = self._new_speech()
+            speech = self._begun.speech()
             choices.append(
                 ChatChoice(
                     index=index,
-                    message=_message(speech.feed(answer.text, final=True)),
+                    message=message_of(speech.feed(answer.text, final=True)),
                     logprobs=self._scores(answer.scores),
                     finish_reason=_reason(answer.finish_reason, speech),
                 )
@@ -198,7 +214,7 @@ def _deltas(part: Part) -> Iterator[Delta]:
         yield Delta(tool_calls=[DeltaToolCall(index=part.index, function=more)])
 
 
-def _message(parts: Sequence[Part]) -> AnswerMessage:
+def message_of(parts: Sequence[Part]) -> AnswerMessage:
     """The whole answer; its text is null where there are only calls."""
     words = "".join(p.text for p in parts if isinstance(p, Words) and not p.thought)
     thoughts = "".join(p.text for p in parts if isinstance(p, Words) and p.thought)

@@ -7,6 +7,8 @@ from typing import Any
 from eff_http import ErrorResponse
 from pydantic import BaseModel
 
+from eff_serve.api.schema.ollama import OllamaError
+
 _MEANING = {
     400: "A field is unknown, not supported or has a bad value; ``error.param`` names it.",
     401: "No API key, or a wrong one.",
@@ -34,3 +36,18 @@ def json_or_events(whole: type[BaseModel], event: type[BaseModel]) -> dict[int |
         200: {"model": whole, "description": "The answer.", "content": {"text/event-stream": stream}},
         **errors(400, 401, 404, 413, 429, 500, 503, 504),
     }
+
+
+def ollama_errors(whole: type[BaseModel] | None = None) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of Ollama's endpoints: errors as text, and an answer whole or as lines of JSON."""
+    statuses = (400, 404, 413, 429, 500, 503, 504)
+    found: dict[int | str, dict[str, Any]] = {s: {"model": OllamaError, "description": _MEANING[s]} for s in statuses}
+    found[401] = {"model": ErrorResponse, "description": _MEANING[401]}
+    if whole is not None:
+        lines = {"application/x-ndjson": {"schema": {"type": "string"}}}
+        found[200] = {
+            "model": whole,
+            "description": "The answer; with `stream` a line for each piece.",
+            "content": lines,
+        }
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
 from eff_http import ApiError, retry_later
@@ -25,6 +26,7 @@ class Serving:
         self.eyes: Eyes | None = None
         self.metrics = Metrics(settings.model_id, self._stats)
         self.state: State = "loading"
+        self.one_embedding = asyncio.Semaphore(1)
         self._engine: Engine | None = None
         self._tokenizer: Tokenizer | None = None
         if engine is not None and tokenizer is not None:

@@ -26,6 +26,9 @@ class Settings:
         max_sequences: Most sequences of one request: prompts times ``n``.
         deadline: Seconds after which a request is given up.
         chat_page: Serve the chat page at ``/``.
+        family: Architecture of the model, such as "llama"; told by Ollama's API and the chat page, like the next two.
+        quantization: Format of its weights.
+        weight_bytes: Their size.
     """
 
     model_id: str
@@ -42,6 +45,9 @@ class Settings:
     max_sequences: int = 64
     deadline: float = 600.0
     chat_page: bool = True
+    family: str = "unknown"
+    quantization: str = ""
+    weight_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "deadline"):

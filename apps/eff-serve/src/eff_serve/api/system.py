@@ -22,6 +22,7 @@ def _card(serving: Serving, adapter: str | None = None) -> ModelCard:
         max_model_len=serving.engine.max_model_len,
         input_modalities=["text"] if serving.eyes is None else ["text", "image"],
         steering=list(serving.steering),
+        quantization=settings.quantization,
     )
 
 

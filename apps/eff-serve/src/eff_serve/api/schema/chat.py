@@ -91,6 +91,7 @@ class Message(RequestModel):
     function_call: None = None
     audio: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    parsed: Any = None  # a note of the openai client, which sends it back
 
     @model_validator(mode="before")
     @classmethod

@@ -54,7 +54,8 @@ class Version(BaseModel):
 class ModelCard(BaseModel):
     """One model of /v1/models.
 
-    ``input_modalities`` says whether it sees pictures, ``steering`` which methods the field ``eff`` may ask for.
+    ``input_modalities`` says whether it sees pictures, ``steering`` which methods the field ``eff`` may ask for,
+    ``quantization`` how its weights are stored.
     """
 
     id: str
@@ -64,6 +65,7 @@ class ModelCard(BaseModel):
     max_model_len: int
     input_modalities: list[str] = ["text"]
     steering: list[str] = []
+    quantization: str = ""
 
 
 class ModelList(BaseModel):

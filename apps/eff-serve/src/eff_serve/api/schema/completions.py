@@ -12,7 +12,7 @@ from eff_serve.api.schema.common import PromptLogprobs, Usage
 from eff_serve.api.schema.sampling import MAX_TOP, SamplingFields
 
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}
-_PROMPT_SCHEMA = {
+PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "minItems": 1, "items": {"type": "string"}},
@@ -22,7 +22,7 @@ _PROMPT_SCHEMA = {
 }
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
+def prompts(value: Any) -> list[str] | list[list[int]]:
     """Bring the four forms of ``prompt`` to a list of texts or a list of lists of token ids."""
     if isinstance(value, str):
         return [value]
@@ -47,7 +47,7 @@ def _is_id(value: Any) -> bool:
 class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(prompts), WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: Annotated[Int, Field(ge=0, le=2**31)] | None = 16
     echo: bool | None = False
     logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP)] | None = None

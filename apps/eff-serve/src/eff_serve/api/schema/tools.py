@@ -108,6 +108,7 @@ class CalledFunction(RequestModel):
 
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = None  # a note of the openai client, which sends it back
 
 
 class MessageToolCall(RequestModel):

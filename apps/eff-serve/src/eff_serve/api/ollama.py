@@ -1,0 +1,254 @@
+"""Ollama's API over the same model: /api/chat, /api/generate, /api/tags, /api/ps, /api/show, /api/version."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from eff_http import bad_request
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from eff_serve.api.answer import Frame, assembler_for, respond
+from eff_serve.api.chat import Begun, begin
+from eff_serve.api.documented import ollama_errors
+from eff_serve.api.generation import Generation, Job
+from eff_serve.api.ollama_text import LineStream, OllamaFormat, OllamaRoute
+from eff_serve.api.sampling import sampling_for, token_limit
+from eff_serve.api.schema.chat import ChatRequest
+from eff_serve.api.schema.common import Version
+from eff_serve.api.schema.ollama import (
+    OllamaAnswer,
+    OllamaAnswerMessage,
+    OllamaChatRequest,
+    OllamaDetails,
+    OllamaFields,
+    OllamaGenerateRequest,
+    OllamaMessage,
+    OllamaModel,
+    OllamaModels,
+    OllamaShow,
+    ShowRequest,
+)
+from eff_serve.api.serving import Serving
+from eff_serve.engine.embedding import embedding_size
+
+router = APIRouter(route_class=OllamaRoute, tags=["ollama"])
+DEFAULTS = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+_PNG, _JPEG = "iVBORw0KGgo", "/9j/"
+
+
+@router.post("/api/chat", responses=ollama_errors(OllamaAnswer), response_model=None)
+async def chat(body: OllamaChatRequest, request: Request) -> Response:
+    """Answer a conversation; without messages, say that the model is loaded."""
+    serving: Serving = request.app.state.serving
+    name = _checked(serving, body)
+    if not body.messages:
+        return _loaded(body.model, bare=False)
+    begun = await begin(_as_chat(body, name, _turns(body.messages), _tools(body)), request, "ollama-")
+    return await _respond(body, request, begun, bare=False)
+
+
+@router.post("/api/generate", responses=ollama_errors(OllamaAnswer), response_model=None)
+async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
+    """Answer a prompt, or with ``raw`` continue it; without a prompt, say that the model is loaded."""
+    serving: Serving = request.app.state.serving
+    name = _checked(serving, body)
+    if not body.prompt:
+        return _loaded(body.model, bare=True)
+    if body.raw:
+        return await _respond(body, request, await _continue(body, body.prompt, name, request), bare=True)
+    turns = [{"role": "system", "content": body.system}] if body.system else []
+    turns.append({"role": "user", "content": _with_pictures(body.prompt, body.images)})
+    begun = await begin(_as_chat(body, name, turns, None), request, "ollama-")
+    return await _respond(body, request, begun, bare=True)
+
+
+@router.get("/api/tags", responses=ollama_errors())
+@router.get("/api/ps", responses=ollama_errors())
+async def tags(request: Request) -> OllamaModels:
+    """The models that are served; all of them are loaded."""
+    serving: Serving = request.app.state.serving
+    serving.check()
+    return OllamaModels(models=[_model(serving, adapter) for adapter in (None, *serving.adapters)])
+
+
+@router.post("/api/show", responses=ollama_errors())
+async def show(body: ShowRequest, request: Request) -> OllamaShow:
+    """What a model is and can do."""
+    serving: Serving = request.app.state.serving
+    known(serving, body.model)
+    engine, tokenizer = serving.admit()
+    details = _details(serving)
+    able = ["completion", "tools"]
+    able += ["thinking"] if tokenizer.thinks else []
+    able += ["vision"] if serving.eyes is not None else []
+    able += ["embedding"] if embedding_size(engine) is not None else []
+    info = {"general.architecture": details.family, f"{details.family}.context_length": engine.max_model_len}
+    return OllamaShow(details=details, model_info=info, capabilities=able, modified_at=_time(serving.settings.created))
+
+
+@router.get("/api/version")
+async def version() -> Version:
+    """Version of the server."""
+    return Version(version=metadata.version("eff-serve"))
+
+
+def known(serving: Serving, model: str) -> str:
+    """The served name that a model of Ollama's means: the tag "latest" says nothing.
+
+    Raises:
+        ApiError: 404 for another model.
+    """
+    name = model.removesuffix(":latest")
+    serving.check_model(name)
+    return name
+
+
+def _checked(serving: Serving, body: OllamaFields) -> str:
+    """The served name, once the model is known to read so long a context and to think where that is asked for."""
+    name = known(serving, body.model)
+    engine, tokenizer = serving.admit()
+    length = None if body.options is None else body.options.num_ctx
+    if length is not None and length > engine.max_model_len:
+        raise bad_request(f"num_ctx={length} is more than the {engine.max_model_len} tokens of this server", "num_ctx")
+    if body.think and not tokenizer.thinks:
+        raise bad_request(f"the model {body.model[:100]!r} does not support thinking", "think")
+    return name
+
+
+async def _respond(body: OllamaFields, request: Request, begun: Begun, *, bare: bool) -> Response:
+    fields = ChatRequest.model_construct(stream=body.stream is not False, stream_options=None)
+    form = OllamaFormat(begun, body.model, bare=bare)
+    return await respond(request, fields, begun.generation, form, begun.frame.id, LineStream)
+
+
+def _loaded(model: str, *, bare: bool) -> Response:
+    answer = OllamaAnswer(model=model, created_at=datetime.now(UTC).isoformat(), done=True, done_reason="load")
+    if bare:
+        answer.response = ""
+    else:
+        answer.message = OllamaAnswerMessage(role="assistant", content="")
+    return Response(answer.model_dump_json(exclude_unset=True) + "\n", media_type="application/json")
+
+
+def _sampling(body: OllamaFields) -> dict[str, Any]:
+    given = {} if body.options is None else body.options.model_dump(exclude_none=True, exclude={"num_ctx"})
+    limit = given.pop("num_predict", -1)
+    penalty = given.pop("repeat_penalty", 1.0)
+    return {**DEFAULTS, **given, "repetition_penalty": penalty, "max_tokens": limit if limit > 0 else None}
+
+
+def _shape(body: OllamaFields) -> dict[str, Any] | None:
+    if body.format is None or body.format == "":
+        return None
+    if body.format == "json":
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "format", "schema": body.format}}
+
+
+def _as_chat(
+    body: OllamaFields, name: str, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> ChatRequest:
+    fields = {
+        **_sampling(body),
+        "model": name,
+        "messages": turns,
+        "tools": tools,
+        "stream": body.stream is not False,
+        "response_format": _shape(body),
+        "chat_template_kwargs": None if body.think is None else {"enable_thinking": body.think},
+    }
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(), body=fields) from None
+
+
+async def _continue(body: OllamaGenerateRequest, prompt: str, name: str, request: Request) -> Begun:
+    """A text that goes on without a chat template."""
+    if body.system or body.images:
+        raise bad_request("raw=true leaves no place for system or images", "raw")
+    serving: Serving = request.app.state.serving
+    engine, tokenizer = serving.admit()
+    chat = _as_chat(body, name, [{"role": "user", "content": "-"}], None)
+    ids = await asyncio.to_thread(tokenizer.encode, prompt)
+    adapter = serving.check_model(name)
+    sampling = await sampling_for(
+        chat,
+        max_tokens=token_limit(len(ids), chat.limit, engine.max_model_len, "prompt"),
+        logprobs=None,
+        prompt_logprobs=None,
+        vocab_size=tokenizer.vocab_size,
+        adapter=adapter,
+    )
+    frame = Frame.of(request, serving, "ollama-", None, adapter)
+    job = Job(ids, sampling, assembler_for(tokenizer, chat))
+    generation = Generation(serving, [job], prompt_tokens=len(ids), request_id=frame.id, arrival=frame.arrival)
+    return Begun(frame, tokenizer, generation, None, False)
+
+
+def _tools(body: OllamaChatRequest) -> list[dict[str, Any]] | None:
+    return None if not body.tools else [tool.model_dump() for tool in body.tools]
+
+
+def _turns(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
+    """Messages as OpenAI's API has them, where calls have ids: results belong to the calls by name, else by order."""
+    turns: list[dict[str, Any]] = []
+    open_calls: list[tuple[str, str]] = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": _with_pictures(message.content or "", message.images)}
+        if message.thinking:
+            turn["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            open_calls = [(f"call_{len(turns)}_{i}", c.function.name) for i, c in enumerate(message.tool_calls)]
+            turn["tool_calls"] = [
+                {
+                    "id": ident,
+                    "type": "function",
+                    "function": {"name": name, "arguments": json.dumps(call.function.arguments)},
+                }
+                for (ident, name), call in zip(open_calls, message.tool_calls, strict=True)
+            ]
+        elif message.role == "tool":
+            found = next((c for c in open_calls if message.tool_name in (None, c[1])), None)
+            if found is None:
+                raise bad_request("a message of role 'tool' must follow the call that it answers", "messages")
+            open_calls.remove(found)
+            turn["tool_call_id"] = found[0]
+        turns.append(turn)
+    return turns
+
+
+def _with_pictures(text: str, images: list[str] | None) -> str | list[dict[str, Any]]:
+    if not images:
+        return text
+    kinds = {_PNG: "png", _JPEG: "jpeg"}
+    urls = [
+        f"data:image/{next((k for start, k in kinds.items() if data.startswith(start)), 'webp')};base64,{data}"
+        for data in images
+    ]
+    return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+
+
+def _model(serving: Serving, adapter: str | None) -> OllamaModel:
+    name = serving.name_of(adapter)
+    digest = hashlib.sha256(f"{serving.settings.fingerprint}:{name}".encode()).hexdigest()
+    facts = {"name": name, "model": name, "digest": digest, "size": serving.settings.weight_bytes}
+    return OllamaModel(**facts, modified_at=_time(serving.settings.created), details=_details(serving))
+
+
+def _details(serving: Serving) -> OllamaDetails:
+    settings = serving.settings
+    return OllamaDetails(
+        family=settings.family, families=[settings.family], parameter_size="", quantization_level=settings.quantization
+    )
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

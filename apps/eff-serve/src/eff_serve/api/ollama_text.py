@@ -1,0 +1,157 @@
+"""Answers in Ollama's form: lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from eff_http import ApiError, JsonRoute, internal_error
+from eff_http.sse import EventStream, log
+from eff_http.validation import from_validation
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.types import Send
+
+from eff_serve.api.answer import Answer
+from eff_serve.api.chat import Begun
+from eff_serve.api.generation import EndReason, Piece
+from eff_serve.api.schema.common import Usage
+from eff_serve.api.schema.ollama import OllamaAnswer, OllamaAnswerMessage, OllamaError
+from eff_serve.api.speech import CallPart, Part, Words
+
+
+class OllamaRoute(JsonRoute):
+    """A route whose errors are Ollama's: ``{"error": "what was wrong"}``."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the strict handler."""
+        handle = super().get_route_handler()
+
+        async def told(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                found = from_validation(error.errors(), error.body)
+            except ApiError as error:
+                found = error
+            content = OllamaError(error=found.body.message).model_dump()
+            return JSONResponse(content, found.status_code, found.headers)
+
+        return told
+
+
+class LineStream(EventStream):
+    """One JSON object a line; an error is the last of them."""
+
+    media_type = "application/x-ndjson"
+
+    async def _send_all(self, send: Send) -> None:
+        async def send_line(line: BaseModel) -> None:
+            data = line.model_dump_json(exclude_unset=True).encode() + b"\n"
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await self._produce(send_line)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.error("a stream failed", exc_info=error)
+            told = error.body if isinstance(error, ApiError) else internal_error().body
+            await send_line(OllamaError(error=told.message))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class OllamaFormat:
+    """Pieces of an answer as lines of /api/chat, or of /api/generate where ``bare``."""
+
+    def __init__(self, begun: Begun, name: str, *, bare: bool) -> None:
+        self._begun, self._name, self._bare = begun, name, bare
+        self._speech = begun.speech()
+        self._calls: list[tuple[str, str]] = []
+        self._first: float | None = None
+
+    def opening(self) -> list[BaseModel]:
+        """Nothing comes before the first piece."""
+        return []
+
+    def events(self, piece: Piece) -> list[BaseModel]:
+        """Lines of one piece."""
+        self._first = self._first or time.perf_counter()
+        parts = self._speech.feed(piece.text, final=piece.finish_reason is not None)
+        lines = [self._line(words) for words in self._said(parts) if words]
+        if piece.finish_reason is not None:
+            calls = self._called(piece.finish_reason)
+            lines += [self._line({"tool_calls": calls})] if calls else []
+            lines.append(self._last({}, piece.finish_reason))
+        return lines
+
+    def usage_event(self, usage: Usage) -> BaseModel:
+        """Counts are part of the last line."""
+        raise NotImplementedError("counts are part of the last line")
+
+    def complete(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
+        """The whole answer."""
+        (answer,) = answers
+        found: dict[str, Any] = {}
+        for words in self._said(self._speech.feed(answer.text, final=True)):
+            for key, text in words.items():
+                found[key] = found.get(key, "") + text
+        if calls := self._called(answer.finish_reason):
+            found["tool_calls"] = calls
+        return self._last(found, answer.finish_reason)
+
+    def _said(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+        """Words of parts; calls are kept until they are whole."""
+        for part in parts:
+            if isinstance(part, CallPart):
+                if part.name is not None:
+                    self._calls.append((part.name, ""))
+                name, arguments = self._calls[-1]
+                self._calls[-1] = (name, arguments + part.arguments)
+        return [{"thinking" if p.thought else "content": p.text} for p in parts if isinstance(p, Words)]
+
+    def _called(self, reason: EndReason) -> list[dict[str, Any]]:
+        whole = self._calls if reason == "stop" or self._speech.called else self._calls[:-1]
+        return [{"function": {"name": n, "arguments": json.loads(a)}} for n, a in whole if _is_json(a)]
+
+    def _line(self, found: dict[str, Any], **more: Any) -> OllamaAnswer:
+        fields: dict[str, Any] = {"model": self._name, "created_at": datetime.now(UTC).isoformat(), "done": False}
+        if self._bare:
+            fields["response"] = found.get("content", "")
+            fields |= {"thinking": found["thinking"]} if "thinking" in found else {}
+        else:
+            fields["message"] = OllamaAnswerMessage(**{"role": "assistant", "content": "", **found})
+        return OllamaAnswer(**{**fields, **more})
+
+    def _last(self, found: dict[str, Any], reason: EndReason) -> OllamaAnswer:
+        now, usage = time.perf_counter(), self._begun.generation.usage
+        start = self._begun.frame.arrival
+        first = self._first or now
+        return self._line(
+            found,
+            done=True,
+            done_reason=reason,
+            total_duration=_nanoseconds(now - start),
+            load_duration=0,
+            prompt_eval_count=usage.prompt_tokens,
+            prompt_eval_duration=_nanoseconds(first - start),
+            eval_count=usage.completion_tokens,
+            eval_duration=_nanoseconds(now - first),
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
