@@ -24,6 +24,7 @@ BOTH_TO_ENGINE = [
     ({"ignore_eos": True}, "ignore_eos", True),
     ({"min_tokens": 2}, "min_tokens", 2),
     ({"prompt_logprobs": 2}, "prompt_logprobs", 2),
+    ({"priority": -3}, "priority", -3),
 ]
 
 
@@ -73,7 +74,8 @@ BAD_BOTH = [
     ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
-    ({"priority": 1}, "priority"),
+    ({"priority": 1001}, "priority"),
+    ({"priority": 0.5}, "priority"),
     ({"user": "u" * 257}, "user"),
     ({"unknown": 1}, "unknown"),
     ({"best_of": 2}, "best_of"),

@@ -38,6 +38,7 @@ async def sampling_for(
     return Sampling(
         max_tokens=max_tokens,
         adapter=adapter,
+        priority=request.priority or 0,
         min_tokens=min_tokens,
         temperature=_or(request.temperature, 1.0),
         top_p=_or(request.top_p, 1.0),

@@ -31,6 +31,7 @@ class Sampling:
         prompt_logprobs: The same for the prompt's tokens.
         grammar: An llguidance grammar (JSON, from ``LLMatcher.grammar_from_json_schema`` and the like) for the output.
         adapter: Name of a LoRA adapter that the engine holds; None is the base model.
+        priority: Place in the waiting line: smaller numbers first, in the order in which they came where they are equal.
         steering: Rules of attention, which the engine checks; None changes nothing.
     """
 
@@ -51,6 +52,7 @@ class Sampling:
     prompt_logprobs: int | None = None
     grammar: str | None = None
     adapter: str | None = None
+    priority: int = 0
     steering: Steering | None = None
 
 

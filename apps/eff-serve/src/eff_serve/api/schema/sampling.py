@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from eff_http import Int, RequestModel, refuse
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from eff_serve.api.schema.accepted import AcceptedFields
 from eff_serve.api.schema.common import RequestId, Seed, Token
@@ -119,16 +119,7 @@ class SamplingFields(AcceptedFields):
     eff: EffFields | None = None
     request_id: RequestId | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
-    priority: Int | None = 0
-
-    @field_validator("priority")
-    @classmethod
-    def _no_priority(cls, value: int | None) -> int | None:
-        if value:
-            raise refuse(
-                f"priority={value} is not supported: requests are served in the order in which they come; use 0"
-            )
-        return value
+    priority: Annotated[Int, Field(ge=-1000, le=1000)] | None = 0
 
     @model_validator(mode="after")
     def _sampling_fits(self) -> SamplingFields:
