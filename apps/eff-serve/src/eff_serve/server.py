@@ -24,22 +24,25 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
         keys = read_keys(config.api_key_file)
     except ValueError as error:
         sys.exit(f"eff-serve: {error}")
+    if config.adapter_root is not None and not config.adapter_root.is_dir():
+        sys.exit(f"eff-serve: --adapter-root {config.adapter_root} is no folder")
     log_to_stderr(logging.INFO if config.log_requests else logging.WARNING, "eff_serve", "eff_http")
     loaded.engine.start()
     eos = loaded.engine.decoder.config.eos_token_ids
+    name, *aliases = config.served_model_name or (loaded.name,)
+    if not all(given.isprintable() and given.strip() == given != "" for given in (name, *aliases)):
+        sys.exit(f"eff-serve: served-model-name {config.served_model_name} must be printable names")
     settings = Settings(
         model_id=name,
         aliases=tuple(aliases),
         family=getattr(loaded.engine.decoder.config, "architecture", "unknown").removesuffix("ForCausalLM").lower(),
         quantization=loaded.description.removeprefix(f"{loaded.name} (").partition(",")[0],
         weight_bytes=loaded.engine.decoder.weight_bytes,
-    name, *aliases = config.served_model_name or (loaded.name,)
-    if not all(given.isprintable() and given.strip() == given != "" for given in (name, *aliases)):
-        sys.exit(f"eff-serve: served-model-name {config.served_model_name} must be printable names")
         fingerprint=loaded.fingerprint,
         api_keys=keys,
         hosts=LOOPBACK_HOSTS if config.host in LOOPBACK_HOSTS and not keys else None,
         cors_origins=tuple(config.cors_origins),
+        adapter_root=config.adapter_root,
         max_body_bytes=(4 if loaded.eyes is None else 24) * 2**20,
     )
     app = create_app(loaded.engine, ServedTokenizer(loaded.tokenizer, eos), settings, loaded.eyes)

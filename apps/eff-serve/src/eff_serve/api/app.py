@@ -8,7 +8,7 @@ from eff_http import BodyLimits, Gate, GateRules, add_error_handlers
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from eff_serve.api import chat, completions, embeddings, ollama, page, responses, system, tokens
+from eff_serve.api import adapters, chat, completions, embeddings, ollama, page, responses, system, tokens
 from eff_serve.api.pictures import Eyes
 from eff_serve.api.serving import Serving
 from eff_serve.api.settings import Settings
@@ -38,6 +38,8 @@ def create_app(
     for module in (chat, completions, responses, system, tokens, ollama, embeddings):
         app.include_router(module.router)
     app.include_router(embeddings.ollama_router)
+    if settings.adapter_root is not None:
+        app.include_router(adapters.router)
     if settings.chat_page:
         page.add_chat_page(app)
     add_error_handlers(app)

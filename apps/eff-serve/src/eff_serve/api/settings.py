@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class Settings:
         family: Architecture of the model, such as "llama"; told by Ollama's API and the chat page, like the next two.
         quantization: Format of its weights.
         weight_bytes: Their size.
+        adapter_root: Folder inside of which clients may name adapters to load; None: they may load none.
     """
 
     model_id: str
@@ -48,6 +50,7 @@ class Settings:
     family: str = "unknown"
     quantization: str = ""
     weight_bytes: int = 0
+    adapter_root: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "deadline"):

@@ -1,0 +1,106 @@
+"""Decoding with many LoRA adapters over one model: ``nox -s bench -- serve adapters``.
+
+Eight adapters of rank 16 on q, k, v and o with random factors, and a mixture of three of eight a token, over the
+embedded model in int8. One step of a batch of 1, 8 and 16 behind 64 tokens: without adapters, all rows with one, each
+row with its own, and all with the mixture. Also the memory of the weights, and the time to load and take away one.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import eff_kernels
+import torch
+from _peers import Eff
+from eff_adapters.lora_mixer import LoraMixerConfig, apply_lora_mixer
+from eff_adapters.lora_mixer.peft_files import write_adapter
+from eff_embedded.language import load_smollm2, smollm2_folder
+from eff_kernels.testing import Provider, Recorder, same
+
+RESULTS = Path(__file__).parent / "results" / "adapters.jsonl"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS, RANK, CONTEXT = 8, 16, 64
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """Eight folders of adapters and one of their mixture."""
+    model, _ = load_smollm2(dtype=torch.float32)
+    names = {}
+    for number in range(EXPERTS):
+        generator, weights = torch.Generator().manual_seed(number), {}
+        for name, module in model.named_modules():
+            if name.endswith(TARGETS):
+                a = torch.randn(RANK, module.in_features, generator=generator) / module.in_features**0.5
+                weights[name] = a, 0.02 * torch.randn(module.out_features, RANK, generator=generator)
+        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(weights)}
+        names[f"e{number}"] = folder / f"e{number}"
+        write_adapter(names[f"e{number}"], weights, settings)
+    torch.manual_seed(0)
+    mixer = apply_lora_mixer(model, LoraMixerConfig(top_k=3), experts=dict(names))
+    mixer.save_pretrained(folder / "mix")
+    return {**names, "mix": folder / "mix"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--no-record", action="store_true", help="only print the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
+    recorder = Recorder("adapters", None if arguments.no_record else RESULTS, sources=sources)
+    engine = Eff(smollm2_folder(), "int8")
+    decoder = engine.decoder
+    plain_bytes = decoder.weight_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_all(Path(folder))
+        decoder.load_adapters(paths)
+        held = decoder.weight_bytes - plain_bytes
+        begun = time.perf_counter()
+        decoder.adapters.load("more", paths["e0"])
+        loading = time.perf_counter() - begun
+        begun = time.perf_counter()
+        decoder.adapters.unload("more")
+        taking = time.perf_counter() - begun
+    about = {
+        "base_mib": plain_bytes / 2**20, "adapters_and_mixture_mib": held / 2**20, "load_ms": loading * 1e3,
+        "unload_ms": taking * 1e3,
+    }  # fmt: skip
+    print(json.dumps({n: round(v, 1) for n, v in about.items()}))
+    mixture = decoder.adapters.get("mix").number
+    for batch in arguments.batches:
+        ids = torch.randint(5, 40000, (batch, CONTEXT), generator=torch.Generator().manual_seed(batch))
+        engine.prepare(ids)
+        tokens, positions = ids[:, -1], torch.full((batch,), CONTEXT)
+        table = engine.table[:batch].to(torch.int32)
+
+        def step(numbers, rows=slice(None), tokens=tokens, positions=positions, table=table):
+            chosen = None if numbers is None else numbers[rows]
+            return decoder.decode(tokens[rows], positions[rows], table[rows], adapters=chosen)
+
+        chosen = {
+            "no adapter": None,
+            "one adapter": torch.zeros(batch, dtype=torch.long),
+            "an adapter a row": torch.arange(batch) % EXPERTS,
+            "mixture, 3 of 8 a token": torch.full((batch,), mixture),
+        }
+
+        def check(numbers, batch=batch, step=step):
+            """Each row is as alone, and adapters change the answer."""
+            last = slice(batch - 1, batch)
+            alone = same(step(numbers)[last], step(numbers, last), tolerance=1e-4)
+            return alone and (numbers is None or not same(step(numbers), step(None), tolerance=1e-3))
+
+        providers = [
+            Provider(name, lambda _, n=n, step=step: step(n), check=lambda n=n, check=check: check(n))
+            for name, n in chosen.items()
+        ]
+        recorder.run(f"B={batch}", providers, mode="decode", rounds=arguments.rounds)
+    print(recorder.table("no adapter"))
+
+
+if __name__ == "__main__":
+    main()
