@@ -17,7 +17,6 @@ from pydoc_data.topics import topics
 
 import eff_kernels
 import httpx
-from eff_embedded.language import smollm2_gguf
 from eff_kernels.testing.records import environment
 
 RESULTS = Path(__file__).parent / "results" / "over_http.jsonl"
@@ -26,7 +25,7 @@ SYSTEM = "You answer questions about this text."
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 1}
 ENGINES = {
-    "eff gguf": ["--model", str(smollm2_gguf())],
+    "eff int4": ["--quantize", "int4"],
     "eff int8": ["--quantize", "int8"],
     "eff int8, no prefix cache": ["--quantize", "int8", "--no-prefix-cache"],
     "eff bf16": ["--quantize", "none"],

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,19 @@ def test_logits_equal_transformers(tiny_model, name):
         for row, (eager, exact), n in zip(got, truth, lengths, strict=True):
             at = slice(n + step, n + step + 1)
             within(row[None], eager[at], exact[at])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux' count of resident pages")
+def test_a_cache_takes_no_memory_before_it_is_written(tiny_model):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    del [torch.zeros(1 << 22) for _ in range(8)][:]  # an allocator that has memory of its own left
+    before = resident()
+    decoder = Decoder(tiny_model("llama"), num_pages=20_000)
+    assert sum(c.nbytes for c in (*decoder.keys, *decoder.values)) > 400 << 20
+    assert resident() - before < 40 << 20
+    assert not decoder.keys[2][-1].any()
 
 
 def test_all_names_are_tested(tiny_model):

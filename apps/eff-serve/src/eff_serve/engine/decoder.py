@@ -5,12 +5,13 @@ Suffixes: T tokens, H query heads, G key-value heads, D head dimension, P pages,
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, row_write, swiglu
 from torch import Tensor
@@ -80,6 +81,8 @@ class Decoder:
             raise ValueError(f"{folder} is quantised already ({c.int4.method}); leave out quantize={quantize!r}")
         if stored is None:
             settings = settings_for(quantize, threshold) if quantize else None
+            if threshold is not None and settings is None:
+                raise ValueError(f"threshold={threshold} is for int8, which the weights are not")
         elif quantize:
             raise ValueError(f"{folder} is quantised already ({describe(stored)}); leave out quantize={quantize!r}")
         else:
@@ -389,5 +392,9 @@ def _attended(q_THD: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> Tensor:
 
 
 def _untouched(shape: tuple[int, ...]) -> Tensor:
-    """Zeros that take memory only where they are written: a large cache costs neither time nor memory in advance."""
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+    """Zeros that take memory only where they are written: a large cache costs neither time nor memory in advance.
+
+    From the system itself: an allocator may have memory of its own left, and would write zeros into all of it.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)

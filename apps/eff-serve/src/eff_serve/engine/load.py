@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from eff_attention.layer_reuse import Selector
-from eff_embedded.language import SMOLLM2_NAME, smollm2_folder
+from eff_embedded.language import SMOLLM2_NAME, smollm2_folder, smollm2_gguf
 
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
@@ -20,7 +20,7 @@ from eff_serve.engine.gguf.tokenizer import gguf_folder
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
 from eff_serve.engine.quantization import FORMATS, describe
 from eff_serve.engine.reuse import read_reuse
-from eff_serve.engine.threads import on_a_thread_that_ends
+from eff_serve.engine.threads import give_memory_back, on_a_thread_that_ends
 from eff_serve.models.tokenizer import Tokenizer
 from eff_serve.names import EYES
 from eff_serve.pictures.eyes import Eyes, open_eyes
@@ -90,9 +90,10 @@ def load_engine(
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold must be 0 or more, got {threshold}")
     opened = _open_gguf(model, quantize)
+    config: DecoderConfig | HFConfig
     if opened is not None:
         folder, config = gguf_folder(opened), opened.config
-        quantize = None if quantize == AUTO else quantize
+        quantize = None if quantize == AUTO or model is None else quantize
     else:
         folder = smollm2_folder(progress=progress) if model in (None, EYES) else find_folder(model)
         config = _config(folder, quantize)
@@ -142,7 +143,7 @@ def load_engine(
         prefix_cache=prefix_cache,
     )
     name = SMOLLM2_NAME if model is None else Path(model).name if Path(model).is_dir() else model
-    if opened is not None:
+    if opened is not None and model is not None:
         name = opened.path.stem
     stored = config.quantization if isinstance(config, DecoderConfig) else None
     as_it_is = opened.describe() if opened is not None else describe(stored) if stored else "float weights"
@@ -156,6 +157,7 @@ def load_engine(
         weights += f", {len(adapters)} adapters"
     description = f"{name} ({weights}, up to {engine.max_model_len} tokens)"
     tokenizer = Tokenizer(folder, picture=() if eyes is None else eyes.places)
+    give_memory_back()
     return LoadedModel(engine, tokenizer, name, description, _fingerprint(folder, description), eyes)
 
 
@@ -166,7 +168,9 @@ def _fingerprint(folder: Path, description: str) -> str:
 
 
 def _open_gguf(model: str | None, quantize: str | None) -> GGUFModel | None:
-    """The GGUF file of that name, or None where it names something else."""
+    """The GGUF file of that name, or the embedded model's, whose codes are int4 already; None for anything else."""
+    if model is None and quantize == "int4":
+        return GGUFModel(smollm2_gguf())
     if model is None or not model.lower().endswith(".gguf") or Path(model).is_dir():
         return None
     if not Path(model).is_file():

@@ -220,6 +220,8 @@ def _read(checkpoint: Checkpoint | GGUFModel, name: str, n: int, k: int, config:
         return made
     bias_name = f"{name}.bias"
     bias = checkpoint.floats(bias_name, (n,)) if bias_name in checkpoint else None
+    if isinstance(checkpoint, GGUFModel):  # what is not multiplied as it is stored has become floats
+        return FloatLinear(checkpoint.get(f"{name}.weight", (n, k)), bias)
     packed = f"{name}.weight_packed" in checkpoint
     weight = None if packed else checkpoint.get(f"{name}.weight", (n, k))
     if weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1:

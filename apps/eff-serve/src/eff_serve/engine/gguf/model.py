@@ -86,14 +86,15 @@ class GGUFModel:
 
     def ends(self, vocab: int, hidden: int, *, tied: bool) -> tuple[Tensor | GroupRows, Linear]:
         """The embedding and the head, which are one where the file has no head of its own."""
-        name = "model.embed_tokens"
-        codes = self.layer(name, vocab, hidden)
+        codes = self.layer("model.embed_tokens", vocab, hidden)
         if isinstance(codes, GroupLinear):
             embedding: Tensor | GroupRows = GroupRows(codes.weight)
+            own: Linear = codes
         else:
-            embedding = self.get(f"{name}.weight", (vocab, hidden))
+            floats = self.get("model.embed_tokens.weight", (vocab, hidden))
+            embedding, own = floats, FloatLinear(floats)
         if tied:
-            return embedding, codes or FloatLinear(embedding)
+            return embedding, own
         head = self.layer("lm_head", vocab, hidden)
         return embedding, head or FloatLinear(self.get("lm_head.weight", (vocab, hidden)))
 
