@@ -12,6 +12,7 @@ from eff_vision.pixpro import (
     PixelPropagation,
     PixPro,
     PixProConfig,
+    PyramidCells,
     VitCells,
     cell_centres,
     export_backbone,
@@ -148,16 +149,51 @@ def test_a_training_step(loss):
     before = copy.deepcopy(model.target.state_dict())
     out = model(*views, *edges)
     out.loss.backward()
-    assert all(p.grad is None for p in model.target.parameters())
+    assert not list(model.target.parameters())
     assert float(model.encoder.backbone[0].weight.grad.abs().sum()) > 0
     assert float(out.empty_pairs) == 0.25
     assert 0 < float(out.spread) < 1
     torch.testing.assert_close(out.loss, out.pixel + 0.5 * out.instance)
     optimizer.step()
-    moved = dict(model.target.copy.named_parameters())
+    moved = {name: model.target.copy.get_buffer(name) for name, _ in model.online.named_parameters()}
     assert all(torch.equal(before[f"copy.{k}"], v) for k, v in moved.items())  # it moves in update_momentum alone
     model.update_momentum()
     assert any(not torch.equal(before[f"copy.{k}"], v) for k, v in moved.items())
+
+
+@pytest.mark.parametrize("loss", ["pixpro", "pixcontrast"])
+def test_a_pyramid_has_the_mean_of_its_levels(loss):
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+
+        def forward(self, x):
+            fine = self.first(x)
+            return [fine, self.second(fine)]
+
+    torch.manual_seed(0)
+    config = PixProConfig(loss=loss, dim=8, hidden=16, instance_weight=0.5)
+    encoder = PyramidCells(Maps(), FeaturePyramid((6, 8), 5, tower=1))
+    model = PixPro(encoder, config, total_steps=10).eval()
+    views = torch.rand(2, 4, 3, 16, 16)
+    edges = torch.tensor([[0.0, 0, 0.6, 0.6]] * 4), torch.tensor([[0.8, 0.1, 0.2, 0.7]] * 4)
+    out = model(*views, *edges)
+    out.loss.backward()
+    each = []
+    for level in (0, 1):
+        one = PixPro(encoder, config, total_steps=10).eval()
+        one.load_state_dict(model.state_dict())
+        hooks = [
+            side.register_forward_hook(lambda module, args, maps, level=level: [maps[level]])
+            for side in (one.online[0], one.target.copy[0])
+        ]
+        each.append(float(one(*views, *edges).pixel.detach()))
+        for hook in hooks:
+            hook.remove()
+    assert float(out.pixel.detach()) == pytest.approx(sum(each) / 2, abs=1e-5)
+    assert abs(each[0] - each[1]) > 1e-4
+    assert all(p.grad is not None for p in encoder.pyramid.parameters())
 
 
 def test_the_backbone_travels(tmp_path):

@@ -9,7 +9,7 @@ from eff_vision.scanpath import (
     make_shelves,
     simulate_searcher,
 )
-from eff_vision.scanpath.model import PAD
+from eff_vision.scanpath.model import PAD, GridMaxPool
 
 SMALL = {
     "d_model": 48,
@@ -150,6 +150,19 @@ def test_crops_are_read_too():
     out = model(**s)
     out.loss.backward()
     assert float(model.appearance[0].weight.grad.abs().max()) > 0
+
+
+def test_what_is_exported_gives_the_same_numbers(monkeypatch):
+    model, s = make().eval(), scene()
+    with torch.no_grad():
+        assert torch.equal(model.scores(**s), model(**s).logits)
+    pool = GridMaxPool(9, 5)
+    for size in ((10, 10), (27, 11), (9, 5), (4, 3)):
+        maps = torch.randn(2, 3, *size)
+        plain = pool(maps)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_exporting", lambda: True)
+            assert torch.equal(pool(maps), plain)
 
 
 def test_hidden_targets_have_no_place():

@@ -94,8 +94,12 @@ class RoiQueryEncoder(nn.Module):
         if config.position == "learned":
             self.rows, self.columns = (nn.Parameter(torch.rand(config.max_grid, d // 2)) for _ in range(2))
         self.readout = nn.ModuleDict({name: nn.Linear(d, roi.num_targets) for name, roi in rois.items()})
+        self._counts: dict[str, list[int]] = {}
         for name, roi in rois.items():
             self.register_buffer(f"mask_{name}", roi.masks)
+            # Vertices of each region, one region after the other.
+            self._counts[name] = roi.masks.sum(1).tolist()
+            self.register_buffer(f"members_{name}", roi.masks.nonzero()[:, 1], persistent=False)
 
     def forward(
         self,
@@ -138,13 +142,13 @@ class RoiQueryEncoder(nn.Module):
         for name, layer in self.readout.items():
             assert isinstance(layer, nn.Linear)
             mask: Tensor = getattr(self, f"mask_{name}")
-            members = [
-                row.nonzero().squeeze(1) for row in mask
-            ]  # only the vertices of a query's own region are computed
+            vertices: Tensor = getattr(self, f"members_{name}")
+            members = vertices.split(self._counts[name])
+            # Only the vertices of a query's own region are computed.
             parts = [tokens[:, start + r] @ layer.weight[index].T for r, index in enumerate(members)]
             start += len(members)
             sums = tokens.new_zeros(tokens.size(0), mask.size(1))
-            result[name] = sums.index_add(1, torch.cat(members), torch.cat(parts, 1)) + mask.sum(0) * layer.bias
+            result[name] = sums.index_add(1, vertices, torch.cat(parts, 1)) + mask.sum(0) * layer.bias
         return result
 
     def _position(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ Xie and others, Propagate Yourself: Exploring Pixel-Level Consistency for Unsupe
 
 from eff_vision.pixpro.cells import cell_centres, positive_mask
 from eff_vision.pixpro.config import PixProConfig
-from eff_vision.pixpro.encoder import CnnCells, VitCells, export_backbone
+from eff_vision.pixpro.encoder import CnnCells, PyramidCells, VitCells, export_backbone
 from eff_vision.pixpro.fpn import FeaturePyramid
 from eff_vision.pixpro.lars import LARS
 from eff_vision.pixpro.losses import pixcontrast_loss, pixpro_loss
@@ -25,6 +25,7 @@ __all__ = [
     "PixProConfig",
     "PixProOutput",
     "PixelPropagation",
+    "PyramidCells",
     "TwoViews",
     "VitCells",
     "cell_centres",

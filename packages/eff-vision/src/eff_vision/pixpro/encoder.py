@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from eff_vision.backbones import find_blocks
+from eff_vision.pixpro.fpn import FeaturePyramid
 
 
 class CnnCells(nn.Module):
@@ -59,7 +60,24 @@ class VitCells(nn.Module):
         return tokens[:, tokens.size(1) - height * width :].mT.unflatten(-1, (height, width))
 
 
-def export_backbone(encoder: CnnCells | VitCells, path: str | Path) -> None:
+class PyramidCells(nn.Module):
+    """A backbone with its feature pyramid: pictures to levels of cells, finest first (section 3.4).
+
+    Args:
+        backbone: Gives a list of maps, finest first.
+        pyramid: On top of these maps; kept for the detector together with the backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, pyramid: FeaturePyramid) -> None:
+        super().__init__()
+        self.backbone, self.pyramid, self.channels = backbone, pyramid, pyramid.dim
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Levels [B, channels, h, w]."""
+        return self.pyramid(self.backbone(pictures))
+
+
+def export_backbone(encoder: CnnCells | VitCells | PyramidCells, path: str | Path) -> None:
     """Write the backbone's own state_dict, under its own names, to a safetensors file.
 
     A timm, torchvision or transformers model of the same class loads it with ``load_state_dict``.

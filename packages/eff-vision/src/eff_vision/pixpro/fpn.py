@@ -19,6 +19,7 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, channels: Sequence[int], dim: int = 256, *, tower: int = 0) -> None:
         super().__init__()
+        self.dim = dim
         self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
         self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
         self.tower = nn.Sequential(

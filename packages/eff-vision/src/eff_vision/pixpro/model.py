@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from eff_vision.pixpro.cells import positive_mask
 from eff_vision.pixpro.config import PixProConfig
-from eff_vision.pixpro.encoder import CnnCells, VitCells
+from eff_vision.pixpro.encoder import CnnCells, PyramidCells, VitCells
 from eff_vision.pixpro.losses import pixcontrast_loss, pixpro_loss
 from eff_vision.pixpro.momentum import MomentumCopy
 from eff_vision.pixpro.propagation import PixelPropagation
@@ -41,12 +42,13 @@ class PixPro(nn.Module):
     with ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` for several processes.
 
     Args:
-        encoder: Pictures to cells.
+        encoder: Pictures to cells, or to levels of cells: the loss is then the mean over levels, whose cells have
+            sizes of their own; one projector serves them all, and the coarsest has the image-level branch.
         config: Settings.
         total_steps: Steps of the training, for the momentum.
     """
 
-    def __init__(self, encoder: CnnCells | VitCells, config: PixProConfig, total_steps: int) -> None:
+    def __init__(self, encoder: CnnCells | VitCells | PyramidCells, config: PixProConfig, total_steps: int) -> None:
         super().__init__()
         c = config
         self.config = c
@@ -60,10 +62,10 @@ class PixPro(nn.Module):
             self.predictor = _projector(c.dim, c.hidden, c.dim)
 
     @property
-    def encoder(self) -> CnnCells | VitCells:
+    def encoder(self) -> CnnCells | VitCells | PyramidCells:
         """The encoder that is trained: what to keep."""
         encoder = self.online[0]
-        assert isinstance(encoder, CnnCells | VitCells)
+        assert isinstance(encoder, CnnCells | VitCells | PyramidCells)
         return encoder
 
     def update_momentum(self) -> float:
@@ -75,25 +77,44 @@ class PixPro(nn.Module):
     def forward(self, view_a: Tensor, view_b: Tensor, crops_a: Tensor, crops_b: Tensor) -> PixProOutput:
         """Loss of two views [B, 3, H, W] whose edges in their picture are ``crops`` [B, 4], see `cells`."""
         c = self.config
-        maps = [self.online[0](v) for v in (view_a, view_b)]
-        cells = [self.online[1](m) for m in maps]
-        grid = (cells[0].size(2), cells[0].size(3)), (cells[1].size(2), cells[1].size(3))
-        mask = positive_mask(crops_a, crops_b, *grid, threshold=c.threshold)
+        crops = (crops_a, crops_b)
+        maps = [_levels(self.online[0](v)) for v in (view_a, view_b)]
         with torch.no_grad():
-            keys_maps = [self.target.copy.get_submodule("0")(v) for v in (view_a, view_b)]
-            keys = [self.target.copy.get_submodule("1")(m) for m in keys_maps]
-        flat = [x.flatten(2).mT for x in cells]
-        flat_keys = [x.flatten(2).mT for x in keys]
+            keys = [_levels(self.target.copy.get_submodule("0")(v)) for v in (view_a, view_b)]
+        projector, slow = self.online[1], self.target.copy.get_submodule("1")
+        cells = [[projector(m) for m in levels] for levels in maps]
+        with torch.no_grad():
+            slow_cells = [[slow(m) for m in levels] for levels in keys]
+        parts = [
+            self._pixel_loss(x, y, crops)
+            for x, y in zip(zip(*cells, strict=True), zip(*slow_cells, strict=True), strict=True)
+        ]
+        pixel = torch.stack([loss for loss, _ in parts]).mean()
+        instance = pixel.new_zeros(())
+        if self.instance is not None:
+            instance = self._instance_loss([levels[-1] for levels in maps], [levels[-1] for levels in keys])
+        unit = F.normalize(cells[0][-1].detach().float().flatten(2).mT, dim=-1).flatten(0, 1)
+        empty = torch.stack([share for _, share in parts]).mean()
+        return PixProOutput(pixel + c.instance_weight * instance, pixel, instance, empty, unit.std(0).mean())
+
+    def _pixel_loss(
+        self, cells: Sequence[Tensor], keys: Sequence[Tensor], crops: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of one level in both directions, and the share of pictures whose crops have no cell in common."""
+        c = self.config
+        grid = (cells[0].size(2), cells[0].size(3)), (cells[1].size(2), cells[1].size(3))
+        mask = positive_mask(*crops, *grid, threshold=c.threshold)
+        empty = (~mask.flatten(1).any(1)).float().mean()
+        targets = [x.flatten(2).mT for x in keys]
         if c.loss == "pixpro":
             moved = [self.propagation(x).flatten(2).mT for x in cells]
-            pixel = pixpro_loss(moved[0], flat_keys[1], mask) + pixpro_loss(moved[1], flat_keys[0], mask.mT)
-        else:
-            pixel = pixcontrast_loss(flat[0], flat_keys[1], mask, tau=c.tau) / 2
-            pixel = pixel + pixcontrast_loss(flat[1], flat_keys[0], mask.mT, tau=c.tau) / 2
-        instance = self._instance_loss(maps, keys_maps) if self.instance is not None else pixel.new_zeros(())
-        unit = F.normalize(flat[0].detach().float(), dim=-1).flatten(0, 1)
-        empty = (~mask.flatten(1).any(1)).float().mean()
-        return PixProOutput(pixel + c.instance_weight * instance, pixel, instance, empty, unit.std(0).mean())
+            return pixpro_loss(moved[0], targets[1], mask) + pixpro_loss(moved[1], targets[0], mask.mT), empty
+        flat = [x.flatten(2).mT for x in cells]
+        both = (
+            pixcontrast_loss(flat[0], targets[1], mask, tau=c.tau),
+            pixcontrast_loss(flat[1], targets[0], mask.mT, tau=c.tau),
+        )
+        return (both[0] + both[1]) / 2, empty
 
     def _instance_loss(self, maps: list[Tensor], keys: list[Tensor]) -> Tensor:
         assert self.instance is not None
@@ -101,6 +122,10 @@ class PixPro(nn.Module):
         target = [self.instance_target(k).mean((2, 3)) for k in keys]
         ways = [F.cosine_similarity(online[i], target[1 - i], dim=1).mean() for i in (0, 1)]
         return -2 * (ways[0] + ways[1])
+
+
+def _levels(maps: Tensor | list[Tensor]) -> list[Tensor]:
+    return [maps] if isinstance(maps, Tensor) else maps
 
 
 def _projector(inside: int, hidden: int, out: int) -> nn.Sequential:

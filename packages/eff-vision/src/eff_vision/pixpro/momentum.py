@@ -18,7 +18,8 @@ class MomentumCopy(nn.Module):
     """A copy of a module whose weights follow it slowly: ``t = m t + (1 - m) s``; never trained itself.
 
     Call `step` once for each step of the optimiser, before the copy is next used. Buffers such as the statistics of
-    batch norm are the copy's own.
+    batch norm are the copy's own. The copy's weights are buffers: they change without being trained, so that whoever
+    saves what is trained and buffers, or checks that frozen parameters stay, does right by them.
 
     Args:
         module: What to follow.
@@ -34,7 +35,11 @@ class MomentumCopy(nn.Module):
             raise ValueError(f"total_steps must be 1 or more, got {total_steps}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
-        self.copy = copy.deepcopy(module).requires_grad_(False)
+        self.copy = copy.deepcopy(module)
+        for part in self.copy.modules():
+            for name, value in list(part.named_parameters(recurse=False)):
+                delattr(part, name)
+                part.register_buffer(name, value.detach())
         self.total_steps, self.momentum = total_steps, momentum
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -42,8 +47,8 @@ class MomentumCopy(nn.Module):
     def step(self, module: nn.Module) -> float:
         """Move towards ``module``; returns the momentum that was used."""
         m = momentum_at(int(self.steps), self.total_steps, self.momentum)
-        for target, source in zip(self.copy.parameters(), module.parameters(), strict=True):
-            target.mul_(m).add_(source, alpha=1 - m)
+        for name, source in module.named_parameters():
+            self.copy.get_buffer(name).mul_(m).add_(source, alpha=1 - m)
         self.steps += 1
         return m
 

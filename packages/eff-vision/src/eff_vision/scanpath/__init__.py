@@ -4,11 +4,12 @@ OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction (arXiv 2407
 """
 
 from eff_vision.scanpath.config import OatConfig
-from eff_vision.scanpath.model import OatOutput, ObjectScanpathTransformer
+from eff_vision.scanpath.model import PAD, OatOutput, ObjectScanpathTransformer
 from eff_vision.scanpath.position import DistancePositionEncoding2D, gaussian_position_table
 from eff_vision.scanpath.simulate import Shelf, make_shelves, simulate_searcher
 
 __all__ = [
+    "PAD",
     "DistancePositionEncoding2D",
     "OatConfig",
     "OatOutput",

@@ -27,6 +27,27 @@ class OatOutput(NamedTuple):
     loss: Tensor | None
 
 
+class GridMaxPool(nn.Module):
+    """Largest values in a grid of cells that may overlap by a row or column: PyTorch's adaptive pooling.
+
+    For exporters, whose target formats lack it, it is written out cell by cell.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.grid = (rows, columns)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """From [B, C, H, W] to [B, C, rows, columns]."""
+        if not torch.compiler.is_exporting():
+            return F.adaptive_max_pool2d(maps, self.grid)
+        for axis, cells in zip((-2, -1), self.grid, strict=True):
+            size = maps.size(axis)
+            ends = [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
+            maps = torch.stack([maps.narrow(axis, a, b - a).amax(axis) for a, b in ends], axis)
+        return maps
+
+
 class CropEncoder(nn.Sequential):
     """Crops of objects [..., 3, H, W] to features: two convolutions, pooled to 9 x 5 whatever the size of the crops."""
 
@@ -37,7 +58,7 @@ class CropEncoder(nn.Sequential):
             nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 3, padding=1),
             nn.ReLU(),
-            nn.AdaptiveMaxPool2d((9, 5)),
+            GridMaxPool(9, 5),
             nn.Flatten(),
             nn.Linear(32 * 45, dim),
         )
@@ -111,6 +132,19 @@ class ObjectScanpathTransformer(nn.Module):
         logits = self._decode(memory, tokens, mask, positions, target, fixations)
         return OatOutput(logits, self._loss(logits, fixations))
 
+    def scores(
+        self,
+        *,
+        positions: Tensor,
+        target: Tensor,
+        fixations: Tensor,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The logits of `forward` for full batches, without a look at the values: what a compiler can follow."""
+        memory, tokens, mask = self._encode(positions, target, images, features, None)
+        return self._decode(memory, tokens, mask, positions, target, fixations)
+
     def _encode(
         self,
         positions: Tensor,
@@ -155,7 +189,9 @@ class ObjectScanpathTransformer(nn.Module):
         path = torch.cat((start, looked), 1) + _time_code(steps + 1, d).to(looked)
         causal = torch.ones(steps + 1, steps + 1, dtype=torch.bool, device=path.device).triu(1)
         hidden = torch.cat((~mask, torch.zeros(batch, 1, dtype=torch.bool, device=mask.device)), 1)
-        states = self.decoder(self.dropout(path), memory, tgt_mask=causal, memory_key_padding_mask=hidden)
+        states = self.decoder(
+            self.dropout(path), memory, tgt_mask=causal, memory_key_padding_mask=hidden, tgt_is_causal=False
+        )  # the mask says it; without the flag PyTorch would look at the mask's values, which no exporter follows
         q, k = (f(x).unflatten(-1, (-1, d)) for f, x in ((self.query, states), (self.key, memory)))
         scores = torch.einsum("bthd,bnhd->btnh", q, k) / d**0.5
         logits = self.mix(scores).squeeze(-1)

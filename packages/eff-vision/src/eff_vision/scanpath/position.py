@@ -78,7 +78,7 @@ class DistancePositionEncoding2D(nn.Module):
         if self.mode == "grid":
             index = places.long()
             n = self.table.size(0)
-            if bool(((index < 0) | (index >= n)).any()):
+            if not torch.compiler.is_exporting() and bool(((index < 0) | (index >= n)).any()):
                 raise ValueError(f"places must be from 0 to {n - 1}, got {int(index.min())} to {int(index.max())}")
             return self.table[index].flatten(-2)
         axes = places.float().unbind(-1)

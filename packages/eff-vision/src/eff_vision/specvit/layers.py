@@ -63,7 +63,7 @@ def windows(x: Tensor, size: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
     padded = F.pad(x, (0, 0, 0, right, 0, down))
     real = F.pad(torch.ones(height, width, dtype=torch.bool, device=x.device), (0, right, 0, down))
     rows, columns = padded.size(1) // size, padded.size(2) // size
-    cut = padded.view(len(x), rows, size, columns, size, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    cut = padded.view(x.size(0), rows, size, columns, size, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     mask = real.view(rows, size, columns, size).transpose(1, 2).flatten(2).flatten(0, 1)
     return cut, mask, (height, width)
 
@@ -71,7 +71,7 @@ def windows(x: Tensor, size: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
 def unwindow(cut: Tensor, size: int, shape: tuple[int, int]) -> Tensor:
     """The inverse of `windows`: [B, n, size * size, C] to [B, H, W, C]."""
     rows, columns = -(-shape[0] // size), -(-shape[1] // size)
-    whole = cut.view(len(cut), rows, columns, size, size, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    whole = cut.view(cut.size(0), rows, columns, size, size, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return whole[:, : shape[0], : shape[1]]
 
 
@@ -90,7 +90,7 @@ class WindowAttention(nn.Module):
         cut, real, shape = windows(x, size)
         q, k, v = self.qkv(cut).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
         bias = self._bias(size)[None, None]
-        if self.masked and not bool(real.all()):
+        if self.masked and (shape[0] % size or shape[1] % size):
             bias = bias.masked_fill(~real[None, :, None, None, :], -torch.inf)
         out = F.scaled_dot_product_attention(q, k, v, bias.expand(1, real.size(0), -1, -1, -1).to(q.dtype))
         return unwindow(self.proj(out.transpose(2, 3).flatten(3)), size, shape)

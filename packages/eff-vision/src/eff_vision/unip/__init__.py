@@ -3,7 +3,12 @@
 Zhang and others, UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation (arXiv 2502.02257).
 """
 
-from eff_vision.unip.distillation import HADConfig, HybridAttentionDistillation
+from eff_vision.unip.distillation import (
+    HADConfig,
+    HybridAttentionDistillation,
+    attention_divergence,
+    feature_distance,
+)
 from eff_vision.unip.infrared import GreyTriplicate, InfraredMix, to_eight_bit
 from eff_vision.unip.nmi import attention_distance, attention_entropy, attention_nmi
 from eff_vision.unip.profile import LayerProfile, profile_attention, select_distill_layer
@@ -22,8 +27,10 @@ __all__ = [
     "StudentConfig",
     "StudentViT",
     "attention_distance",
+    "attention_divergence",
     "attention_entropy",
     "attention_nmi",
+    "feature_distance",
     "profile_attention",
     "rehead_last_block",
     "select_distill_layer",

@@ -104,6 +104,10 @@ class StudentViT(nn.Module):
         Raises:
             ValueError: the patch size does not divide the picture.
         """
+        return self.states(pictures)[-1]
+
+    def states(self, pictures: Tensor) -> list[Tensor]:
+        """Tokens [B, 1 + N, dim] after each block."""
         size = self.config.patch_size
         if pictures.size(-1) % size or pictures.size(-2) % size:
             raise ValueError(f"pictures of {list(pictures.shape[-2:])} are no multiple of the patch size {size}")
@@ -111,9 +115,11 @@ class StudentViT(nn.Module):
         place = sine_position(x.size(-2), x.size(-1), self.config.dim).to(x)
         tokens = x.flatten(2).mT + place
         tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), 1)
+        found = []
         for block in self.blocks:
             tokens = block(tokens)
-        return tokens
+            found.append(tokens)
+        return found
 
     def patch_map(self, pictures: Tensor) -> Tensor:
         """Tokens of the patches as a map [B, dim, rows, columns]."""
