@@ -25,6 +25,7 @@ from eff_train import registry
 from eff_train.frame import Training, Workers
 
 HERE = Path(__file__).parent
+LIBRARY = "../../../packages/eff-vision/src/eff_vision"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "projection-head": {
         "default": {},
@@ -81,18 +82,20 @@ def known(method: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def conditions() -> dict[str, Any]:
+def conditions(method: str) -> dict[str, Any]:
     """Where and with what a run was made."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
+    name = method.replace("-", "_")
+    code = ("../src/eff_train/frame", f"../src/eff_train/recipes/{name}*", f"{LIBRARY}/{name}", "vision*.py")
     model = [
         x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
     ]
     return {
         "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "..", "../../../packages/eff-vision/src")),
+        "dirty": bool(git("status", "--porcelain", "--", *code)),
         "processor": model[0] if model else platform.processor(),
         "threads": torch.get_num_threads(),
         "dtype": "float32",
@@ -105,7 +108,7 @@ def add(method: str, line: dict[str, Any]) -> None:
     """Put a line on record."""
     record(method).parent.mkdir(exist_ok=True)
     with record(method).open("a") as file:
-        file.write(json.dumps({**line, **conditions()}) + "\n")
+        file.write(json.dumps({**line, **conditions(method)}) + "\n")
 
 
 def run(method: str, seeds: int, minutes: float, only: str | None) -> None:
