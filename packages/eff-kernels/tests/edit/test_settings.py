@@ -1,7 +1,9 @@
 import copy
 import dataclasses
+import gc
 import json
 import pickle
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -138,3 +140,19 @@ def test_required_values_are_named():
 def test_what_json_cannot_hold_is_refused():
     with pytest.raises(TypeError, match="function is a builtin_function_or_method, which JSON does not hold"):
         Outer(function=abs).to_dict()
+
+
+def test_what_a_caller_holds_is_free_after_a_form_did_not_fit():
+    class Held:
+        pass
+
+    def call():
+        held = Held()
+        assert Outer().dtype is None  # not of the first form, a dtype
+        return weakref.ref(held)
+
+    gc.disable()  # it would find the circle in time
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()

@@ -191,7 +191,8 @@ def _either(value: Any, hints: tuple[Any, ...], name: str) -> Any:
         try:
             return conform(value, hint, name)
         except (TypeError, ValueError) as error:
-            errors.append(error)
+            # Its traceback would hold this frame, and so itself and all that the callers' frames hold.
+            errors.append(error.with_traceback(None))
     if type(None) not in hints and len(errors) == 1:
         raise errors[0]
     ways = [str(error).partition("; use ")[2] or str(error) for error in errors]
