@@ -11,8 +11,9 @@ from pydoc_data.topics import topics
 import eff_kernels
 import torch
 from _peers import Eff, Transformers, installed_peers
-from eff_embedded.language import smollm2_folder
+from eff_embedded.language import smollm2_folder, smollm2_gguf
 from eff_kernels.testing import Provider, Recorder, same
+from eff_serve.engine.gguf.model import GGUFModel
 from eff_serve.models.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "decode.jsonl"
@@ -25,22 +26,26 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--no-prefill", action="store_true", help="only decode")
+    parser.add_argument("--engines", nargs="+", help="only these, transformers fp32 aside")
     parser.add_argument("--no-record", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = smollm2_folder()
     sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
     recorder = Recorder("decode", None if arguments.no_record else RESULTS, sources=sources)
-    engines = {
-        "transformers bf16": Transformers(folder, torch.bfloat16),
-        "transformers fp32": Transformers(folder, torch.float32),
-        "eff bf16": Eff(folder, None),
-        "eff int8": Eff(folder, "int8"),
-        "eff fp8": Eff(folder, "fp8"),
-        "eff mxfp4": Eff(folder, "mxfp4"),
-        "eff nvfp4": Eff(folder, "nvfp4"),
-        **installed_peers(),
+    makers = {
+        "transformers bf16": lambda: Transformers(folder, torch.bfloat16),
+        "transformers fp32": lambda: Transformers(folder, torch.float32),
+        "eff bf16": lambda: Eff(folder, None),
+        "eff int8": lambda: Eff(folder, "int8"),
+        "eff int4": lambda: Eff(GGUFModel(smollm2_gguf()), None),
+        "eff fp8": lambda: Eff(folder, "fp8"),
+        "eff mxfp4": lambda: Eff(folder, "mxfp4"),
+        "eff nvfp4": lambda: Eff(folder, "nvfp4"),
     }
+    wanted = arguments.engines or list(makers)
+    engines = {name: make() for name, make in makers.items() if name in {*wanted, "transformers fp32"}}
+    engines |= {name: peer for name, peer in installed_peers().items() if not arguments.engines or name in wanted}
     text = "\n".join(topics.values())  # Python's own reference manual
     manual = torch.tensor(Tokenizer(folder).encode(text[:100_000]))
 

@@ -22,7 +22,7 @@ from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.gguf.model import GGUFModel
 from eff_serve.engine.linear import Linear
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
-from eff_serve.engine.quantized import load_linear
+from eff_serve.engine.quantized import head_in_bytes, load_linear
 from eff_serve.engine.reuse import LayerReuse
 from eff_serve.engine.steered import Steered
 from eff_serve.engine.steering import Steerer
@@ -113,6 +113,9 @@ class Decoder:
             on_layer()
         self.norm = checkpoint.floats("model.norm.weight", (h,))
         self.embedding, self.head = checkpoint.ends(c.vocab_size, h, tied=c.tie_word_embeddings)
+        self._one_end = c.tie_word_embeddings
+        if settings is not None and (head := head_in_bytes(settings, self.head)) is not None:
+            self.head, self._one_end = head, False
         checkpoint.check_all_read("lm_head.weight")  # tied models may store it all the same
         self.cos, self.sin = c.rotary(torch.arange(c.max_model_len))
         self.num_pages = num_pages
@@ -131,7 +134,7 @@ class Decoder:
         per_layer = sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down))
         low_rank = 0 if self.behind_pictures is None else self.behind_pictures.nbytes
         low_rank += 0 if self.adapters is None else self.adapters.nbytes
-        head = 0 if self.config.tie_word_embeddings else self.head.nbytes
+        head = 0 if self._one_end else self.head.nbytes
         return per_layer + self.embedding.nbytes + head + low_rank
 
     def load_adapters(self, folders: Mapping[str, Path]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from eff_kernels import FP4Codes, fp4_linear, fp8_linear, fp8_quantize, int8_linear
+from eff_kernels.ops.group_linear import GROUP
 from eff_quant import FP4Config, FP8Config, Int8Config
 from eff_quant.fp4 import weight as fp4
 from eff_quant.llm_int8 import weight as int8
@@ -208,6 +209,18 @@ def load_linear(
         made: Linear = FROM_FLOATS[type(quantize)].quantize(whole.weight, whole.bias, quantize)
         return made
     return whole
+
+
+def head_in_bytes(settings: Any, head: Linear) -> Linear | None:
+    """A float head in groups of 8 bits where the projections become integers, or None where it stays.
+
+    It is the largest matrix of a small model, read whole for each token. The embedding stays as it is: of that a few
+    rows are read.
+    """
+    integers = isinstance(settings, Int8Config | GroupConfig)
+    if not integers or not isinstance(head, FloatLinear) or head.weight.size(1) % GROUP:
+        return None
+    return GroupLinear.quantize(head.weight, head.bias, GroupConfig(bits=8))
 
 
 def _stack(layers: Sequence[Any]) -> Linear | None:
