@@ -31,7 +31,7 @@ class Sampling:
         prompt_logprobs: The same for the prompt's tokens.
         grammar: An llguidance grammar (JSON, from ``LLMatcher.grammar_from_json_schema`` and the like) for the output.
         adapter: Name of a LoRA adapter that the engine holds; None is the base model.
-        priority: Place in the waiting line: smaller numbers first, in the order in which they came where they are equal.
+        priority: Place in the waiting line: smaller numbers first, equal ones in the order in which they came.
         steering: Rules of attention, which the engine checks; None changes nothing.
     """
 
