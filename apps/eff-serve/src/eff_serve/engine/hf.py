@@ -125,7 +125,7 @@ class HFSteerer:
         self._model = model
         self._now: tuple[ACTConfig, ACTHandle] | None = None
         try:
-            apply_act(model).remove()
+            apply_act(model, ACTConfig(layers=":")).remove()
             self.takes: tuple[str, ...] = ("act",)
         except (NotImplementedError, ValueError):  # no decoder on transformers' interface, or no full attention
             self.takes = ()

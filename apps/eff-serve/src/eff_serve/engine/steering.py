@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from eff_serve.engine.decoder import Decoder
     from eff_serve.pictures.prompt import PromptPictures
 
+METHODS: dict[str, type[Settings]] = {
+    "act": ACTConfig,
+    "var": VARConfig,
+    "vhr": VHRConfig,
+    "paint": PAINTConfig,
+    "pai": PAIConfig,
+}
 OF_TEXT = ("act",)
 OF_PICTURES = ("var", "vhr", "paint", "pai")
 # The first sees the host's call first and its result last: heads are scaled at the end, logits raised before weights

@@ -7,7 +7,7 @@ from typing import Any
 from eff_http import RequestModel, refuse
 from pydantic import PrivateAttr, model_validator
 
-from eff_serve.engine.steering import Steering
+from eff_serve.engine.steering import METHODS, Steering
 
 Wanted = bool | dict[str, Any] | None
 
@@ -30,20 +30,19 @@ class EffFields(RequestModel):
     def _settings(self) -> EffFields:
         given = {name: getattr(self, name) for name in type(self).model_fields}
         wanted = {name: {} if value is True else value for name, value in given.items() if value not in (None, False)}
+        made: dict[str, Any] = {}
         for name, value in wanted.items():
-            _settings({name: value}, name)
-        if wanted:
-            self._steering = _settings(wanted, "")
+            try:
+                made[name] = METHODS[name].from_dict(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise refuse(f"eff.{name}: {error}", name) from None
+        try:
+            self._steering = Steering(**made) if made else None
+        except ValueError as error:
+            raise refuse(f"eff: {error}") from None
         return self
 
     @property
     def steering(self) -> Steering | None:
         """The settings for the engine; None where nothing is asked for."""
         return self._steering
-
-
-def _settings(wanted: dict[str, Any], param: str) -> Steering:
-    try:
-        return Steering(**wanted)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise refuse(f"eff: {error}", param) from None
