@@ -18,6 +18,7 @@ from eff_attention.head_reinforcement import (
     vhr_generate,
     vision_aware_divergence,
 )
+from eff_attention.sink_calibration import ACTConfig, apply_act
 from eff_attention.visual_sinks import VARConfig, apply_var
 from eff_kernels.edit.attention import decoder_attention
 from transformers import DynamicCache
@@ -357,3 +358,17 @@ def test_bad_models_and_layers(zoo):
         apply_vhr(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="layers"):
         head_outputs(zoo("Llava"), {}, [9])
+
+
+@torch.no_grad()
+def test_heads_are_compared_under_other_rules(zoo):
+    """Calibration holds in the pass without pictures as well, in any order of the two."""
+    model, inputs = zoo("Llava"), zoo.ask("Llava", *PROMPTS)
+    act = ACTConfig(layers=(0, 1, 2), threshold=("absolute", 0.05), beta=0.0)
+    with apply_act(model, act, order=2.0):
+        wanted = by_hooks(zoo, "Llava", model, PROMPTS)[0]
+        with apply_vhr(model, ALL, order=1.0):
+            found = chosen_heads(model(**inputs, use_cache=True).past_key_values, order=1.0)
+    assert all(torch.equal(found[layer], wanted[layer]) for layer in range(4))
+    plain = by_hooks(zoo, "Llava", model, PROMPTS)[0]
+    assert any(not torch.equal(wanted[layer], plain[layer]) for layer in range(4))

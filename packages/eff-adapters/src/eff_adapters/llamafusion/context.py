@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from eff_kernels.edit.caches import cache_kwargs
 from torch import Tensor
 
 from eff_adapters.llamafusion.masks import host_mask
@@ -49,7 +50,11 @@ class Context:
         given = {"inputs_embeds": tower.embed(input_ids)} if marked else {"input_ids": input_ids}
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, self.length :]
         out = tower.model.base_model(
-            **given, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            **given,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **cache_kwargs(tower.model.base_model, self.cache),
         )
         self.mask, self.hidden = mask, out.last_hidden_state
         return tower.logits_of(self.hidden[:, -1:])[:, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eff_kernels.edit.caches import cache_name
 from torch import Tensor
 
 
@@ -89,7 +90,7 @@ def host_mask(
         "config": config,
         "inputs_embeds": embeds,
         "attention_mask": attention_mask,
-        "past_key_values": cache,
+        cache_name(create_causal_mask): cache,
         "position_ids": position_ids,
         "block_sequence_ids": torch.nn.functional.pad(blocks, (past, 0), value=-1),
     }

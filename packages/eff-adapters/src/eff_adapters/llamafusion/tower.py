@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from eff_kernels.edit import Handle, Report
+from eff_kernels.edit.caches import cache_kwargs, returned_cache
 from torch import Tensor, nn
 
 from eff_adapters.llamafusion import losses
@@ -158,8 +159,8 @@ class ModalityTower(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **cache_kwargs(self.model.base_model, cache),
                 **({} if routing is None else {ARGUMENT: routing}),
                 **more,
             )
@@ -239,7 +240,7 @@ class ModalityTower(nn.Module):
         image_loss, image_losses = losses.diffusion(noise_pred, noise, ~clean)
         total = losses.total(lm_loss, image_loss, self.config.loss_lambda)
         return ModalityOutput(
-            total, lm_loss, image_loss, noise_pred, logits, lm_losses, image_losses, out.past_key_values
+            total, lm_loss, image_loss, noise_pred, logits, lm_losses, image_losses, returned_cache(out)
         )
 
     def _text(
@@ -252,14 +253,14 @@ class ModalityTower(nn.Module):
             **given,
             attention_mask=mask,
             position_ids=None if mask is None else positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **cache_kwargs(self.model.base_model, cache),
             **kwargs,
         )
         hidden = out.last_hidden_state
         logits = self.logits_of(hidden) if marked else self.model.lm_head(hidden)
         lm_loss, lm_losses = losses.language(logits, labels, torch.zeros_like(ids, dtype=torch.bool), mask)
-        return ModalityOutput(lm_loss, lm_loss, None, None, logits, lm_losses, None, out.past_key_values)
+        return ModalityOutput(lm_loss, lm_loss, None, None, logits, lm_losses, None, returned_cache(out))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pictures [n, 3, h, w] from -1 to 1.

@@ -9,6 +9,7 @@ import torch
 from eff_kernels import Handle
 from eff_kernels.edit.attention import find_decoder, intercept_attention
 
+from eff_attention.caches import returned_cache
 from eff_attention.grounded_attention.config import PAIConfig, PAINTConfig
 from eff_attention.grounded_attention.rule import PAINTKeeper, PAINTRule
 from eff_attention.grounded_attention.state import InformedTokens
@@ -35,7 +36,7 @@ class PAINTHandle(Handle):
         Args:
             inputs: What the processor gives for them.
         """
-        return informed_tokens_in(self._model(**inputs, use_cache=True).past_key_values, self._order)
+        return informed_tokens_in(returned_cache(self._model(**inputs, use_cache=True)), self._order)
 
 
 def apply_paint(model: PreTrainedModel, config: PAIConfig | None = None, *, order: float | None = None) -> PAINTHandle:

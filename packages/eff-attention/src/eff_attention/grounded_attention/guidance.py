@@ -10,6 +10,8 @@ import torch
 from eff_kernels.edit.attention import find_decoder
 from torch import Tensor
 
+from eff_attention.caches import cache_kwargs
+
 
 class TextGuidance:
     """A logits processor: gamma (log p with pictures - log p without) + log p without, among likely tokens alone.
@@ -74,8 +76,8 @@ class TextGuidance:
             input_ids=whole[:, start:],
             attention_mask=mask,
             position_ids=position[:, start:],
-            past_key_values=self._cache,
             use_cache=True,
+            **cache_kwargs(self._decoder, self._cache),
         )
         self._seen = whole
         logits: Tensor = self._model.get_output_embeddings()(out.last_hidden_state[:, -1])

@@ -11,6 +11,7 @@ from eff_kernels import Handle
 from eff_kernels.edit.attention import find_decoder, intercept_attention
 from torch import Tensor
 
+from eff_attention.caches import returned_cache
 from eff_attention.head_reinforcement.config import VHRConfig
 from eff_attention.head_reinforcement.keeper import VHRKeeper, given_heads
 from eff_attention.head_reinforcement.rule import VHRRule
@@ -37,7 +38,7 @@ class VHRHandle(Handle):
             inputs: What the processor gives for them.
         """
         out = self._model(**inputs, use_cache=True)
-        return {layer: state.heads for layer, state in sorted(self._keeper.kept(out.past_key_values).items())}
+        return {layer: state.heads for layer, state in sorted(self._keeper.kept(returned_cache(out)).items())}
 
     @contextlib.contextmanager
     def generation(self, inputs: Mapping[str, Any]) -> Iterator[dict[int, Tensor]]:

@@ -13,7 +13,10 @@ import torch
 from eff_kernels.edit.attention import Role, TokenRoles
 from torch import Tensor
 
-_TAKEN = ("past_key_values", "cache_position", "position_ids", "attention_mask", "use_cache", "logits_to_keep")
+_TAKEN = (
+    *("past_key_values", "cache", "cache_position", "position_ids"),
+    *("attention_mask", "use_cache", "logits_to_keep"),
+)
 _OF_PICTURES = ("visual_pos_masks", "deepstack_visual_embeds")
 
 

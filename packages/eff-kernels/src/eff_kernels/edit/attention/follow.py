@@ -20,6 +20,7 @@ from eff_kernels.edit.attention import pictures
 from eff_kernels.edit.attention.call import AttentionCall
 from eff_kernels.edit.attention.tokens import Role, TokenRoles, Tokens
 from eff_kernels.edit.attention.transformers import ROLES
+from eff_kernels.edit.caches import given_cache, returned_cache
 from eff_kernels.edit.handle import Handle
 
 _HISTORY = "_eff_tokens"
@@ -154,7 +155,8 @@ def _decodes(module: nn.Module) -> bool:
 @functools.cache
 def _takes(kind: Any) -> bool:
     forward = inspect.signature(inspect.unwrap(kind.forward))
-    return {"inputs_embeds", "past_key_values"} <= forward.parameters.keys()
+    names = forward.parameters.keys()
+    return "inputs_embeds" in names and not names.isdisjoint(("past_key_values", "cache"))
 
 
 def _ancestors(name: str) -> list[str]:
@@ -195,7 +197,7 @@ def _before_decoder(
     if ids is None or ids.shape != like.shape[:2]:
         masks = masks if ids is None else masks[1:]  # of other tokens than those around the decoder
         ids = torch.full(like.shape[:2], -1, device=like.device)
-    cache = own.get("past_key_values")
+    cache = given_cache(own)
     step = _step(ids, cache, outer, masks)
     if cache is not None:
         setattr(cache, _HISTORY, step.history)
@@ -204,7 +206,7 @@ def _before_decoder(
 
 def _after_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the decoder made itself gets to know its tokens as well."""
-    step, cache = kwargs.get(ROLES), getattr(output, "past_key_values", None)
+    step, cache = kwargs.get(ROLES), returned_cache(output)
     if step is not None and cache is not None:
         setattr(cache, _HISTORY, step.history)
 
@@ -245,12 +247,19 @@ def _grown(old: History, ids: Tensor, outer: _Seen, generated: int) -> History:
     every = torch.cat([old.ids, ids], 1)
     if generated <= past:  # nothing of the prompt: what is known stays
         return History(every, old.tokens.append(Tokens.of_role(Role.GENERATED, ids)), old.grids)
-    grids = {n: outer.arguments[n] for n in _GRIDS if outer.arguments.get(n) is not None}
-    grids = {**grids, **old.grids} if old.grids.keys() >= grids.keys() else {**old.grids, **grids}
+    given = {n: torch.as_tensor(x) for n in _GRIDS if (x := outer.arguments.get(n)) is not None}
+    grids = {**old.grids, **{n: _joined(n, old.grids.get(n), x, every, outer.config) for n, x in given.items()}}
     tokens = Tokens.of_prompt(every, outer.config, grids)
     spoken = torch.arange(every.shape[1], device=ids.device) >= generated
     spoken = spoken | torch.cat([old.tokens.of(Role.GENERATED), torch.zeros_like(ids, dtype=torch.bool)], 1)
     return History(every, tokens.spoken_at(spoken), grids)
+
+
+def _joined(name: str, old: Tensor | None, new: Tensor, ids: Tensor, config: Any) -> Tensor:
+    """Sizes of all pictures so far: a forward gives those of all, or of the pictures that it brings itself."""
+    if old is None or pictures.tokens_told(name, new, config) >= pictures.tokens_shown(name, ids, config):
+        return new
+    return torch.cat([old.to(new.device), new])
 
 
 def _pads(masks: tuple[Any, ...], prompt: _Prompt | None, length: int) -> Tensor | None:

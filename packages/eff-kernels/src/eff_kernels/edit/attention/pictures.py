@@ -24,6 +24,18 @@ def token_ids(config: Any) -> tuple[int, ...]:
     return tuple(i for i in found if isinstance(i, int))
 
 
+def tokens_told(name: str, sizes: Tensor, config: Any) -> int:
+    """How many tokens the pictures or videos have whose sizes an argument such as "image_grid_thw" tells."""
+    kind = name.partition("_")[0]
+    return sum(len(cells) for cells in _layouts(kind, config, {name: sizes}) or ())
+
+
+def tokens_shown(name: str, ids: Tensor, config: Any) -> int:
+    """How many of the ids stand for what that argument tells of."""
+    token = getattr(config, f"{name.partition('_')[0]}_token_id", None)
+    return int((ids == token).sum()) if isinstance(token, int) else 0
+
+
 def places(ids: Tensor, config: Any, arguments: Mapping[str, Any]) -> Tensor:
     """Picture, part, line and column of each token, int32 [4, B, S]; -1 for tokens of no picture.
 

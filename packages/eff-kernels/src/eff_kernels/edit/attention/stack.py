@@ -91,6 +91,11 @@ class Attend:
         self._entries, self._level, self._host = entries, level, host
         self._used = False
 
+    @property
+    def alone(self) -> bool:
+        """Whether the rule that holds this is the only one, so that nobody else looks on."""
+        return len(self._entries) == 1
+
     def __call__(self, call: AttentionCall) -> AttentionOutput:
         """Answer a call, changed or not."""
         self._used = True
