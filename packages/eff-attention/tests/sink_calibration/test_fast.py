@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from eff_attention.sink_calibration import calibrate_attention, fast
+from eff_attention.caches import cache_kwargs, returned_cache
+from eff_attention.sink_calibration import ACTConfig, apply_act, calibrate_attention, fast
 from eff_attention.sink_calibration.measure import look
 from eff_kernels.edit.attention import AttentionCall, attend_explicit, dense
 
@@ -42,3 +43,45 @@ def test_heavy_queries_get_their_whole_row(dtype, bound):
 @torch.no_grad()
 def test_many_heavy_queries_are_left_to_the_explicit_path():
     assert both(call_of(torch.float32, range(20, 64)))[1] is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [HEADS, (0, 1, 2, 3)])
+@pytest.mark.parametrize(("queries", "keys"), [(64, 64), (300, 300), (40, 200), (1, 90)])
+def test_plain_calls_are_looked_at_as_all_others(heads, queries, keys):
+    """Sums, counts and log-sum-exps of calls without a mask are those of the same call with its mask written out."""
+    random = torch.Generator().manual_seed(1)
+    q = 3 * torch.randn(2, 4, queries, 8, generator=random)
+    k, v = (torch.randn(2, 2, keys, 8, generator=random) for _ in "kv")
+    offset = keys - queries
+    causal = queries > 1
+    call = AttentionCall(
+        torch.nn.Identity(), "attention", 0, q, k, v, scale=8**-0.5, causal=causal, offset=offset if causal else 0
+    )
+    place = torch.arange(keys)
+    mask = (place <= (torch.arange(queries) + offset)[:, None])[None, None]
+    real = torch.ones(2, queries, dtype=torch.bool)
+    found, wanted = look(call, heads, real), look(call.replace(mask=mask, causal=False), heads, real)
+    torch.testing.assert_close(found.sums, wanted.sums, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.rows, wanted.rows)
+    assert (found.weights is None) == (queries > 1)
+    if found.lse is not None:
+        torch.testing.assert_close(found.lse, wanted.lse)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", ["all", {0: (1,), 1: (0, 3)}])
+def test_single_queries_are_answered_from_the_weights_that_were_looked_at(model, ids, heads):
+    prompt, after = ids[:1], torch.tensor([7, 9, 11, 13])
+    logits = []
+    for path in ("explicit", "auto"):
+        config = ACTConfig(layers=":", heads=heads, threshold=("absolute", 0.05), beta=0.1, path=path)
+        with apply_act(model, config) as handle:
+            out = model(prompt, use_cache=True)
+            rows = []
+            for token in after:
+                out = model(token.view(1, 1), **cache_kwargs(model, returned_cache(out)), use_cache=True)
+                rows.append(out.logits[0, -1])
+            assert sum(head.sinks for head in handle.stats()) > 0
+        logits.append(torch.stack(rows))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)

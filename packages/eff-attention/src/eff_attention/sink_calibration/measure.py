@@ -8,6 +8,8 @@ import torch
 from eff_kernels.edit.attention import AttentionCall, Part, column_sums
 from torch import Tensor
 
+from eff_attention.sink_calibration import direct
+
 
 class Seen(NamedTuple):
     """What a pass saw.
@@ -15,12 +17,14 @@ class Seen(NamedTuple):
     Attributes:
         sums: Weight of each key from the queries that count, float32 [B, h, Sk].
         rows: Number of these queries that could see it, int64 [B, Sk].
-        lse: Log-sum-exp of the logits of each query, float32 [B, h, Sq].
+        lse: Log-sum-exp of the logits of each query, float32 [B, h, Sq]; None of a single query that has weights.
+        weights: Of a single query that sees all keys, [B, h, 1, Sk].
     """
 
     sums: Tensor
     rows: Tensor
-    lse: Tensor
+    lse: Tensor | None
+    weights: Tensor | None = None
 
 
 @torch.no_grad()
@@ -32,6 +36,8 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
         heads: Query heads to look at.
         real: Which queries are no padding, bool [B, Sq].
     """
+    if direct.is_plain(call) and bool(real.all()):
+        return _plainly(call, heads, real)
     lse, rows = [], []
 
     def on_logits(block: Tensor, part: Part) -> Tensor:
@@ -47,3 +53,14 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
 
     sums = column_sums(call.edited(logits=on_logits, weights=on_weights), heads)
     return Seen(sums.float(), torch.stack(rows).sum(0), torch.cat(lse, 2))
+
+
+def _plainly(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
+    place = torch.arange(call.num_keys, device=real.device)
+    if call.num_queries == 1:
+        weights = direct.weights_of_one(call, heads)
+        return Seen(weights[:, :, 0].float(), real.long().expand(-1, call.num_keys), None, weights)
+    sums, lse = direct.sums_and_lse(call, heads)
+    later = real.flip(1).long().cumsum(1).flip(1)  # queries from each one on
+    first = call.num_keys - call.num_queries
+    return Seen(sums.float(), later[:, (place - first).clamp(min=0)], lse)

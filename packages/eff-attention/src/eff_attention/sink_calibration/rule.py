@@ -15,7 +15,7 @@ from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, P
 from torch import Tensor
 
 from eff_attention.caches import given_cache, returned_cache
-from eff_attention.sink_calibration import fast
+from eff_attention.sink_calibration import direct, fast
 from eff_attention.sink_calibration.config import ACTConfig
 from eff_attention.sink_calibration.functional import calibrate_attention, sinks_of_sums
 from eff_attention.sink_calibration.measure import Seen, look
@@ -128,6 +128,15 @@ class CalibrationRule:
         self, call: AttentionCall, attend: Attend, heads: tuple[int, ...], sinks: Tensor, seen: Seen | None
     ) -> AttentionOutput:
         beta, path = self.config.beta, self.config.path
+        full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
+        if path == "auto" and seen is not None and seen.weights is not None and attend.alone and not call.wants_weights:
+            part = direct.output_of_one(call, calibrate_attention(seen.weights, full, beta), heads)
+            if len(heads) == call.num_heads:
+                return AttentionOutput(part)
+            host = attend(call)
+            changed = host.out.clone()
+            changed[:, list(heads)] = part
+            return host.replace(out=changed)
         missing = fast.why_not(call)
         if path == "fast" and missing:
             raise NotImplementedError(f"{call.name} has {missing}, which path='fast' does not know; use 'auto'")
@@ -135,13 +144,13 @@ class CalibrationRule:
             path != "explicit"
             and not missing
             and seen is not None
+            and seen.lse is not None
             and (path == "fast" or fast.is_worth_it(call, sinks))
         ):
             base = attend(call)
             out = fast.calibrated(call, base.out, seen.lse, sinks, heads, beta)
             if out is not None:
                 return base.replace(out=out)
-        full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
         place = {head: i for i, head in enumerate(heads)}
 
         def edit(block: Tensor, part: Part) -> Tensor:
