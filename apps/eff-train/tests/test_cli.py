@@ -66,6 +66,32 @@ def test_each_recipe_loads_without_its_libraries_and_describes_its_options(pytho
     assert done.returncode == 0, done.stderr
 
 
+def test_position_bias_of_a_model(tmp_path, capsys):
+    """The page of a tiny model with a tokenizer of its own, from a text file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["?", "the", "a", "cat", "sat", "on", "mat"])}, "?")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder, text, page, record = (tmp_path / n for n in ("model", "text.txt", "page.html", "record.json"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=7, **sizes)).save_pretrained(folder)
+    text.write_text("the cat sat on a mat " * 40)
+    words = ["analyse", "position-bias", "--model", str(folder), "--texts", str(text), "--length", "16"]
+    assert main([*words, "--num-texts", "3", "--out", str(page), "--record", str(record)]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+    assert "3 texts of 16 tokens" in page.read_text()
+    assert len(json.loads(record.read_text())["first"]) == 3
+    assert main([*words, "--num-texts", "900"]) == 2
+    assert "the text has 240 tokens" in capsys.readouterr().err
+    assert main(["analyse", "colours"]) == 2
+    assert main(["analyse"]) == 2
+    assert main(["analyse", "--help"]) == 0
+
+
 def test_run_folder_holds_the_record(trained):
     assert {p.name for p in trained.folder.iterdir()} >= {"config.yaml", "environment.json", "metrics.jsonl", "samples"}
     line = (trained.folder / "command.txt").read_text().split()

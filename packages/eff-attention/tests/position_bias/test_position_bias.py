@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 from eff_attention.position_bias import (
+    Draw,
     MaskSpec,
     PositionBiasReport,
+    PositionBiasTask,
     Rollout,
     attention_rollout,
     centre_nodes,
@@ -14,9 +16,11 @@ from eff_attention.position_bias import (
     decay_profile,
     peak_distance,
     position_bias_report,
+    position_gap,
     position_profile,
     reach_depth,
     simulate_rollout,
+    train_network,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -145,8 +149,28 @@ def test_profile_and_report(tmp_path):
     report.write_html(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert "tiny &lt;1&gt;" in text
-    assert text.count("<polyline") == 5
+    assert text.count("<polyline") >= 9
+    assert text.count("<figure>") == 4
     assert "http" not in text
+    assert report.kinds == ("full_attention",) * 3
+    assert all(bound <= first + 1e-6 for bound, first in zip(report.bound, report.first, strict=True))
+    assert len(report.decay) == 24
+
+
+def test_report_of_even_attention():
+    """Queries of zero: each token attends evenly to all before it, and everything is known."""
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    n = 16
+    report = position_bias_report(model, [torch.randint(50, (n,))])
+    assert report.first == pytest.approx(report.uniform, abs=1e-6)
+    rows = torch.arange(2, n + 1, dtype=torch.float64)
+    assert report.sink == pytest.approx([float((1 / rows).mean())] * 3, abs=1e-6)
+    assert report.bound == pytest.approx([1 - (1 - 1 / n) ** t for t in (1, 2, 3)], abs=1e-6)
+    assert report.sink_heads == (0, 0, 0)
+    wanted = [sum(1 / (i + 1) for i in range(d, n)) / (n - d) for d in range(n)]
+    assert report.decay == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +184,7 @@ def test_profile_and_report(tmp_path):
         (lambda: simulate_rollout(torch.zeros(3, 3, dtype=torch.bool), 3, 1), "sees somebody"),
         (lambda: position_profile(torch.rand(3, 3)), "add up to 1"),
         (lambda: position_bias_report(tiny(), []), "texts of one length"),
+        (lambda: position_bias_report(tiny(), [torch.arange(5)]), "8 tokens or more"),
         (lambda: collect_rollout(torch.nn.Linear(2, 2), torch.zeros(1, 2)), "has no decoder"),
         (lambda: peak_distance(2, 0.0), "positive slope"),
     ],
@@ -167,3 +192,38 @@ def test_profile_and_report(tmp_path):
 def test_bad_input(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_sequences_of_the_experiment():
+    task = PositionBiasTask(size=16, classes=32, noise=0.0)
+    draw = Draw(task, torch.Generator().manual_seed(0))
+    inputs, labels = draw.training(50)
+    assert inputs.shape == (50, 17, 16)
+    items, given, query = inputs[:, 0:16:2], inputs[:, 1:16:2], inputs[:, 16]
+    same = (items - query[:, None]).abs().amax(-1) < 1e-6
+    assert (same.sum(1) == task.repeats).all()  # the query's class occurs as often as every other
+    of = torch.cdist(given, draw.label_vectors).argmin(-1)
+    assert (of[same].view(50, 4) == labels[:, None]).all()
+    inputs, labels = draw.tie(50, 2, 7)
+    items, given = inputs[:, 0:16:2], inputs[:, 1:16:2]
+    assert torch.equal(items[:, 2], items[:, 7])
+    of = torch.cdist(given, draw.label_vectors).argmin(-1)
+    assert torch.equal(of[:, 2], labels)
+    assert (of[:, 7] != labels).all()
+    biased = Draw(PositionBiasTask(size=16, classes=32, noise=0.0, answers=(3,)), torch.Generator().manual_seed(0))
+    inputs, _ = biased.training(20)
+    assert torch.equal(inputs[:, 6], inputs[:, 16])
+
+
+def test_a_trained_network_learns_the_task_and_a_seed_repeats_it():
+    task = PositionBiasTask(size=16, classes=16, pairs=4, repeats=2, labels=4)
+    network, draw = train_network(task, depth=1, steps=60, batch=32, lr=5e-3)
+    again, other = train_network(task, depth=1, steps=60, batch=32, lr=5e-3)
+    assert position_gap(network, draw, 0, 3, count=64) == position_gap(again, other, 0, 3, count=64)
+    decayed, _ = train_network(task, depth=1, mask=MaskSpec("window", 3), decay=0.8, steps=1, batch=8)
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    changed = x.clone()
+    changed[:, 5] += 1.0  # the last token sees the last three alone, through one layer
+    assert torch.equal(decayed(x), decayed(changed))
+    with pytest.raises(ValueError, match="use a multiple"):
+        PositionBiasTask(pairs=8, repeats=3)

@@ -4,6 +4,7 @@ Wu, Wang, Jegelka and Jadbabaie, On the Emergence of Position Bias in Transforme
 """
 
 from eff_attention.position_bias.collect import collect_rollout
+from eff_attention.position_bias.experiment import Draw, PositionBiasTask, position_gap, train_network
 from eff_attention.position_bias.graphs import MaskSpec, centre_nodes, reach_depth
 from eff_attention.position_bias.profiles import PositionProfile, position_profile
 from eff_attention.position_bias.report import PositionBiasReport, position_bias_report
@@ -11,8 +12,10 @@ from eff_attention.position_bias.rollout import Rollout, attention_rollout, simu
 from eff_attention.position_bias.theory import convergence_bound, decay_profile, peak_distance
 
 __all__ = [
+    "Draw",
     "MaskSpec",
     "PositionBiasReport",
+    "PositionBiasTask",
     "PositionProfile",
     "Rollout",
     "attention_rollout",
@@ -22,7 +25,9 @@ __all__ = [
     "decay_profile",
     "peak_distance",
     "position_bias_report",
+    "position_gap",
     "position_profile",
     "reach_depth",
     "simulate_rollout",
+    "train_network",
 ]
