@@ -24,6 +24,7 @@ from eff_serve.engine.adapters import Adapters
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
+from eff_serve.engine.lookup import guess_for
 from eff_serve.engine.sampler import Sampler, pick, score
 from eff_serve.engine.sequence import Sequence, TokenStream
 from eff_serve.engine.sharing import Sharing
@@ -46,6 +47,7 @@ class BatchEngine:
             Short pieces are no slower on a CPU and hold the others up for less long.
         prefix_cache: Keep keys of ended requests while there is room, and share them with requests that begin alike.
             Decoders without ``copy_page`` cannot.
+        lookup: Tokens that are guessed from the text so far while one sequence runs alone; its answer stays the same.
     """
 
     def __init__(
@@ -59,8 +61,12 @@ class BatchEngine:
         max_waiting_tokens: int = 65536,
         chunk: int = 128,
         prefix_cache: bool = True,
+        lookup: int = 0,
     ) -> None:
         self.decoder = decoder
+        if lookup and (isinstance(decoder, HFDecoder) or getattr(decoder, "reuse", None) is not None):
+            raise ValueError(f"lookup={lookup} is for models on eff's own decoder, without layer reuse")
+        self._lookup = lookup
         for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "chunk": chunk}.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -269,9 +275,7 @@ class BatchEngine:
         start = sequence.cached
         wants_scores = sequence.sampling.prompt_logprobs is not None and not sequence.output
         tokens = torch.tensor(sequence.tokens[start : start + count])
-        seen: dict[str, Any] = {} if sequence.pictures is None else {"pictures": sequence.pictures}
-        if sequence.sampling.adapter is not None:
-            seen["adapter"] = self._number(sequence)
+        seen = self._seen(sequence)
         if sequence.sampling.steering is not None:
             if start == 0:
                 prompt = torch.tensor(sequence.prompt)
@@ -283,9 +287,17 @@ class BatchEngine:
         sequence.cached += count
         self._sharing.share(sequence)
         if wants_scores:
-            self._score_prompt(sequence, start, logits)
+            following, top = sequence.prompt[start + 1 : sequence.cached + 1], sequence.sampling.prompt_logprobs or 0
+            sequence.prompt_scores += [score(row, t, top) for row, t in zip(logits, following, strict=False)]
+            if sequence.pending == 0:
+                sequence.stream.put(Step(prompt_scores=tuple(sequence.prompt_scores)))
         if sequence.pending == 0:
             self._advance_all([sequence], logits[-1:])
+
+    def _seen(self, sequence: Sequence) -> dict[str, Any]:
+        """What the decoder is to know of a sequence whose tokens it reads."""
+        seen: dict[str, Any] = {} if sequence.pictures is None else {"pictures": sequence.pictures}
+        return seen if sequence.sampling.adapter is None else {**seen, "adapter": self._number(sequence)}
 
     def _piece(self, sequence: Sequence) -> int:
         """Tokens of the next step of a sequence that is behind. Rules want a prompt whole, and an answer bit by bit."""
@@ -293,14 +305,32 @@ class BatchEngine:
             return min(self._chunk, sequence.pending)
         return max(1, sequence.prompt_length - sequence.cached)
 
-    def _score_prompt(self, sequence: Sequence, start: int, logits: Tensor) -> None:
-        top = sequence.sampling.prompt_logprobs or 0
-        following = sequence.prompt[start + 1 : start + 1 + logits.size(0)]
-        sequence.prompt_scores += [score(row, token, top) for row, token in zip(logits, following, strict=False)]
-        if sequence.pending == 0:
-            sequence.stream.put(Step(prompt_scores=tuple(sequence.prompt_scores)))
+    def _guess(self, sequence: Sequence) -> list[int]:
+        """Tokens that may follow those of a sequence that runs alone, if there is room for their keys."""
+        guess = guess_for(sequence, self._lookup)
+        pages = -(-(sequence.cached + 1 + len(guess)) // PAGE) - len(sequence.pages)
+        return guess if pages <= self._pool.free and self._make_room(sequence, 1 + len(guess)) else []
+
+    def _verify(self, sequence: Sequence, guess: list[int]) -> None:
+        """Read a guess in one pass, and go on with what the model chooses for as long as that is what was guessed."""
+        seen = self._seen(sequence)
+        tokens, pages = torch.tensor([sequence.tokens[-1], *guess]), torch.tensor(sequence.pages)
+        logits = self.decoder.prefill(tokens, sequence.cached, pages, all_logits=True, **seen)
+        right = 0
+        for row, guessed in zip(logits, [*guess, -1], strict=True):
+            sequence.cached += 1
+            self._sharing.share(sequence)
+            self._advance_all([sequence], row[None])
+            if sequence not in self._running or sequence.tokens[-1] != guessed:
+                break
+            right += 1
+        if sequence.guesser is not None:
+            sequence.guesser.came_true(right)
 
     def _decode(self, sequences: list[Sequence]) -> None:
+        if self._lookup and len(sequences) == 1 and (guess := self._guess(sequences[0])):
+            self._verify(sequences[0], guess)
+            return
         tokens = torch.tensor([s.tokens[-1] for s in sequences])
         positions = torch.tensor([s.cached for s in sequences])
         width = max(len(s.pages) for s in sequences)

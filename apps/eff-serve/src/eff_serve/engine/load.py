@@ -55,6 +55,7 @@ def load_engine(
     reuse_selector: Selector | None = None,
     adapters: Mapping[str, Path] | None = None,
     prefix_cache: bool = True,
+    lookup: int = 0,
     progress: bool = True,
 ) -> LoadedModel:
     """Load a model for serving.
@@ -79,6 +80,7 @@ def load_engine(
         adapters: Folders of LoRA adapters that PEFT wrote, by the names that requests use.
         prefix_cache: Share keys between texts that begin alike, those of ended requests included; models that run
             through transformers do not.
+        lookup: Tokens to guess from the text so far while one sequence runs alone; the answers stay the same. 0: none.
         progress: Show progress bars on standard error.
 
     Raises:
@@ -141,6 +143,7 @@ def load_engine(
         max_batch=max_batch,
         max_waiting=max_waiting,
         prefix_cache=prefix_cache,
+        lookup=lookup,
     )
     name = SMOLLM2_NAME if model is None else Path(model).name if Path(model).is_dir() else model
     if opened is not None and model is not None:

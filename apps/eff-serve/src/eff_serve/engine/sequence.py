@@ -11,6 +11,7 @@ from typing import Any
 
 from eff_serve.engine.adapters import Adapter
 from eff_serve.engine.grammar import GrammarMatcher
+from eff_serve.engine.lookup import Guesser
 from eff_serve.engine.prefix import Chain
 from eff_serve.engine.sampler import Sampler
 from eff_serve.engine.types import Sampling, Step, TokenScore
@@ -59,6 +60,7 @@ class Sequence:
         shared: How many of these pages other sequences may read.
         chain: What the pages hold, for the prefix cache.
         reused: Tokens of the prompt whose keys were there when it was first read.
+        guesser: Guesses how it goes on, where that was asked for.
         steered: Rules of its attention, from its first step on; see `steering`.
     """
 
@@ -75,6 +77,7 @@ class Sequence:
     shared: int = 0
     chain: Chain | None = None
     reused: int | None = None
+    guesser: Guesser | None = None
     steered: Any = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     submitted: float = field(default_factory=time.monotonic)
