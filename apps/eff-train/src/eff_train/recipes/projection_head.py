@@ -90,7 +90,7 @@ class ProjectionHead(Recipe[Config]):
     """Grey pictures [batch, 1, 32, 32] to features [batch, width] and their projection."""
 
     needs = ("sklearn", "skimage")
-    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"digit_pre": (">=", 0.6), "texture_pre": (">=", 0.9)}
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"digit_pre": (">=", 0.45), "texture_pre": (">=", 0.55)}
 
     @cached_property
     def digits(self) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,7 @@ class SpecVit(Recipe[Config]):
     """Patches [batch, components, P, P] to logits of the pixel in the middle; see `eff_vision.specvit`."""
 
     needs = ("tensorly",)
-    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"oa": (">=", 0.6), "overlap": ("<=", 0.0)}
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"oa": (">=", 0.45), "overlap": ("<=", 0.0)}
 
     @cached_property
     def pines(self) -> Any:

@@ -83,7 +83,14 @@ def profile_attention(
 
 
 def select_distill_layer(profile: LayerProfile, target: float = 0.09) -> int:
-    """The layer (from 0) whose information is nearest to ``target`` (section 4.1); of equals the deepest."""
+    """The layer (from 0) whose information is nearest to ``target`` (section 4.1); of equals the deepest.
+
+    Layers before the most local one do not count: the rule supposes that information falls with depth, but the first
+    layer of some models (of eff-embedded's ViT, for one) looks at a few outstanding patches from everywhere, which has
+    the information of a hybrid layer and is none.
+    """
     if not 0 <= target <= 1:
         raise ValueError(f"target must be from 0 to 1, got {target}")
-    return min(range(len(profile.nmi)), key=lambda i: (abs(profile.nmi[i] - target), -i))
+    nmi = profile.nmi
+    first = max(range(len(nmi)), key=nmi.__getitem__)
+    return min(range(first, len(nmi)), key=lambda i: (abs(nmi[i] - target), -i))

@@ -53,7 +53,7 @@ class Config(TrainConfig):
         depth: Of the student.
     """
 
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 16
     lr: float = 1e-3
     warmup: int = 30
@@ -61,7 +61,7 @@ class Config(TrainConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     log_every: int = 20
     save_every: int = 100
-    pretrain: int = 300
+    pretrain: int = 250
     distil: Literal["attention", "features"] = "attention"
     layer: int = 0
     information: float = 0.09
