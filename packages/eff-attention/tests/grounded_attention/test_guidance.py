@@ -5,7 +5,7 @@ import torch
 from eff_attention.grounded_attention import PAINTConfig, TextGuidance, apply_paint
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "suppress_tokens": [95, 96]}
-PROMPTS = [(1, 5, "P", 6, 7, 8), (1, "P", 9, 10, 11, 12)]
+PROMPTS = [(1, 5, "P", 6, 7, 8), (1, "P", 9, 10)]  # the second is padded
 
 
 def bare(zoo, family, pieces):
