@@ -1,4 +1,4 @@
-"""The chat page at ``/``: three static files."""
+"""The chat page at ``/``: a few static files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from eff_http import add_static_page
 from fastapi import FastAPI
 
-_FILES = {"/": "index.html", "/static/chat.css": "chat.css", "/static/chat.js": "chat.js"}
+_FILES = {"/": "index.html"} | {
+    f"/static/{name}": name for name in ("chat.css", "chat.js", "api.js", "markdown.js", "store.js")
+}
 _FOLDER = Path(__file__).parents[1] / "web" / "static"
 
 
