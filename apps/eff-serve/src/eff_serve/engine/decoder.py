@@ -5,8 +5,6 @@ Suffixes: T tokens, H query heads, G key-value heads, D head dimension, P pages,
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +19,7 @@ from eff_serve.engine.adapters import Adapters
 from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.gguf.model import GGUFModel
 from eff_serve.engine.linear import Linear
+from eff_serve.engine.pages import untouched
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import head_in_bytes, load_linear
 from eff_serve.engine.reuse import LayerReuse
@@ -125,8 +124,8 @@ class Decoder:
         self.steerer = Steerer(self)
         self._steps = Steps(self._plain_step, widest=min(num_pages, -(-c.max_model_len // PAGE)))
         shape = (num_pages, c.num_kv_heads, PAGE, d)
-        self.keys = [_untouched(shape) for _ in range(c.num_layers)]
-        self.values = [_untouched(shape) for _ in range(c.num_layers)]
+        self.keys = [untouched(shape) for _ in range(c.num_layers)]
+        self.values = [untouched(shape) for _ in range(c.num_layers)]
 
     @property
     def weight_bytes(self) -> int:
@@ -392,12 +391,3 @@ def _attended(q_THD: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> Tensor:
         q_THD.transpose(0, 1)[None], k_GSD[None], v_GSD[None], is_causal=True, enable_gqa=True
     )
     return out[0].transpose(0, 1)
-
-
-def _untouched(shape: tuple[int, ...]) -> Tensor:
-    """Zeros that take memory only where they are written: a large cache costs neither time nor memory in advance.
-
-    From the system itself: an allocator may have memory of its own left, and would write zeros into all of it.
-    """
-    memory = mmap.mmap(-1, 4 * math.prod(shape))
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)

@@ -1,9 +1,14 @@
-"""Which pages of the key-value cache are free, who holds the others, and which are worth keeping when nobody does."""
+"""Pages of the key-value cache: their memory, which are free, who holds the others, which are worth keeping."""
 
 from __future__ import annotations
 
 import collections
+import math
+import mmap
 from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 
 class PagePool:
@@ -86,3 +91,12 @@ class PagePool:
             else:
                 self._free.append(page)
         pages.clear()
+
+
+def untouched(shape: tuple[int, ...]) -> Tensor:
+    """Zeros that take memory only where they are written: a large cache costs neither time nor memory in advance.
+
+    From the system itself: an allocator may have memory of its own left, and would write zeros into all of it.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
