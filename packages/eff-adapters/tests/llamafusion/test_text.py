@@ -32,6 +32,18 @@ def test_text_alone_is_bit_identical_before_and_after_training(tiny, tower, batc
     assert torch.equal(model.generate(ids, **greedy), base.generate(ids, **greedy))
 
 
+def test_padded_text_is_read_as_it_is_alone(tiny, tower, copies):
+    model = tiny("Llama")
+    base, mm = copies(model), tower(model=model)
+    ids = torch.randint(1, 64, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        found, alone = mm(ids, attention_mask=mask).logits, base(ids[1:, 3:]).logits
+    torch.testing.assert_close(found[1:, 3:], alone)
+    assert not torch.allclose(mm(ids).logits[1:, 3:], alone)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_remove_gives_the_model_back(tiny, tower, kind):
     model = tiny(kind)

@@ -196,3 +196,14 @@ def test_refusals():
         attention_alignment_loss(q, k, qt, kt, heads=2, chunk=0)
     with pytest.raises(ValueError, match="one B and C"):
         feature_alignment_loss(torch.zeros(2, 4, 3), torch.zeros(2, 4, 5))
+
+
+def test_no_gradient_reaches_the_teacher():
+    h, y = torch.randn(2, 4, 3, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True)
+    feature_alignment_loss(h, y).backward()
+    assert y.grad is None
+    assert h.grad.abs().sum() > 0
+    student, teacher = ([t.requires_grad_() for t in maps(seed)] for seed in (0, 1))
+    attention_alignment_loss(*student, *teacher).backward()
+    assert all(t.grad is None for t in teacher)
+    assert all(t.grad.abs().sum() > 0 for t in student)
