@@ -145,12 +145,13 @@ def pixpro() -> Lines:
     rows = a[:, 0], b[:, 0]
     # A cell whose one partner is the cell at its own place: both sides reduce to losses that lightly has.
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "pixpro, one partner": (lambda: pixpro_loss(a, b, one) / 2, lambda: NegativeCosineSimilarity()(*flat)),
-        "pixcontrast, one partner": (
+        "lightly: pixpro, one partner": (lambda: pixpro_loss(a, b, one) / 2, lambda: NegativeCosineSimilarity()(*flat)),
+        "InfoNCE: pixcontrast, one partner": (  # against InfoNCE written out
+            
             lambda: pixcontrast_loss(a, b, one, tau=0.3),
             lambda: torch.stack([_info_nce(x, y, 0.3) for x, y in zip(a, b, strict=True)]).mean(),
         ),
-        "nt-xent of pictures": (lambda: nt_xent(*rows, temperature=0.5), lambda: NTXentLoss(0.5)(*rows)),
+        "lightly: nt-xent of pictures": (lambda: nt_xent(*rows, temperature=0.5), lambda: NTXentLoss(0.5)(*rows)),
     }  # fmt: skip
     for name, (ours, theirs) in pairs.items():
         began = time.process_time()
@@ -161,7 +162,7 @@ def pixpro() -> Lines:
             "ms": 1e3 * seconds[0],
             "theirs_ms": 1e3 * seconds[1],
         }
-        yield _line(f"lightly: {name}", began, values)
+        yield _line(name, began, values)
 
 
 def _info_nce(a: Tensor, b: Tensor, tau: float) -> Tensor:

@@ -152,6 +152,18 @@ def test_crops_are_read_too():
     assert float(model.appearance[0].weight.grad.abs().max()) > 0
 
 
+def test_pictures_that_come_again_are_read_once():
+    model, s = make(feature_dim=None).eval(), scene()
+    del s["features"]
+    stock, looks = torch.rand(3, 3, 24, 24), torch.tensor([[0, 1, 2, 1, 0], [2, 2, 0, 1, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**s, images=stock, looks=looks).logits, model(**s, images=stock[looks]).logits, rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ValueError, match="looks are places"):
+        model(**s, images=stock[looks], looks=looks)
+
+
 def test_what_is_exported_gives_the_same_numbers(monkeypatch):
     model, s = make().eval(), scene()
     with torch.no_grad():

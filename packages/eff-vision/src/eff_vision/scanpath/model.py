@@ -113,6 +113,7 @@ class ObjectScanpathTransformer(nn.Module):
         images: Tensor | None = None,
         features: Tensor | None = None,
         object_mask: Tensor | None = None,
+        looks: Tensor | None = None,
     ) -> OatOutput:
         """Score the next object after each prefix of a path.
 
@@ -122,12 +123,14 @@ class ObjectScanpathTransformer(nn.Module):
             fixations: Indices of the objects looked at, int64 [B, T], filled with `PAD`.
             images: Crops [B, N, 3, H, W] in [0, 1]; or
             features: features [B, N, feature_dim].
+            looks: Of each object its place among ``images`` [K, 3, H, W], int64 [B, N]: pictures that come again and
+                again are then read once.
             object_mask: bool [B, N], False for objects that only fill the batch.
 
         Raises:
             ValueError: not exactly one of images and features, or a fixation or target on an object that is not there.
         """
-        memory, tokens, mask = self._encode(positions, target, images, features, object_mask)
+        memory, tokens, mask = self._encode(positions, target, images, features, object_mask, looks)
         self._check(fixations, target, mask)
         logits = self._decode(memory, tokens, mask, positions, target, fixations)
         return OatOutput(logits, self._loss(logits, fixations))
@@ -152,13 +155,18 @@ class ObjectScanpathTransformer(nn.Module):
         images: Tensor | None,
         features: Tensor | None,
         object_mask: Tensor | None,
+        looks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder outputs of objects and target token [B, N + 1, d], object tokens [B, N, d], mask [B, N]."""
         if (images is None) == (features is None):
             raise ValueError("give exactly one of images and features")
         if (features is None) != (self.config.feature_dim is None):
             raise ValueError("the model reads features where feature_dim is set, else images")
-        if images is not None:
+        if looks is not None and (images is None or images.ndim != 4):
+            raise ValueError("looks are places among images [K, 3, H, W]")
+        if images is not None and looks is not None:
+            seen = self.appearance(images)[looks]
+        elif images is not None:
             seen = self.appearance(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         else:
             seen = self.appearance(features)
@@ -237,6 +245,7 @@ class ObjectScanpathTransformer(nn.Module):
         images: Tensor | None = None,
         features: Tensor | None = None,
         object_mask: Tensor | None = None,
+        looks: Tensor | None = None,
         max_len: int = 20,
         num_samples: int | None = None,
         temperature: float = 1.0,
@@ -250,7 +259,7 @@ class ObjectScanpathTransformer(nn.Module):
         if max_len < 1 or not temperature > 0:
             raise ValueError(f"wanted max_len >= 1 and temperature > 0, got {max_len} and {temperature}")
         samples = num_samples or 1
-        memory, tokens, mask = self._encode(positions, target, images, features, object_mask)
+        memory, tokens, mask = self._encode(positions, target, images, features, object_mask, looks)
         memory, tokens, mask, positions, target = (
             x.repeat_interleave(samples, 0) for x in (memory, tokens, mask, positions, target)
         )

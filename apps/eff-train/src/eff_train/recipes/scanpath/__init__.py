@@ -51,10 +51,10 @@ class Config(TrainConfig):
         appearance: Crops of the sprites, or the features that the simulated searcher compares.
     """
 
-    steps: int = 300
+    steps: int = 900
     batch_size: int = 32
     lr: float = 1e-3
-    warmup: int = 20
+    warmup: int = 30
     log_every: int = 20
     save_every: int = 100
     rows: int = 4
@@ -145,7 +145,7 @@ class Scanpath(Recipe[Config]):
         if self.config.appearance == "features":
             return {**made, "features": features}
         kinds, colours = features[..., : len(KINDS)].argmax(-1), features[..., len(KINDS) :].argmax(-1)
-        return {**made, "images": self.sprites[kinds * len(TINTS) + colours]}
+        return {**made, "images": self.sprites, "looks": kinds * len(TINTS) + colours}
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Shelves with a search each."""
@@ -263,7 +263,8 @@ class Scanpath(Recipe[Config]):
         super().export(model, folder)
         scene = self.scene(self.held_out.shelves[:2])
         look = "features" if "features" in scene else "images"
-        inputs = {look: scene[look], "positions": scene["positions"], "target": scene["target"]}
+        seen = scene[look] if look == "features" else scene["images"][scene["looks"]]
+        inputs = {look: seen, "positions": scene["positions"], "target": scene["target"]}
         steps = torch.arange(8).expand(2, 8) % (self.config.rows * self.config.columns)
         write_onnx(NextObject(_oat(model), look), {**inputs, "fixations": steps}, ("scores",), folder / "oat.onnx")
 
