@@ -143,11 +143,10 @@ def pixpro() -> Lines:
     one = torch.eye(64, dtype=torch.bool).expand(24, -1, -1)
     flat = a.flatten(0, 1), b.flatten(0, 1)
     rows = a[:, 0], b[:, 0]
-    # A cell whose one partner is the cell at its own place: both sides reduce to losses that lightly has.
+    # A cell whose one partner is the cell at its own place: ours reduce to lightly's, and to InfoNCE written out.
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "lightly: pixpro, one partner": (lambda: pixpro_loss(a, b, one) / 2, lambda: NegativeCosineSimilarity()(*flat)),
-        "InfoNCE: pixcontrast, one partner": (  # against InfoNCE written out
-            
+        "InfoNCE: pixcontrast, one partner": (
             lambda: pixcontrast_loss(a, b, one, tau=0.3),
             lambda: torch.stack([_info_nce(x, y, 0.3) for x, y in zip(a, b, strict=True)]).mean(),
         ),
