@@ -135,6 +135,7 @@ def test_table_of_ratios():
     assert "x)" not in ratio_table([made("eager", 6.0, ok=False), made("eff", 3.0)])
     assert len({len(line) for line in ratio_table(records).splitlines()}) == 1
     assert "8.0 (0.25x)" in ratio_table(records, "eff")
+    assert ratio_table(records, "eff").split("|")[4:6] == [" eff       ", " eager       "]
 
 
 def test_table_with_a_provider_missing_in_a_row():

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
 
 
 def ratio_table(records: Sequence[Record], baseline: str | None = None, *, provider_rows: bool = False) -> str:
-    """A Markdown table with one row for each spec and mode: median microseconds and speed relative to the baseline.
+    """A Markdown table with one row for each spec and mode: median microseconds and speed relative to the baseline,
+    which stands first.
 
     A provider that was wrong or not checked shows as such and has no ratio. With ``provider_rows`` rows and columns
     change places, for many providers and few shapes.
     """
-    names = list(dict.fromkeys(r.provider for r in records))
-    first = baseline or names[0]
+    first = baseline or records[0].provider
+    names = list(dict.fromkeys([first, *(r.provider for r in records)]))
     rows: dict[tuple[str, str, int], dict[str, Record]] = {}
     for r in records:
         rows.setdefault((r.spec, r.mode, r.threads), {})[r.provider] = r
