@@ -4,16 +4,18 @@
 
 "quality" scores windows of text as ``quality.py`` does and continues where it was interrupted. "speed" runs every model
 through transformers' forward pass in bfloat16, all in one process and in turn, so that the ratios hold on a noisy
-machine: a prompt of 128 tokens, and one token after 64 with a cache. Without a word both are done.
+machine: a prompt of 512 and one of 128 tokens, and one token after 64 with a cache. Without a word both are done.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import _smollm2
+import _text
 import quality
 import torch
 from eff_kernels.testing import Provider, Recorder, same
@@ -28,8 +30,8 @@ OURS = {
     "nvfp4": lambda: FP4Config(format="nvfp4"),
 }
 CONFIGURATIONS: dict[str, dict] = {
-    "float32": {},
     "bfloat16": {},
+    "float32": {},
     **{f"eff {name}": {"format": name} for name in OURS},
     "bitsandbytes int8": {"library": "bitsandbytes", "load_in_8bit": True},
     "bitsandbytes nf4": {"library": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -48,6 +50,13 @@ class Formats(quality.Measurement):
     def build(self, name: str) -> nn.Module:
         """The model in bfloat16 with the layers of a configuration."""
         return build(self.folder, self.configurations[name])
+
+    def more(self, model: nn.Module | None) -> dict:
+        """Size of the projections."""
+        if not hasattr(self, "plain"):
+            self.plain = size(build(self.folder, {}))
+        found = 2 * self.plain if model is None else size(model)
+        return {"projections_mib": found / 2**20, "of_bfloat16": found / self.plain}
 
 
 def build(folder: Path, settings: dict) -> nn.Module:
@@ -107,16 +116,33 @@ def speed(folder: Path, rounds: int, path: Path | None, only: str) -> None:
         print(f"{name}: {count / 2**20:.1f} MiB of projections, {count / sizes['bfloat16']:.3f} of bfloat16")
     sources = [*quality.SOURCES]
     recorder = Recorder("formats", path, sources=sources)
-    ids = torch.randint(5, 49000, (1, 128), generator=torch.Generator().manual_seed(0))
-    for spec, mode, make in (("128 tokens", "prefill", prefill), ("1 token after 64", "decode", decode)):
-        runs = {name: make(model, ids) for name, model in models.items()}
+    ids = text_ids(folder)
+    for spec, mode, make, length in (
+        ("512 tokens", "prefill", prefill, 512),
+        ("128 tokens", "prefill", prefill, 128),
+        ("1 token after 64", "decode", decode, 65),
+    ):
+        runs = {name: make(model, ids[:, :length]) for name, model in models.items()}
         truth = runs["bfloat16"](0)
         providers = [
-            Provider(name, run, check=lambda run=run, truth=truth: same(run(0), truth, tolerance=0.6))
+            Provider(name, run, check=lambda name=name, run=run, truth=truth: within(name, run, truth))
             for name, run in runs.items()
         ]
         recorder.run(spec, providers, mode=mode, rounds=rounds)
     print(recorder.table("bfloat16"))
+
+
+def within(name: str, run: Callable[[int], torch.Tensor], truth: torch.Tensor) -> bool:
+    """Whether logits are as near to those of bfloat16 as the format lets expect."""
+    return same(run(0), truth, tolerance=quality.logit_limit(name))
+
+
+def text_ids(folder: Path) -> torch.Tensor:
+    """The first 512 tokens of the text whose quality is scored, [1, 512]."""
+    from transformers import AutoTokenizer
+
+    text = _text.scored()[0].text
+    return torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:512]])
 
 
 def prefill(model: nn.Module, ids: torch.Tensor):

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
+from eff_kernels.edit import Distiller
 from eff_kernels.testing.machine import device_name
-from eff_quant import AttentionOutputDistiller, FP8QATConfig, FP8Spec, convert_qat_, freeze_except_, prepare_qat_
+from eff_quant import FP8QATConfig, FP8Spec, convert_qat_, freeze_except_, prepare_qat_
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _digits import HELD_OUT, Attention, accuracy, batches, load_digits_images, student_of, train_teacher
@@ -35,17 +36,16 @@ def run(data: tuple, teacher: torch.nn.Module, spec: FP8Spec | None, *, epochs: 
     parameters = dict(student.named_parameters())
     before = {name: p.clone() for name, p in parameters.items()}
     optimizer = torch.optim.AdamW([parameters[n] for n in names], lr=5e-3)
-    distiller = AttentionOutputDistiller(teacher, student, lambda name, module: isinstance(module, Attention))
+    distiller = Distiller(student, teacher, lambda name, module: isinstance(module, Attention))
 
     def held_out_error() -> float:
         with torch.no_grad():
             teacher(held[0])
             student(held[0])
-        return distiller.loss().item()
+            return distiller.loss().item()
 
     first, steps = held_out_error(), 0
     accuracy_before = accuracy(student, *held)
-    distiller._outputs.clear()
     for epoch in range(epochs):
         for x, _ in batches(*train, 100 + epoch):
             with torch.no_grad():

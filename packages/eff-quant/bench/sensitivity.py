@@ -47,10 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.plot:
         try:
-            run(args).to_json(args.results)
+            run(args).save(args.results)
         except (KeyboardInterrupt, TimeUp):
             sys.exit("stopped; the next call goes on with the run that was under way")
-    plot(SensitivityReport.from_json(args.results))
+    plot(SensitivityReport.load(args.results))
 
 
 def run(args: argparse.Namespace) -> SensitivityReport:

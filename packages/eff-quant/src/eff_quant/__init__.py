@@ -4,6 +4,8 @@ Importing this package loads torch and nothing larger; transformers, PEFT and bi
 that need them.
 """
 
+from eff_quant.count import count_parameters
+from eff_quant.experts import QuantizedExperts
 from eff_quant.fp4 import (
     FP4Config,
     FP4Linear,
@@ -14,7 +16,6 @@ from eff_quant.fp4 import (
     save_fp4_checkpoint,
 )
 from eff_quant.fp8_qat import (
-    AttentionOutputDistiller,
     FP8Config,
     FP8Linear,
     FP8QATConfig,
@@ -39,6 +40,7 @@ from eff_quant.llm_int8 import (
 from eff_quant.load import load
 from eff_quant.lora import merge_lora
 from eff_quant.mixed import MixedConfig
+from eff_quant.parallel import keep_codes_local_
 from eff_quant.quantize import dequantize_, quantize_
 from eff_quant.quantvla import (
     ActivationCalibration,
@@ -60,7 +62,6 @@ from eff_quant.sensitivity import Recipe, SensitivityReport, sensitivity_sweep
 
 __all__ = [
     "ActivationCalibration",
-    "AttentionOutputDistiller",
     "AttentionStats",
     "FP4Config",
     "FP4Linear",
@@ -75,6 +76,7 @@ __all__ = [
     "OutlierReport",
     "QATHandle",
     "QuantLayout",
+    "QuantizedExperts",
     "QuantizedPolicy",
     "Recipe",
     "ScaleMatchConfig",
@@ -90,10 +92,12 @@ __all__ = [
     "collect_attention_stats",
     "convert_from_bnb_",
     "convert_qat_",
+    "count_parameters",
     "dequantize_",
     "fake_fp4",
     "fake_quant_fp8",
     "freeze_except_",
+    "keep_codes_local_",
     "load",
     "load_bnb_int8",
     "load_compressed_fp8",

@@ -34,6 +34,8 @@ def _probe(kind: Any, bias: bool) -> nn.Module | None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
             layer: Any = kind(6, 4, bias=bias)
+            if layer._buffers or layer._modules or layer._parameters.keys() != {"weight", "bias"}:
+                return None
             for x in (torch.randn(5, 6), torch.randn(2, 3, 6)):
                 wanted = nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
                 for training in (True, False):
@@ -48,9 +50,4 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     sizes = ("in_features", "out_features", "training")
     held = {k: v for k, v in vars(layer).items() if not k.startswith("_") and k not in sizes}
     plain = {k: v if isinstance(v, int | float | str | bool | None) else type(v) for k, v in held.items()}
-    return {
-        **plain,
-        "parameters": sorted(layer._parameters),
-        "buffers": sorted(layer._buffers),
-        "modules": sorted(layer._modules),
-    }
+    return {**plain, "tensors": sorted([*layer._parameters, *layer._buffers, *layer._modules])}

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-# Looking through the process' mappings takes some milliseconds, so it is done once for this many bytes of weights.
-RELEASE_EVERY = 2**24
+# Looking through the process' mappings takes some milliseconds, so it is done so often for a checkpoint, and no more
+# often than for every so many bytes of weights.
+TIMES, LEAST = 64, 2**22
 
 
 class CheckpointMemory:
@@ -27,13 +28,15 @@ class CheckpointMemory:
 
     def __init__(self, files: Iterable[str | Path]) -> None:
         self._files = {str(Path(f).resolve()) for f in files}
+        size = sum(path.stat().st_size for path in map(Path, self._files) if path.exists())
+        self._every = max(LEAST, size // TIMES)
         self._old = {m.span for m in _mappings(self._files)}
         self._taken = 0
 
     def took(self, nbytes: int) -> None:
         """Count a weight that has been quantised; now and then release."""
         self._taken += nbytes
-        if self._taken >= RELEASE_EVERY:
+        if self._taken >= self._every:
             self._taken = 0
             self.release()
 

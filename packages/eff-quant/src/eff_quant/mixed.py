@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from eff_kernels.edit import fits
 from torch import nn
 
 from eff_quant.registry import config_from_dict, method_of
-from eff_quant.settings import check_version
-
-VERSION = 1
+from eff_quant.settings import MethodSettings
 
 Patterns = tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MixedConfig:
+@dataclass(frozen=True)
+class MixedConfig(MethodSettings):
     """Settings by layer: the first rule whose patterns take a layer in decides; a layer without a rule stays as it is.
 
     Attributes:
@@ -35,14 +33,18 @@ class MixedConfig:
     quant_method: ClassVar[str] = "eff_mixed"
 
     def __post_init__(self) -> None:
-        rules = tuple(((p,) if isinstance(p, str) else tuple(p), config) for p, config in self.rules)
-        if not rules:
+        rules = tuple(((p,) if isinstance(p, str) else p, config) for p, config in self.rules)
+        object.__setattr__(self, "rules", rules)
+        super().__post_init__()
+
+    def check(self) -> None:
+        """See the class."""
+        if not self.rules:
             raise ValueError("a mixed config needs at least one rule, got none")
-        for patterns, config in rules:
+        for patterns, config in self.rules:
             if not patterns:
                 raise ValueError(f"a rule with {config} has no patterns, so it would never apply")
             method_of(config)
-        object.__setattr__(self, "rules", rules)
 
     @property
     def plain(self) -> Any:
@@ -57,19 +59,13 @@ class MixedConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the rules as JSON types, with the format version and the method's name."""
         rules = [{"where": list(patterns), "config": config.to_dict()} for patterns, config in self.rules]
-        return {"quant_method": self.quant_method, "version": VERSION, "rules": rules}
+        return {**self._all_tags(), "version": self.version, "rules": rules}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MixedConfig:
-        """Rebuild the rules from `to_dict`.
-
-        Raises:
-            ValueError: another method's settings, a version that this code does not know, or an unknown entry.
-        """
-        check_version(values, cls, VERSION)
-        if unknown := sorted(set(values) - {"quant_method", "version", "rules"}):
-            raise ValueError(f"unknown settings {unknown}; MixedConfig has ['rules']")
-        return cls(tuple((tuple(r["where"]), config_from_dict(r["config"])) for r in values["rules"]))
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild the rules from `to_dict`; errors are those of `eff_kernels.edit.Settings.from_dict`."""
+        rules = [(r["where"], config_from_dict(r["config"])) for r in values.get("rules", ())]
+        return super().from_dict({**values, "rules": rules})
 
 
 def settings_from_dict(values: Mapping[str, Any]) -> Any:

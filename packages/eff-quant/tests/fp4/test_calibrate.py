@@ -84,7 +84,7 @@ def test_it_survives_its_file(tmp_path):
 
 def test_what_cannot_be_calibrated_is_an_error():
     model = nn.Sequential(nn.Linear(32, 8))
-    with pytest.raises(ValueError, match="saw no tokens"):
+    with pytest.raises(ValueError, match="no batches"):
         calibrate_fp4(model, [])
     with pytest.raises(ValueError, match="saw no tokens"):
         calibrate_fp4(model, [torch.ones(1, 32)], where="nowhere")

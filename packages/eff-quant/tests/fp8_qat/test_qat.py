@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
+from eff_kernels.edit import Distiller, cosine
 from eff_quant import (
-    AttentionOutputDistiller,
     FP8Linear,
     FP8QATConfig,
     FP8Spec,
@@ -15,7 +15,7 @@ from eff_quant import (
     freeze_except_,
     prepare_qat_,
 )
-from eff_quant.fp8_qat import FP8QATLinear, cosine_weight
+from eff_quant.fp8_qat import FP8QATLinear
 from torch import nn
 
 WEIGHT_ONLY = FP8QATConfig(activation=None)
@@ -331,7 +331,7 @@ def test_settings_travel_as_json():
     config = FP8QATConfig(activation=None, weight=FP8Spec(dtype="e5m2", granularity="block"), skip=("a", "re:b.*"))
     assert FP8QATConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert FP8QATConfig.from_dict(FP8QATConfig().to_dict()) == FP8QATConfig()
-    with pytest.raises(ValueError, match=r"unknown settings \['foo'\]"):
+    with pytest.raises(ValueError, match=r"has no \['foo'\]"):
         FP8QATConfig.from_dict({"foo": 1})
     with pytest.raises(ValueError, match="version 9"):
         FP8QATConfig.from_dict({"version": 9})
@@ -341,48 +341,23 @@ def test_settings_travel_as_json():
         FP8QATConfig(weight=FP8Spec(power_of_two=True), scale_grad=True)
 
 
-class TestDistiller:
-    def test_loss_is_the_mean_of_the_squared_errors(self, x):
-        teacher, student = model(), model()
-        with torch.no_grad():
-            student[0].weight.mul_(1.1)
-        with AttentionOutputDistiller(teacher, student, ["0", "2"]) as distiller:
-            for _ in range(2):
-                with torch.no_grad():
-                    teacher(x)
-                student(x)
-                loss = distiller.loss()
-                hidden = [teacher[0](x), student[0](x)]
-                deep = [m[2](m[1](h)) for m, h in zip((teacher, student), hidden, strict=True)]
-                errors = [(a - b).square().mean() for a, b in (hidden, deep)]
-                torch.testing.assert_close(loss, (errors[0] + errors[1]) / 2)
-                student.zero_grad()
-                loss.backward()
-                assert student[0].weight.grad.abs().sum() > 0
-                assert teacher[0].weight.grad is None
-                distiller._outputs.clear()  # the products above went through the hooks, too
-        assert not teacher[0]._forward_hooks
-        assert not student[2]._forward_hooks
-
-    def test_a_missing_pass_and_models_that_do_not_match_are_errors(self, x):
-        teacher, student = model(), model()
-        distiller = AttentionOutputDistiller(teacher, student, "0")
-        student(x)
-        with pytest.raises(RuntimeError, match="0: no output of the teacher"):
-            distiller.loss()
-        other = nn.Sequential(nn.Identity(), nn.Linear(48, 64))
-        with pytest.raises(ValueError, match="in one model only"):
-            AttentionOutputDistiller(other, student, lambda n, m: isinstance(m, nn.Linear))
-        linear = nn.Sequential(model()[0])
-        by_order = AttentionOutputDistiller(other, linear, lambda n, m: isinstance(m, nn.Linear), match="order")
-        errors = (other(x) - linear(x)).square().mean()
-        torch.testing.assert_close(by_order.loss(), errors)
-        with pytest.raises(ValueError, match="takes in 0"):
-            AttentionOutputDistiller(teacher, student, "attn")
-
-    def test_the_weight_falls_along_a_cosine(self):
-        values = [cosine_weight(step, 100) for step in (0, 50, 100, 200)]
-        assert values == pytest.approx([0.1, 0.055, 0.01, 0.01])
-        assert cosine_weight(25, 100, 1.0, 0.0) == pytest.approx(0.8535534)
-        with pytest.raises(ValueError, match="total=0"):
-            cosine_weight(0, 0)
+def test_a_distiller_brings_a_student_under_noise_to_its_teacher(x):
+    teacher, student = model(), model()
+    with torch.no_grad():
+        student[0].weight.mul_(1.5)
+    prepare_qat_(student, FP8QATConfig(skip=()))
+    optimizer = torch.optim.Adam(student.parameters(), lr=5e-3)
+    losses = []
+    with Distiller(student, teacher, ["0", "2"], weight=cosine(0.1, 0.01)) as distiller:
+        for _ in range(40):
+            with torch.no_grad():
+                teacher(x)
+            student(x)
+            distiller.loss(0.5).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                student(x), teacher(x)
+                losses.append(distiller.loss().item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is None for p in teacher.parameters())

@@ -72,7 +72,7 @@ def test_its_columns_go_into_the_config(llama, ids):
 
 def test_nothing_seen_is_an_error():
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="saw no tokens"):
+    with pytest.raises(ValueError, match="no batches"):
         outlier_report(model, [])
     with pytest.raises(ValueError, match="saw no tokens"):
         outlier_report(model, [torch.ones(1, 4)], where="nowhere")

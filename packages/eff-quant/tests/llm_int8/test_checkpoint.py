@@ -2,7 +2,7 @@ import sys
 
 import pytest
 import torch
-from eff_quant.checkpoint import RELEASE_EVERY, CheckpointMemory
+from eff_quant.checkpoint import LEAST, CheckpointMemory
 from eff_quant.hub import headers, quantized_entries
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,11 +39,22 @@ def test_pages_are_released_when_enough_was_read(file):
     memory = CheckpointMemory([file])
     view = mapped(file, "x")
     view.sum()
-    memory.took(RELEASE_EVERY - 1)
+    memory.took(LEAST - 1)
     assert memory.release() >= 2**21
     view.sum()
     memory.took(1)
     assert memory.release() < 2**21
+
+
+def test_large_checkpoints_are_looked_at_a_fixed_number_of_times(tmp_path, monkeypatch):
+    released = []
+    monkeypatch.setattr(CheckpointMemory, "release", released.append)
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        file.truncate(2**31)  # sparse
+    memory = CheckpointMemory([tmp_path / "large.safetensors"])
+    for _ in range(2**31 // 2**22):
+        memory.took(2**22)
+    assert len(released) == 64
 
 
 @linux

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
         ({"threshold": float("nan")}, ValueError, "threshold=nan"),
         ({"threshold": "6"}, TypeError, "threshold='6'"),
         ({"threshold": True}, TypeError, "threshold=True"),
-        ({"skip": "lm_head"}, TypeError, r"use a tuple of patterns, such as \('lm_head',\)"),
+        ({"skip": "lm_head"}, TypeError, r"use a tuple, such as \('lm_head',\)"),
         ({"activation": "static"}, ValueError, "activation='static'; use one of 'dynamic', 'none'"),
         ({"outlier_weights": "fp16"}, ValueError, "outlier_weights='fp16'"),
         ({"backend": "cuda"}, ValueError, "backend='cuda'"),
@@ -68,7 +68,7 @@ def test_it_survives_json(config):
     [
         ({"version": 99}, "version 99"),
         ({"quant_method": "awq"}, "quant_method='awq'"),
-        ({"treshold": 6.0}, r"unknown settings \['treshold'\]"),
+        ({"treshold": 6.0}, r"has no \['treshold'\]"),
     ],
 )
 def test_settings_of_others_are_refused(change, says):

@@ -114,11 +114,11 @@ def test_missing_calibration_is_found_before_anything_changes():
 def test_the_report_names_every_linear_layer():
     report = quantize_layout_(model(), LAYOUT, W4A8Config(skip=("2",)))
     assert [e.name for e in report.changed] == ["0"]
-    assert {e.name: e.reason for e in report.skipped} == {"2": "on the skip list", "3": "not in the layout"}
+    assert {e.name: e.reason for e in report.skipped} == {"2": "on the skip list (2)", "3": "not asked for (where)"}
 
 
 def test_a_second_quantisation_is_refused():
     net = model()
     quantize_layout_(net, LAYOUT, W4A8Config())
-    with pytest.raises(ValueError, match="0 is a W4A8Linear, not a plain"):
+    with pytest.raises(ValueError, match="0 is quantised already"):
         quantize_layout_(net, LAYOUT, W4A8Config())

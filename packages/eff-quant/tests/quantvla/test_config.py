@@ -13,7 +13,7 @@ from hypothesis import strategies as st
         ({"weight_bits": 3}, ValueError, "weight_bits=3; use one of 4, 8"),
         ({"activation": "static"}, ValueError, "activation='static'"),
         ({"reduce": "first"}, ValueError, "reduce='first'; use one of 'max', 'mean'"),
-        ({"rotation": "random"}, ValueError, "rotation='random'; use one of 'svd', 'hadamard', None"),
+        ({"rotation": "random"}, ValueError, "rotation='random'; use one of 'svd', 'hadamard', or None"),
         ({"act_percentile": 101}, ValueError, "act_percentile=101"),
         ({"act_percentile": "99"}, TypeError, "act_percentile='99'"),
         ({"permute_blend": float("nan")}, ValueError, "permute_blend=nan"),
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
         ({"rotation": None, "permute": True}, ValueError, "do nothing without rotation"),
         ({"candidates": ()}, ValueError, "use one or more divisors above 0"),
         ({"candidates": (1.0, 0.0)}, ValueError, "use one or more divisors above 0"),
-        ({"skip": "lm_head"}, TypeError, r"use a tuple of patterns, such as \('lm_head',\)"),
+        ({"skip": "lm_head"}, TypeError, r"use a tuple, such as \('lm_head',\)"),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype=torch.int8"),
         ({"backend": "cuda"}, ValueError, "backend='cuda'"),
     ],
@@ -54,7 +54,7 @@ def test_it_survives_json(config):
     [
         ({"version": 99}, "version 99"),
         ({"quant_method": "awq"}, "quant_method='awq'"),
-        ({"rotations": "svd"}, r"unknown settings \['rotations'\]"),
+        ({"rotations": "svd"}, r"has no \['rotations'\]"),
     ],
 )
 def test_settings_of_others_are_refused(change, says):

@@ -100,7 +100,7 @@ def test_excluding_a_module_excludes_what_is_inside():
 @pytest.mark.parametrize(
     ("values", "error", "says"),
     [
-        ({"include": "q_proj"}, TypeError, r"use a tuple of patterns, such as \('q_proj',\)"),
+        ({"include": "q_proj"}, TypeError, r"use a tuple, such as \('q_proj',\)"),
         ({"include": ()}, ValueError, "name at least one pattern"),
         ({"include": ("a",), "bits": (4, 4)}, ValueError, r"bits=\(4, 4\); use \(4, 8\) or \(8, 8\)"),
     ],

@@ -92,12 +92,12 @@ def test_layers_are_what_can_be_computed_beside_the_model(report, trained_once, 
 
 
 def test_it_survives_its_file(report, tmp_path):
-    report.to_json(tmp_path / "report.json")
-    assert SensitivityReport.from_json(tmp_path / "report.json") == report
+    report.save(tmp_path / "report.json")
+    assert SensitivityReport.load(tmp_path / "report.json") == report
     values = json.loads((tmp_path / "report.json").read_text())
     (tmp_path / "new.json").write_text(json.dumps({**values, "version": 2}))
-    with pytest.raises(ValueError, match="report of version 2"):
-        SensitivityReport.from_json(tmp_path / "new.json")
+    with pytest.raises(ValueError, match="SensitivityReport of version 2"):
+        SensitivityReport.load(tmp_path / "new.json")
 
 
 def test_the_table_names_each_pass(report):

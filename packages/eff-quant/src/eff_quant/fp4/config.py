@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
-from eff_quant.settings import BACKENDS, check_choice, check_out_dtype, check_patterns, from_json, to_json
+from eff_quant.settings import Backend, MethodSettings, check_out_dtype
 
 Format = Literal["nvfp4", "mxfp4"]
 ScaleRounding = Literal["floor", "even", "rceil", "ceil"]
 Activations = Literal["dynamic", "static"]
-
-VERSION = 1
 
 # Values of the last axis that share one block scale.
 BLOCK: dict[str, int] = {"nvfp4": 16, "mxfp4": 32}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FP4Config:
+class FP4Config(MethodSettings):
     """How linear layers are turned into 4-bit floating point (E2M1 values in blocks with a shared scale).
 
     Attributes:
@@ -49,18 +46,18 @@ class FP4Config:
     skip: tuple[str, ...] = ("lm_head",)
     fuse_groups: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     out_dtype: torch.dtype | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     # The method's name in transformers; with it an FP4Config can be given to from_pretrained as it is.
     quant_method: ClassVar[str] = "eff_fp4"
 
-    def __post_init__(self) -> None:
-        check_choice("format", self.format, get_args(Format))
-        check_choice("activations", self.activations, (None, *get_args(Activations)))
-        check_choice("scale_rounding", self.scale_rounding, get_args(ScaleRounding))
-        check_choice("backend", self.backend, BACKENDS)
-        check_patterns(self, "skip")
-        object.__setattr__(self, "fuse_groups", _check_groups(self.fuse_groups))
+    def check(self) -> None:
+        """See the class."""
+        names = [name for group in self.fuse_groups for name in group]
+        if any(len(group) < 2 for group in self.fuse_groups) or len(set(names)) < len(names):
+            raise ValueError(
+                f"fuse_groups={self.fuse_groups!r}; a group has two names or more, and a name is in one group only"
+            )
         check_out_dtype(self.out_dtype)
         if self.format == "nvfp4" and self.scale_rounding != "floor":
             raise ValueError(
@@ -76,26 +73,3 @@ class FP4Config:
     def block(self) -> int:
         """How many values share a block scale: 16 (nvfp4) or 32 (mxfp4)."""
         return BLOCK[self.format]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types, with the format version and the method's name."""
-        return to_json(self, VERSION)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FP4Config:
-        """Rebuild the settings from `to_dict`.
-
-        Raises:
-            ValueError: another method's settings, a version that this code does not know, or an unknown entry.
-        """
-        return cls(**from_json(cls, values, VERSION)[0])
-
-
-def _check_groups(groups: Any) -> tuple[tuple[str, ...], ...]:
-    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
-        raise TypeError(f"fuse_groups={groups!r}; use a tuple of groups, such as (('gate_proj', 'up_proj'),)")
-    groups = tuple(tuple(group) for group in groups)
-    names = [name for group in groups for name in group]
-    if any(len(group) < 2 for group in groups) or len(set(names)) < len(names):
-        raise ValueError(f"fuse_groups={groups!r}; a group has two names or more, and a name is in one group only")
-    return groups

@@ -2,7 +2,6 @@
 
 from eff_quant.fp8_qat.config import FP8Config, FP8QATConfig, FP8Spec
 from eff_quant.fp8_qat.convert import convert_qat_
-from eff_quant.fp8_qat.distill import AttentionOutputDistiller, cosine_weight
 from eff_quant.fp8_qat.fake import fake_quant_fp8
 from eff_quant.fp8_qat.files import load_compressed_fp8, save_compressed_fp8
 from eff_quant.fp8_qat.layer import FP8Linear
@@ -11,7 +10,6 @@ from eff_quant.fp8_qat.qat import FP8QATLinear, QATHandle, freeze_except_, prepa
 
 __all__ = [
     "METHOD",
-    "AttentionOutputDistiller",
     "FP8Config",
     "FP8Linear",
     "FP8QATConfig",
@@ -19,7 +17,6 @@ __all__ = [
     "FP8Spec",
     "QATHandle",
     "convert_qat_",
-    "cosine_weight",
     "fake_quant_fp8",
     "freeze_except_",
     "load_compressed_fp8",

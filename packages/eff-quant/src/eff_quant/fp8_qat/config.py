@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
+from eff_kernels.edit import Settings
 
-from eff_quant.settings import (
-    BACKENDS,
-    check_choice,
-    check_known,
-    check_out_dtype,
-    check_patterns,
-    from_json,
-    to_json,
-)
+from eff_quant.settings import Backend, MethodSettings, check_out_dtype
 
 Dtype = Literal["e4m3", "e5m2"]
 Granularity = Literal["row", "tensor", "block", "mx32"]
 Activations = Literal["none", "dynamic"]
 
-VERSION = 1
 TORCH_DTYPES: dict[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FP8Spec:
+class FP8Spec(Settings):
     """How a tensor is rounded to scaled FP8.
 
     Attributes:
@@ -45,9 +36,8 @@ class FP8Spec:
     granularity: Granularity = "row"
     power_of_two: bool = False
 
-    def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, get_args(Dtype))
-        check_choice("granularity", self.granularity, get_args(Granularity))
+    def check(self) -> None:
+        """See the class."""
         if self.granularity == "mx32":
             object.__setattr__(self, "power_of_two", True)
 
@@ -58,7 +48,7 @@ class FP8Spec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FP8QATConfig:
+class FP8QATConfig(Settings):
     """Which linear layers compute with FP8 noise, and of which kind (`prepare_qat_`).
 
     Attributes:
@@ -82,43 +72,15 @@ class FP8QATConfig:
     scale_grad: bool = False
     cache_frozen_weights: bool = True
 
-    def __post_init__(self) -> None:
-        check_patterns(self, "where", "skip")
-        if not isinstance(self.weight, FP8Spec) or not isinstance(self.activation, FP8Spec | None):
-            raise TypeError(
-                f"weight={self.weight!r}, activation={self.activation!r}; use an FP8Spec, or None for inputs"
-            )
+    def check(self) -> None:
+        """See the class."""
         specs = [s for s in (self.weight, self.activation) if s is not None]
         if self.scale_grad and any(s.power_of_two for s in specs):
             raise ValueError("scale_grad=True with scales that are powers of two, which have no gradient; leave it out")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types, with the format version."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("weight", "activation"):
-            spec = getattr(self, name)
-            values[name] = None if spec is None else {f.name: getattr(spec, f.name) for f in fields(spec)}
-        return {"version": VERSION, **values, "where": list(self.where), "skip": list(self.skip)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FP8QATConfig:
-        """Rebuild the settings from `to_dict`.
-
-        Raises:
-            ValueError: a version that this code does not know, or an unknown entry.
-        """
-        values = dict(values)
-        if (version := values.pop("version", VERSION)) != VERSION:
-            raise ValueError(f"settings of version {version!r}; this eff_quant reads version {VERSION}")
-        check_known(values, cls)
-        for name in ("weight", "activation"):
-            if isinstance(values.get(name), Mapping):
-                values[name] = FP8Spec(**values[name])
-        return cls(**values)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FP8Config:
+class FP8Config(MethodSettings):
     """How linear layers are stored in FP8 with one scale for each row of a weight.
 
     Attributes:
@@ -140,32 +102,16 @@ class FP8Config:
     power_of_two: bool = False
     skip: tuple[str, ...] = ("lm_head",)
     out_dtype: torch.dtype | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     # The method's name in transformers; with it an FP8Config can be given to from_pretrained as it is.
     quant_method: ClassVar[str] = "eff_fp8"
 
-    def __post_init__(self) -> None:
-        check_choice("activations", self.activations, get_args(Activations))
-        check_choice("dtype", self.dtype, get_args(Dtype))
-        check_choice("backend", self.backend, BACKENDS)
-        check_patterns(self, "skip")
+    def check(self) -> None:
+        """See the class."""
         check_out_dtype(self.out_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the codes."""
         return TORCH_DTYPES[self.dtype]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types, with the format version and the method's name."""
-        return to_json(self, VERSION)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FP8Config:
-        """Rebuild the settings from `to_dict`.
-
-        Raises:
-            ValueError: another method's settings, a version that this code does not know, or an unknown entry.
-        """
-        return cls(**from_json(cls, values, VERSION)[0])

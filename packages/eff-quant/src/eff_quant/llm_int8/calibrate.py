@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from eff_kernels.edit import Where
+from eff_kernels.edit import Record, Where, calibrate
 from torch import Tensor, nn
 
 from eff_quant.linears import find_linears
 from eff_quant.llm_int8.layer import Int8Linear
-
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class ModuleOutliers:
 
 
 @dataclass(frozen=True, slots=True)
-class OutlierReport:
+class OutlierReport(Record):
     """What `outlier_report` saw: for each linear layer the columns of its input that reach the threshold.
 
     Attributes:
@@ -67,27 +63,6 @@ class OutlierReport:
                 chosen[name] = tuple(sorted(m.columns[i] for i in columns))
         return chosen
 
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps({"version": VERSION, **asdict(self)}))
-
-    @classmethod
-    def load(cls, path: str | Path) -> OutlierReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: another version of the format.
-        """
-        values = json.loads(Path(path).read_text())
-        version = values.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"{path}: outlier report of version {version!r}; this eff_quant reads version {VERSION}")
-        modules = {
-            name: ModuleOutliers(tuple(m["columns"]), tuple(m["share"]), tuple(m["largest"]), m["in_features"])
-            for name, m in values["modules"].items()
-        }
-        return cls(values["threshold"], values["tokens"], modules)
-
     def __str__(self) -> str:
         width = max((len(name) for name in self.modules), default=6)
         lines = [f"inputs of linear layers >= {self.threshold:g}, {self.tokens} tokens"]
@@ -98,14 +73,13 @@ class OutlierReport:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def outlier_report(
     model: nn.Module, batches: Iterable[Any], *, threshold: float = 6.0, where: Where = "*"
 ) -> OutlierReport:
     """Run a model on some batches and record which input columns of its linear layers hold outliers.
 
     Args:
-        model: Any module; it is run as it is (set ``eval()`` yourself) and left unchanged.
+        model: Any module; it is run in evaluation mode and left as it was.
         batches: Each one a mapping of keyword arguments, a tuple of arguments, or a single argument. Tokens that an
             ``attention_mask`` [B, T] of a mapping marks as padding do not count.
         threshold: The size from which an entry counts.
@@ -120,31 +94,12 @@ def outlier_report(
     if not threshold > 0:
         raise ValueError(f"threshold={threshold}; use a size above 0, such as 6.0")
     layers = {f.names[0]: f.module for f in find_linears(model, where=where, done=(Int8Linear,)) if not f.wanted}
-    layers = {name: module for name, module in layers.items() if hasattr(module, "weight")}
-    seen: dict[str, _Columns] = {}
-    mask: Tensor | None = None
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, _Columns()).add(args[0], mask, threshold)
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
-    tokens = 0
-    try:
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*batch) if isinstance(batch, tuple | list) else model(batch)
-            tokens = max((c.tokens for c in seen.values()), default=0)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not tokens:
-        raise ValueError("outlier_report saw no tokens: no batches, or no linear layer that where takes in was run")
+    seen = {name: _Columns() for name, module in layers.items() if hasattr(module, "weight")}
+    calibrate(model, batches, dict.fromkeys(seen, lambda call: seen[call.name].add(call.rows(call.input), threshold)))
+    seen = {name: columns for name, columns in seen.items() if columns.tokens}
+    if not seen:
+        raise ValueError("outlier_report saw no tokens: no linear layer that where takes in was run")
+    tokens = max(c.tokens for c in seen.values())
     return OutlierReport(float(threshold), tokens, {name: c.result() for name, c in seen.items()})
 
 
@@ -156,10 +111,7 @@ class _Columns:
         self.hits: Tensor | None = None
         self.largest: Tensor | None = None
 
-    def add(self, x: Tensor, mask: Tensor | None, threshold: float) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if mask is not None and x.ndim == 3 and mask.shape == x.shape[:2]:
-            rows = rows[mask.reshape(-1).bool()]
+    def add(self, rows: Tensor, threshold: float) -> None:
         if not len(rows):
             return
         size = rows.abs().float()

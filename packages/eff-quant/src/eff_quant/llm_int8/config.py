@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from eff_quant.settings import BACKENDS, check_choice, check_out_dtype, check_patterns, from_json, to_json
+from eff_quant.settings import Backend, MethodSettings, check_out_dtype
 
 Activation = Literal["dynamic", "none"]
 OutlierWeights = Literal["int8", "original"]
 
-VERSION = 2
-"""Version 2 added activation_group; settings of version 1 mean one scale for the whole row."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Int8Config:
+class Int8Config(MethodSettings):
     """How linear layers are turned into int8 (LLM.int8(), arXiv 2208.07339).
 
     Attributes:
@@ -58,21 +54,25 @@ class Int8Config:
     outlier_weights: OutlierWeights = "int8"
     outlier_columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     out_dtype: torch.dtype | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     # The method's name in transformers; with it an Int8Config can be given to from_pretrained as it is.
     quant_method: ClassVar[str] = "eff_int8"
 
-    def __post_init__(self) -> None:
-        _check_number("threshold", self.threshold)
-        check_patterns(self, "skip")
-        check_choice("activation", self.activation, get_args(Activation))
-        _check_group(self.activation_group)
-        check_choice("outlier_weights", self.outlier_weights, get_args(OutlierWeights))
-        check_choice("backend", self.backend, BACKENDS)
+    # Version 2 added activation_group; settings of version 1 mean one scale for the whole row.
+    version: ClassVar[int] = 2
+
+    def check(self) -> None:
+        """See the class."""
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold={self.threshold}; use 0 (no decomposition) or more")
+        group = self.activation_group
+        if group is not None and (group < 1 or group % 32):
+            raise ValueError(f"activation_group={group}; use a positive multiple of 32, or None for the whole row")
         check_out_dtype(self.out_dtype)
-        columns = {name: _check_columns(name, c) for name, c in self.outlier_columns.items()}
-        object.__setattr__(self, "outlier_columns", columns)
+        for name, columns in self.outlier_columns.items():
+            if not columns or columns[0] < 0 or any(a >= b for a, b in pairwise(columns)):
+                raise ValueError(f"outlier_columns[{name!r}]={columns}; use rising column numbers from 0, at least one")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -90,41 +90,7 @@ class Int8Config:
         if self.per_token_outliers and self.threshold == 0:
             raise ValueError("per_token_outliers=True needs a threshold above 0, got threshold=0")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types, with the format version and the method's name."""
-        return to_json(self, VERSION)
-
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Int8Config:
-        """Rebuild the settings from `to_dict`.
-
-        Raises:
-            ValueError: another method's settings, a version that this code does not know, or an unknown entry.
-        """
-        arguments, version = from_json(cls, values, VERSION)
-        if version == 1:
-            arguments["activation_group"] = None
-        return cls(**arguments)
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r}; use a number, 0 or more")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name}={value!r}; use 0 (no decomposition) or more")
-
-
-def _check_group(group: object) -> None:
-    if group is None:
-        return
-    if isinstance(group, bool) or not isinstance(group, int):
-        raise TypeError(f"activation_group={group!r}; use a number of columns or None")
-    if group < 1 or group % 32:
-        raise ValueError(f"activation_group={group}; use a positive multiple of 32, or None for the whole row")
-
-
-def _check_columns(name: str, columns: Any) -> tuple[int, ...]:
-    columns = tuple(int(c) for c in columns)
-    if not columns or columns[0] < 0 or any(a >= b for a, b in pairwise(columns)):
-        raise ValueError(f"outlier_columns[{name!r}]={columns}; use rising column numbers from 0, at least one")
-    return columns
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """See ``version``."""
+        return {**values, "activation_group": None}

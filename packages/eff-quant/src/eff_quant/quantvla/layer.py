@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from eff_kernels import int4_linear, int4_pack, int4_unpack, int8_linear, int8_static_linear
@@ -21,7 +22,8 @@ from eff_quant.quantvla.rotation import (
 from eff_quant.quantvla.rounding import check_finite, round_rows
 
 
-class LayerCalibration(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LayerCalibration:
     """What `calibrate_activations` found for one layer.
 
     Attributes:

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from eff_kernels.edit import matches
+from eff_kernels.edit import Settings, matches
 from torch import nn
 
 Preset = Literal["gr00t_n1_5", "pi05", "dit"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantLayout:
+class QuantLayout(Settings):
     """Patterns (see `eff_kernels.matches`) of the linear layers to quantise and of the attention to calibrate.
 
     A layout is also a predicate ``layout(name, module)``, so that it can be given to `quantize_` as ``where``.
@@ -31,17 +31,12 @@ class QuantLayout:
     attention: tuple[str, ...] = ()
     bits: tuple[int, int] = (4, 8)
 
-    def __post_init__(self) -> None:
-        for name in ("include", "exclude", "attention"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"{name}={value!r} is one string; use a tuple of patterns, such as ({value!r},)")
-            object.__setattr__(self, name, tuple(value))
+    def check(self) -> None:
+        """See the class."""
         if not self.include:
             raise ValueError("include=(); name at least one pattern of layers to quantise")
-        if tuple(self.bits) not in ((4, 8), (8, 8)):
+        if self.bits not in ((4, 8), (8, 8)):
             raise ValueError(f"bits={self.bits}; use (4, 8) or (8, 8), for weights and activations")
-        object.__setattr__(self, "bits", tuple(self.bits))
 
     @classmethod
     def preset(cls, name: Preset) -> QuantLayout:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from eff_kernels.edit import Report, fits, replace_module
+from eff_kernels.edit import Report, Run
 from torch import nn
 
+from eff_quant.convert import exchange_layers
 from eff_quant.method import Method
+from eff_quant.mixed import as_mixed
+from eff_quant.plan import plan
+from eff_quant.quantize import tell_library
 from eff_quant.quantvla.apply import ScaleHandle, apply_scale_table
 from eff_quant.quantvla.calibrate import ActivationCalibration, calibrate_activations
 from eff_quant.quantvla.config import W4A8Config
 from eff_quant.quantvla.layer import W4A8Linear
 from eff_quant.quantvla.layout import QuantLayout
-from eff_quant.quantvla.runs import Run
 from eff_quant.quantvla.scales import ScaleMatchConfig, ScaleTable, calibrate_scales
 from eff_quant.quantvla.stats import collect_attention_stats, find_attention
 from eff_quant.registry import register
@@ -24,6 +27,8 @@ def quantize_layout_(
     model: nn.Module, layout: QuantLayout, config: W4A8Config, calibration: ActivationCalibration | None = None
 ) -> Report:
     """Replace the linear layers that a layout takes in by `W4A8Linear`, in place.
+
+    A model of transformers or diffusers saves and loads afterwards as after `eff_quant.quantize_`.
 
     Args:
         model: Any module.
@@ -36,43 +41,25 @@ def quantize_layout_(
         left.
 
     Raises:
-        ValueError: a pattern fits no layer, one is quantised already, or its calibration is missing, and nothing has
-            been changed then; or a weight holds inf or NaN.
+        ValueError: a pattern fits no layer, a layer cannot be quantised or is so already, or its calibration is
+            missing, and nothing has been changed then; or a weight holds inf or NaN.
     """
     if layout.bits[0] != config.weight_bits:
         raise ValueError(f"the layout has bits={layout.bits}, the config weight_bits={config.weight_bits}")
-    modules = dict(model.named_modules())
-    chosen = set(layout.linears(model))
+    layout.linears(model)
     static = config.activation == "static_folded"
-    found = calibration.layers if calibration is not None and static else {}
-    if done := [n for n in chosen if type(modules[n]) is not nn.Linear]:
-        raise ValueError(f"{sorted(done)[0]} is a {type(modules[sorted(done)[0]]).__name__}, not a plain nn.Linear")
-    if missing := [n for n in sorted(chosen) if static and n not in found and not _skipped(config, n, modules[n])]:
+    known = calibration.layers if calibration is not None and static else {}
+    found = plan(model, as_mixed(config), where=layout)
+    if refused := [f for f in found if f.reason and not f.wanted and any(layout(n) for n in f.names)]:
+        raise ValueError(f"{refused[0].names[0]} {refused[0].reason}")
+    shared = {f.names[0]: {"calibration": known[n]} for f in found for n in f.names if not f.reason and n in known}
+    if missing := [f.names[0] for f in found if static and not f.reason and f.names[0] not in shared]:
         raise ValueError(
             f"activation='static_folded' and no calibration of {len(missing)} layers such as {missing[0]!r}"
         )
-    report = Report(f"quantize_layout_ with {config.weight_bits}-bit weights")
-    for name, linear in modules.items():
-        if not isinstance(linear, nn.Linear):
-            continue
-        size = _size(linear)
-        if name not in chosen:
-            report.skip(name, "not in the layout", size=size)
-        elif _skipped(config, name, linear):
-            report.skip(name, "on the skip list", size=size)
-        else:
-            new = W4A8Linear.from_linear(linear, config, found.get(name))
-            replace_module(model, name, new)
-            report.change(name, bytes_before=size, bytes_after=_size(new))
+    report = exchange_layers(model, f"quantize_layout_ with {config.weight_bits}-bit weights", found, shared)
+    tell_library(model)
     return report
-
-
-def _skipped(config: W4A8Config, name: str, module: nn.Module) -> bool:
-    return fits(config.skip, name, module)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 class QuantizedPolicy(NamedTuple):

@@ -1,4 +1,4 @@
-"""The spread of attention logits, block by block: never more than a block of them is held."""
+"""The spread of attention logits, added up block by block."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 Spread = Literal["global", "row"]
 
-# Logits held at a time, and the size from which an additive mask means "not at all" (diffusers masks with -10000).
-BLOCK = 2**22
+# The size from which an additive mask means "not at all" (diffusers masks with -10000).
 MASKED = -9999.0
 
 
@@ -27,11 +26,9 @@ class LogitMoments:
         self.mean: Tensor
         self.squares: Tensor
 
-    def add(self, logits: Tensor, keep: Tensor | None) -> None:
+    def add(self, logits: Tensor, keep: Tensor) -> None:
         """Add a block [B, H, Q, K]; entries where ``keep`` (it broadcasts) is False do not count."""
         logits = logits.double()
-        if keep is None:
-            keep = torch.ones_like(logits, dtype=torch.bool)
         keep = keep.expand(logits.shape)
         logits = logits.masked_fill(~keep, 0.0)
         n_row = keep.sum(-1).double()  # [B, H, Q]
@@ -64,31 +61,3 @@ def _merge_rows(n: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tenso
     total = n.sum(-1)
     whole = (n * mean).sum(-1) / total.clamp_min(1)
     return total, whole, (squares + n * (mean - whole[..., None]).square()).sum(-1)
-
-
-def add_products(moments: LogitMoments, q: Tensor, k: Tensor, scale: float, keep: Tensor | None, causal: bool) -> None:
-    """Add q k^T * scale for q [B, H, Q, D] and k [B, H or fewer, K, D], in float32 and in blocks of queries.
-
-    Args:
-        moments: Where to.
-        q: Queries.
-        k: Keys; with fewer heads each serves a group of query heads.
-        scale: Factor of the products.
-        keep: bool, broadcasts to [B, H, Q, K]; False does not count.
-        causal: Query i sees the keys up to i, as in torch's scaled_dot_product_attention.
-    """
-    b, h, num_q, d = q.shape
-    num_k = k.shape[2]
-    k = k.float().mT[:, :, None]
-    step = max(1, BLOCK // max(1, b * h * num_k))
-    for start in range(0, num_q, step):
-        block = q[:, :, start : start + step].float()
-        rows = block.shape[2]
-        logits = (block.view(b, k.shape[1], -1, rows, d) @ k).view(b, h, rows, num_k) * scale
-        part = keep
-        if keep is not None and keep.shape[-2] > 1:
-            part = keep[..., start : start + step, :]
-        if causal:
-            seen = torch.ones(rows, num_k, dtype=torch.bool, device=q.device).tril(start)
-            part = seen if part is None else part & seen
-        moments.add(logits, part)

@@ -6,7 +6,8 @@ orthogonal R (inputs) and S (outputs), all block by block. All functions here le
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 Kind = Literal["svd", "hadamard"]
 
 
-class BlockRotation(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class BlockRotation:
     """Orthogonal matrices for a dimension that is cut into blocks.
 
     Attributes:
@@ -76,7 +78,7 @@ def transposed(rotation: BlockRotation) -> BlockRotation:
 
 def rotate(x: Tensor, rotation: BlockRotation) -> Tensor:
     """Return x R for x [..., K], block by block, in float32 (float64 for a float64 x)."""
-    blocks, tail = rotation
+    blocks, tail = rotation.blocks, rotation.tail
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, blocks = x.to(wide), blocks.to(wide)
     size = blocks.shape[-1]

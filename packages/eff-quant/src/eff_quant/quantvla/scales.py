@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eff_kernels.edit import Settings
+
 from eff_quant.quantvla.moments import Spread
 from eff_quant.quantvla.stats import AttentionStats, ModuleStats
 
@@ -56,7 +58,7 @@ def _entry(path: str | Path, name: str, value: Any) -> ModuleScales:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScaleMatchConfig:
+class ScaleMatchConfig(Settings):
     """Limits of the factors; the defaults are those of the paper's code.
 
     Attributes:
@@ -79,17 +81,14 @@ class ScaleMatchConfig:
     std: Spread = "global"
     sequential: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """See the class."""
         low, high = self.alpha_clip
         if not 0 < low <= 1 <= high < math.inf:
             raise ValueError(f"alpha_clip={self.alpha_clip}; use a range above 0 that holds 1, such as (0.7, 1.4)")
         for name in ("alpha_neutral", "beta_log_clip", "beta_neutral"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; use a number of 0 or more")
-        if self.alpha_distance not in ("linear", "log"):
-            raise ValueError(f"alpha_distance={self.alpha_distance!r}; use 'linear' or 'log'")
-        if self.std not in ("global", "row"):
-            raise ValueError(f"std={self.std!r}; use 'global' or 'row'")
 
 
 def calibrate_scales(

@@ -8,8 +8,7 @@ blocks share more than their hidden states.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,15 +231,3 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any], handle: Handle)
 
     module.__dict__["forward"] = forward
     handle.on_remove(put_back)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and leave each module in the mode in which it was."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from eff_kernels.edit import Record
 
 from eff_quant.sensitivity.measure import FUSED, Layer
 from eff_quant.sensitivity.score import interval, mean
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["base", "full", "component", "block", "grid", "mixed"]
 Direction = Literal["only", "restore"]
-
-VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +50,8 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class SensitivityReport:
-    """What `sensitivity_sweep` found.
+class SensitivityReport(Record):
+    """What `sensitivity_sweep` found; it saves as JSON.
 
     Attributes:
         passes: The runs; the first is the base.
@@ -195,26 +194,6 @@ class SensitivityReport:
                 rows.append(row + ([] if self.num_bytes is None else [f"{self.bits_per_byte(p):.4f}"]))
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         return "\n".join("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the report."""
-        Path(path).write_text(json.dumps({"version": VERSION, **asdict(self)}) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> SensitivityReport:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: another version of the format.
-        """
-        values = json.loads(Path(path).read_text())
-        version = values.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"{path}: report of version {version!r}; this eff_quant reads version {VERSION}")
-        passes = [Pass(**{**p, "nll": tuple(p["nll"]), "kl": tuple(p["kl"])}) for p in values.pop("passes")]
-        layers = [Layer(**layer) for layer in values.pop("layers")]
-        values |= {k: tuple(values[k]) for k in ("counts", "formats", "blocks", "components")}
-        return cls(tuple(passes), tuple(layers), **values)
 
     def heatmap(self, path: str | Path, format: str) -> None:
         """Draw the KL of every block and component into a file; needs matplotlib."""

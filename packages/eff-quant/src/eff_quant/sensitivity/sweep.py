@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from eff_kernels.edit import Where, matches
+from eff_kernels.edit import Where, evaluating, matches
 from torch import Tensor, nn
 
 from eff_quant.sensitivity.fake import FORMATS, check_format, weight_of
 from eff_quant.sensitivity.parts import Part, Parts, find_parts
-from eff_quant.sensitivity.passes import Runner, evaluating
+from eff_quant.sensitivity.passes import Runner
 from eff_quant.sensitivity.records import Progress, Records, Shown, Step, fingerprint
 from eff_quant.sensitivity.report import Direction, Mode, SensitivityReport
 from eff_quant.sensitivity.score import segments
