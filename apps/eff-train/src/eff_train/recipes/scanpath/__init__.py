@@ -53,7 +53,7 @@ class Config(TrainConfig):
 
     steps: int = 900
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: int = 30
     log_every: int = 20
     save_every: int = 100
@@ -95,7 +95,7 @@ class Scanpath(Recipe[Config]):
             OatConfig(
                 d_model=c.width, num_heads=4, enc_layers=c.layers, dec_layers=c.layers, d_ff=2 * c.width,
                 position=None if c.position == "none" else c.position, feature_dim=features,
-                max_grid=max(c.rows, c.columns), reveal_target_position=c.reveal_target_position,
+                max_grid=max(c.rows, c.columns), reveal_target_position=c.reveal_target_position, pre_norm=True,
             )
         )  # fmt: skip
 
