@@ -63,7 +63,7 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         return _loaded(body.model, bare=True)
     if body.raw:
         return await _respond(body, request, await _continue(body, body.prompt, name, request), bare=True)
-    turns = [{"role": "system", "content": body.system}] if body.system else []
+    turns: list[dict[str, Any]] = [{"role": "system", "content": body.system}] if body.system else []
     turns.append({"role": "user", "content": _with_pictures(body.prompt, body.images)})
     begun = await begin(_as_chat(body, name, turns, None), request, "ollama-")
     return await _respond(body, request, begun, bare=True)
@@ -239,7 +239,7 @@ def _with_pictures(text: str, images: list[str] | None) -> str | list[dict[str, 
 def _model(serving: Serving, adapter: str | None) -> OllamaModel:
     name = serving.name_of(adapter)
     digest = hashlib.sha256(f"{serving.settings.fingerprint}:{name}".encode()).hexdigest()
-    facts = {"name": name, "model": name, "digest": digest, "size": serving.settings.weight_bytes}
+    facts: dict[str, Any] = {"name": name, "model": name, "digest": digest, "size": serving.settings.weight_bytes}
     return OllamaModel(**facts, modified_at=_time(serving.settings.created), details=_details(serving))
 
 

@@ -50,7 +50,8 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
-    items = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    told = body.input
+    items: list[Item] = [InputMessage(role="user", content=told)] if isinstance(told, str) else told
     for item in items:
         _add(item, messages)
     choice: Any = body.tool_choice
