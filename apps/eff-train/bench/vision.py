@@ -111,7 +111,7 @@ def add(method: str, line: dict[str, Any]) -> None:
         file.write(json.dumps({**line, **conditions(method)}) + "\n")
 
 
-def run(method: str, seeds: int, minutes: float, only: str | None) -> None:
+def run(method: str, seeds: int, minutes: float, only: str | None, pictures: Path | None) -> None:
     """Train what is missing."""
     start, cls = time.monotonic(), registry.load(method)
     common: dict[str, Any] = {}
@@ -121,10 +121,12 @@ def run(method: str, seeds: int, minutes: float, only: str | None) -> None:
                 continue
             if time.monotonic() - start > 60 * minutes:
                 return
-            one(method, cls, name, seed, options, common)
+            one(method, cls, name, seed, options, common, pictures)
 
 
-def one(method: str, cls: Any, name: str, seed: int, options: dict[str, Any], common: dict[str, Any]) -> None:
+def one(
+    method: str, cls: Any, name: str, seed: int, options: dict[str, Any], common: dict[str, Any], pictures: Path | None
+) -> None:
     """Train and judge one variant."""
     usual = cls.config_class()
     steps = options.get("steps", usual.steps)
@@ -153,6 +155,9 @@ def one(method: str, cls: Any, name: str, seed: int, options: dict[str, Any], co
     losses = training.read_means() if steps else {}
     with training.judged() as model:
         found = recipe.evaluate(model)
+        if pictures:
+            (pictures / method / name).mkdir(parents=True, exist_ok=True)
+            recipe.samples(model, pictures / method / name)
     keep(method, recipe, common)
     add(method, {
         "run": name, "seed": seed, "options": options, "steps": steps, "metrics": found,
@@ -217,10 +222,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=13.0)
     parser.add_argument("--only")
+    parser.add_argument("--pictures", type=Path, help="folder for what the recipe shows of each run")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.verb == "run":
-        run(args.method, args.seeds, args.minutes, args.only)
+        run(args.method, args.seeds, args.minutes, args.only, args.pictures)
     elif args.verb == "peers":
         import vision_peers
 
