@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -150,3 +151,36 @@ def test_passes_of_two_threads_do_not_meet(llama_case):
     assert found == [True] * 8
     with pytest.raises(ValueError, match="needs the domain"):
         case.logits(model)
+
+
+def test_one_pass_serves_tokens_of_many_shapes(llama_case):
+    """A prompt, then single tokens, then ever longer rows: every one gets the domains of its own shape."""
+    case, model = llama_case, llama_case.make()
+    mixer = apply_lora_mixer(model, case.config(), experts=case.three(model))
+    mixer.set_mode("hard")
+    domains = [2, 0, 1]
+    lengths = [7, 1, *range(2, 12), 7, 1]
+    ids = {n: torch.randint(1, 97, (3, n), generator=torch.Generator().manual_seed(n)) for n in lengths}
+    with mixer.route(domain_ids=domains):
+        together = [case.logits(model, ids[n]) for n in lengths]
+    for n, found in zip(lengths, together, strict=True):
+        with mixer.route(domain_ids=domains):
+            assert torch.equal(case.logits(model, ids[n]), found)
+    with mixer.route(domain_ids=[0, 0, 0]):
+        assert not torch.equal(case.logits(model, ids[7]), together[0])
+
+
+def test_a_handle_knows_what_is_routed_after_changes(llama_case):
+    case, model = llama_case, llama_case.make()
+    some = {"a": case.adapter(model, targets=("q_proj", "v_proj")), "b": case.adapter(model, targets=("q_proj",))}
+    config = dataclasses.replace(case.config(top_k=1), target_modules=("q_proj", "v_proj"))
+    mixer = apply_lora_mixer(model, config, experts=some)
+    case.run(mixer, "sparse")
+    assert len(mixer.stats()) == 4
+    mixer.remove_expert("a")  # nobody is left at v_proj
+    case.run(mixer, "sparse")
+    assert set(mixer.stats()) == set(mixer.layers)
+    assert len(mixer.stats()) == 2
+    mixer.remove()
+    with pytest.raises(ValueError, match="removed"):
+        case.run(mixer, "hard")
