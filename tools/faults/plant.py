@@ -95,6 +95,24 @@ def sample(root: Path, unit: units.Unit, count: int, seed: int) -> list[Planted]
     return found
 
 
+def replanted(root: Path, unit: units.Unit, record: dict) -> Planted | None:
+    """The fault of a record in the present text, where its lines still stand; None where they do not."""
+    text = (root / record["path"]).read_text()
+    lines = text.splitlines()
+    found = [
+        (abs(first + 1 - record["line"]), first, last)
+        for first in range(len(lines))
+        for last in range(first + 1, min(first + 30, len(lines)) + 1)
+        if " ".join(s.strip() for s in lines[first:last]) == record["before"]
+    ]
+    if not found:
+        return None
+    _, first, last = min(found)
+    indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+    new = "\n".join([*lines[:first], indent + record["after"], *lines[last:]]) + "\n"
+    return Planted(unit, record["path"], record["kind"], first + 1, record["before"], record["after"], new)
+
+
 def _planted(unit: units.Unit, path: str, kind: str, text: str, new: str, line: int) -> Planted:
     before, after = text.splitlines(), new.splitlines()
     tail = len(after) - len(before)
@@ -245,8 +263,13 @@ def run(options: argparse.Namespace, chosen: list[units.Unit]) -> None:
         there = {u.label: u for u in units.units(tree.folder)}  # of that commit, whose folders may be others
         for unit in (there[u.label] for u in chosen if u.label in there):
             common = {"package": unit.package, "unit": unit.name, "commit": tree.commit}
-            faults = sample(tree.folder, unit, options.count, options.seed)
-            left = [f for f in faults if _wanted(known.get(f.key), options.again)]
+            if options.again:
+                old = [r for r in known.values() if (r["package"], r["unit"]) == (unit.package, unit.name)]
+                wanted = [r for r in old if r["kind"] != "none" and r["outcome"] == options.again]
+                left = [f for r in wanted if (f := replanted(tree.folder, unit, r))]
+            else:
+                faults = sample(tree.folder, unit, options.count, options.seed)
+                left = [f for f in faults if f.key not in known]
             if not left or time.time() - started > options.seconds:
                 continue
             key = f"sound {unit.label}"
@@ -275,10 +298,6 @@ def run(options: argparse.Namespace, chosen: list[units.Unit]) -> None:
                 found = {"path": fault.path, "line": fault.line, "before": fault.before, "after": fault.after}
                 end = {"outcome": outcome, "by": reason, "seconds": round(seconds, 1), "seed": options.seed}
                 note(key=fault.key, kind=fault.kind, **found, **end, **common)
-
-
-def _wanted(record: dict | None, again: str) -> bool:
-    return record is None if not again else record is not None and record["outcome"] == again
 
 
 def report() -> None:
