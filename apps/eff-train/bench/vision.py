@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "scanpath": {
         "default": {},
+        "features, 300 updates": {"appearance": "features", "steps": 300},
         "target revealed": {"reveal_target_position": True},
         "no positions": {"position": "none"},
         "sines": {"position": "sine"},

