@@ -8,7 +8,8 @@
 The tree at HEAD is copied, so that the working tree stays as it is; the copy comes first on the path of imports, and C
 is compiled from the copy. Libraries are loaded once, and each run of the tests is a fork of that process. A record of
 each fault goes to results.jsonl; a fault that is there already is not planted again. verdicts.toml says of survivors
-that they change nothing that a user could see ("equivalent"), or why no test finds them yet ("open").
+that they change nothing that a user could see ("equivalent"), which test finds them now ("mended", where they were not
+planted again), or why none does yet ("open").
 """
 
 from __future__ import annotations
