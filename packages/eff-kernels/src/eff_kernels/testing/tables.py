@@ -10,11 +10,10 @@ if TYPE_CHECKING:
 
 
 def ratio_table(records: Sequence[Record], baseline: str | None = None, *, provider_rows: bool = False) -> str:
-    """A Markdown table with one row for each spec and mode: median microseconds and speed relative to the baseline,
-    which stands first.
+    """A Markdown table with one row for each spec and mode: median microseconds and speed relative to the baseline.
 
-    A provider that was wrong or not checked shows as such and has no ratio. With ``provider_rows`` rows and columns
-    change places, for many providers and few shapes.
+    The baseline stands first. A provider that was wrong or not checked shows as such and has no ratio. With
+    ``provider_rows`` rows and columns change places, for many providers and few shapes.
     """
     first = baseline or records[0].provider
     names = list(dict.fromkeys([first, *(r.provider for r in records)]))
