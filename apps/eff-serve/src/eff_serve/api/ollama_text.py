@@ -83,7 +83,7 @@ class OllamaFormat:
         """Lines of one piece."""
         self._first = self._first or time.perf_counter()
         parts = self._speech.feed(piece.text, final=piece.finish_reason is not None)
-        lines = [self._line(words) for words in self._said(parts) if words]
+        lines: list[BaseModel] = [self._line(words) for words in self._said(parts) if words]
         if piece.finish_reason is not None:
             calls = self._called(piece.finish_reason)
             lines += [self._line({"tool_calls": calls})] if calls else []
