@@ -142,7 +142,7 @@ if __name__ == "__main__":
     alignment_is_that_of_one_process(mine)
     the_angle_stops_all_at_once(mine)
     banks(mine)
-    # A wrapped model is part of a cycle of references; one that outlives its group's threads aborts the process at exit.
+    # A wrapped model is part of a cycle of references; one that outlives the threads of its group aborts the process.
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

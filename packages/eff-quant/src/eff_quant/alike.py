@@ -17,12 +17,12 @@ def computes_as_linear(module: nn.Module) -> bool:
     differ from it in its sizes and weights alone. Classes of PyTorch itself are not tried: their parents hand the
     weights to fused functions.
     """
-    kind = type(module)
+    kind: Any = type(module)
     if kind is nn.Linear:
         return True
     if kind.__module__.startswith("torch.") or "forward" in vars(module) or not isinstance(module, nn.Linear):
         return False
-    probe = _probe(kind, module.bias is not None)
+    probe: nn.Module | None = _probe(kind, module.bias is not None)
     return probe is not None and _settings(module) == _settings(probe)
 
 

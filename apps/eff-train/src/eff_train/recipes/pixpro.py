@@ -131,7 +131,11 @@ class Pixels(Recipe[Config]):
     """Two crops [batch, 3, 64, 64] of each window with their edges, to the loss; see `eff_vision.pixpro`."""
 
     needs = ("skimage", "sklearn", "transformers")
-    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {"probe": (">=", 0.65), "match": (">=", 0.08), "spread": (">=", 0.03)}
+    thresholds: ClassVar[Mapping[str, tuple[str, float]]] = {
+        "probe": (">=", 0.65),
+        "match": (">=", 0.08),
+        "spread": (">=", 0.03),
+    }
 
     @cached_property
     def photographs(self) -> list[Tensor]:

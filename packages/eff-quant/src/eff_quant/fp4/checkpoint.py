@@ -28,7 +28,7 @@ from eff_quant.hub import (
 )
 from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import find_linears, is_conv1d, linear_weight
-from eff_quant.settings import check_choice
+from eff_quant.settings import Backend, check_choice
 
 
 def save_fp4_checkpoint(
@@ -142,7 +142,7 @@ def load_fp4_checkpoint(
     *,
     round_activations: bool = True,
     out_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     **kwargs: Any,
 ) -> Any:
     """Load a folder with FP4 weights of compressed-tensors or ModelOpt; they stay packed.

@@ -107,7 +107,7 @@ def calibrate_vla(
     """
     if teacher is model:
         raise ValueError("teacher and model are the same module; quantise a copy.deepcopy of the teacher")
-    config, match = config or W4A8Config(weight_bits=layout.bits[0]), match or ScaleMatchConfig()
+    config, match = config or W4A8Config(weight_bits=4 if layout.bits[0] == 4 else 8), match or ScaleMatchConfig()
     batches = list(batches)
     names = list(find_attention(teacher, layout.attention))
     calibration = None
