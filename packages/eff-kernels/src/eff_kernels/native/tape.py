@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -63,7 +62,7 @@ class Recorded:
         self._arguments = [packed for _, packed, _ in notes]
         addresses = [ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value for packed in self._arguments]
         steps = [(run, at, fallible) for (run, _, fallible), at in zip(notes, addresses, strict=True)]
-        self._steps = np.array(steps, dtype=np.int64).reshape(-1, 3)
+        self._steps = torch.tensor(steps, dtype=torch.int64).view(-1, 3)
         self._replay = _replay()
 
     def __len__(self) -> int:
@@ -74,7 +73,7 @@ class Recorded:
         """Compute for new inputs; the result is overwritten by the next call."""
         for buffer, x in zip(self._buffers, inputs, strict=True):
             (buffer if buffer.shape == x.shape else buffer[tuple(slice(n) for n in x.shape)]).copy_(x)
-        if failed := self._replay(self._steps.ctypes.data, len(self._steps)):
+        if failed := self._replay(self._steps.data_ptr(), len(self._steps)):
             raise MemoryError(f"kernel call {failed - 1} of {len(self)} on tape failed")
         return self.output
 
