@@ -37,10 +37,21 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The prompt of a running ``generate``."""
+    """The prompt of a running ``generate``.
+
+    Its passes may leave out sizes of pictures that it was called with, or give them for each beam.
+
+    Attributes:
+        length: Tokens.
+        mask: Its attention mask.
+        rows: Sequences, before they become several beams each.
+        grids: Sizes of the pictures.
+    """
 
     length: int
     mask: Tensor | None
+    rows: int
+    grids: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ def _step(ids: Tensor, cache: Any, outer: _Seen, masks: tuple[Any, ...]) -> Step
     generated = past + count if prompt is None else max(past, prompt.length)
     if prompt is None and past and count == 1:
         generated = past
-    history = _grown(old, ids, outer, generated)
+    history = _grown(old, ids, outer, generated, prompt)
     pads = _pads(masks, prompt, past + count)
     if pads is not None and pads.shape[0] == ids.shape[0]:
         role = history.tokens.role.masked_fill(pads.to(ids.device), int(Role.PAD))
@@ -241,15 +252,19 @@ def _recalled(old: History | None, ids: Tensor, past: int) -> History:
     return History(torch.cat([known, missing], 1), tokens.append(Tokens.of_role(Role.UNKNOWN, missing)), old.grids)
 
 
-def _grown(old: History, ids: Tensor, outer: _Seen, generated: int) -> History:
+def _grown(old: History, ids: Tensor, outer: _Seen, generated: int, prompt: _Prompt | None) -> History:
     """The history with the tokens of this forward; those from place ``generated`` on are the model's own."""
     past = old.ids.shape[1]
     every = torch.cat([old.ids, ids], 1)
     if generated <= past:  # nothing of the prompt: what is known stays
         return History(every, old.tokens.append(Tokens.of_role(Role.GENERATED, ids)), old.grids)
     given = {n: torch.as_tensor(x) for n in _GRIDS if (x := outer.arguments.get(n)) is not None}
-    grids = {**old.grids, **{n: _joined(n, old.grids.get(n), x, every, outer.config) for n, x in given.items()}}
-    tokens = Tokens.of_prompt(every, outer.config, grids)
+    if prompt is not None and prompt.grids.keys() - given.keys() and every.shape[0] % prompt.rows == 0:
+        grids, beams = prompt.grids, every.shape[0] // prompt.rows
+    else:
+        joined = {n: _joined(n, old.grids.get(n), x, every, outer.config) for n, x in given.items()}
+        grids, beams = {**old.grids, **joined}, 1
+    tokens = Tokens.of_prompt(every[::beams], outer.config, grids).repeat(beams)
     spoken = torch.arange(every.shape[1], device=ids.device) >= generated
     spoken = spoken | torch.cat([old.tokens.of(Role.GENERATED), torch.zeros_like(ids, dtype=torch.bool)], 1)
     return History(every, tokens.spoken_at(spoken), grids)
@@ -310,7 +325,8 @@ class _Generate:
         prompt = next((x for x in given if isinstance(x, Tensor)), None)
         if prompt is None:
             return generate(*args, **kwargs)
-        token = _prompt.set(_Prompt(prompt.shape[1], kwargs.get("attention_mask")))
+        grids = {n: torch.as_tensor(x) for n in _GRIDS if (x := kwargs.get(n)) is not None}
+        token = _prompt.set(_Prompt(prompt.shape[1], kwargs.get("attention_mask"), prompt.shape[0], grids))
         try:
             return generate(*args, **kwargs)
         finally:
