@@ -9,8 +9,9 @@ from typing import Any
 
 def cache_name(taker: Any) -> str:
     """What a model, a layer or a function calls its cache as an argument: "cache" from transformers 5.24 on."""
-    function = getattr(taker, "forward", taker)
-    return "cache" if "cache" in inspect.signature(inspect.unwrap(function)).parameters else "past_key_values"
+    # The class's forward: compiled code cannot look at that of an instance.
+    function = getattr(type(taker), "forward", taker)
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def cache_kwargs(module: Any, cache: Any) -> dict[str, Any]:
