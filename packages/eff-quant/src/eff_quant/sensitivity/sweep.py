@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -110,8 +111,7 @@ def sensitivity_sweep(
         if not grid:
             return report
         more = [records.run(runner, s, show) for f in formats for s in _grid_steps(report, parts, f, grid)]
-    values = {name: getattr(report, name) for name in report.__dataclass_fields__}
-    return SensitivityReport(**{**values, "passes": report.passes + tuple(more)})
+    return replace(report, passes=report.passes + tuple(more))
 
 
 def _steps(parts: Parts, formats: Sequence[str], modes: Sequence[str], directions: Sequence[str]) -> list[Step]:
