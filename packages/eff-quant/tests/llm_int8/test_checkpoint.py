@@ -48,7 +48,7 @@ def test_pages_are_released_when_enough_was_read(file):
 
 def test_large_checkpoints_are_looked_at_a_fixed_number_of_times(tmp_path, monkeypatch):
     released = []
-    monkeypatch.setattr(CheckpointMemory, "release", released.append)
+    monkeypatch.setattr(CheckpointMemory, "release", lambda self: released.append(self))
     with (tmp_path / "large.safetensors").open("wb") as file:
         file.truncate(2**31)  # sparse
     memory = CheckpointMemory([tmp_path / "large.safetensors"])
