@@ -143,7 +143,7 @@ def test_evaluate(trained, capsys):
         (["run", "nowhere.py"], "no file .*nowhere.py"),
         (["run", "digits", "--lr", "-1"], "lr must be above 0, got -1"),
         (["run", "digits", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["trian"], "no sub-command 'trian'; there are evaluate"),
+        (["trian"], "no sub-command 'trian'; there are analyse"),
         (["list", "all"], "usage: eff-train list"),
     ],
 )
