@@ -1,4 +1,4 @@
-"""Peak memory of loading a sharded checkpoint, each way in a fresh process: at most 1.3 times the int8 model."""
+"""Peak memory of loading a sharded checkpoint, each way in a fresh process: at most 1.2 times the int8 model."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import torch
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 MEASURE = """
-import json, re, sys
+import gc, json, os, re, sys
 import eff_quant.hf, torch
 from eff_quant import Int8Config, Int8Linear, load
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, models
@@ -19,6 +19,10 @@ def status(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 models.auto, LlamaForCausalLM  # these are imported when they are first asked for
+os.chdir("small")  # so are some that loading asks for: none of that is the model's
+eval(sys.argv[1])
+os.chdir("..")
+gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
 before = status("VmRSS")
 model = eval(sys.argv[1])
@@ -47,24 +51,25 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama of 270 MB in bfloat16, in shards, and what became of it in int8."""
+    """A Llama of 270 MB in bfloat16, in shards, and what became of it in int8; in ``small`` the same in small."""
     from eff_quant import Int8Config, quantize_, save_bnb_int8
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("memory")
-    config = LlamaConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16, vocab_size=4000
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    noise = torch.randn(4096 * 1024).to(torch.bfloat16)
-    for p in model.parameters():
-        p.data.copy_(noise.repeat(-(-p.numel() // len(noise)))[: p.numel()].view_as(p))
-    model.save_pretrained(path / "float", max_shard_size="60MB")
-    quantize_(model, Int8Config(activation_group=None))
-    model.save_pretrained(path / "int8", max_shard_size="30MB")
-    save_bnb_int8(model, path / "bnb", max_shard_size="30MB")
+    for where, width in ((path, 1024), (path / "small", 128)):
+        config = LlamaConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=8, num_attention_heads=16, vocab_size=4000
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        noise = torch.randn(4096 * 1024).to(torch.bfloat16)
+        for p in model.parameters():
+            p.data.copy_(noise.repeat(-(-p.numel() // len(noise)))[: p.numel()].view_as(p))
+        model.save_pretrained(where / "float", max_shard_size="60MB")
+        quantize_(model, Int8Config(activation_group=None))
+        model.save_pretrained(where / "int8", max_shard_size="30MB")
+        save_bnb_int8(model, where / "bnb", max_shard_size="30MB")
     for name in ("float", "int8", "bnb"):
         assert len(list((path / name).glob("*.safetensors"))) >= 5
     return path
@@ -81,5 +86,5 @@ def test_loading_needs_little_more_than_the_int8_model(folder, way):
     assert seen["int8"] == 8 * 7
     assert seen["dtype"] == ("torch.float16" if "other dtype" in way else "torch.bfloat16")
     assert 0.5 * float_size < seen["size"] < 0.55 * float_size
-    assert seen["peak"] <= 1.3 * seen["size"]
+    assert seen["peak"] <= 1.2 * seen["size"]
     assert seen["peak"] > 0.8 * seen["size"]  # or it would not have measured anything
