@@ -46,7 +46,8 @@ def test_what_holds_for_any_map(seed, n, beta):
     new = calibrate_attention(attn, sinks, beta)
     at = sinks[..., None, :].expand_as(attn)
     assert not sinks[..., 0].any()
-    torch.testing.assert_close(new.sum(-1), torch.ones_like(new.sum(-1)))
+    # The map is one of float32: its rows sum to 1 within that.
+    torch.testing.assert_close(new.sum(-1), torch.ones_like(new.sum(-1)), atol=2e-6, rtol=0)
     assert (new >= 0).all()
     assert (new[attn == 0] == 0).all()
     assert torch.equal(new[..., 0, :], attn[..., 0, :])
