@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,12 @@ from eff_embedded.collages.sprites import sprite
 from eff_embedded.diffusion import load_collage_diffusion
 from eff_embedded.diffusion.prompts import LENGTH, pack
 from eff_guidance.attencraft import AttenCraftConfig, AttenCraftTrainer, Concept, Reading, encode_latents
+from eff_kernels.testing import environment
 from PIL import Image
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "attencraft.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "attencraft")
 NAMES = ("tiger", "balloon")
 CONCEPTS = (Concept(token="<new1>", init_word="cat"), Concept(token="<new2>", init_word="ball"))
 COMMON = {
@@ -117,21 +116,6 @@ def estimate(values: list[float]) -> list[float]:
     return [round(float(x), 3) for x in (data.mean(), *np.quantile(data[draws].mean(1), (0.025, 0.975)))]
 
 
-def conditions() -> dict[str, Any]:
-    """What a record was measured on."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    own = "../src/eff_guidance/attencraft"
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno", own], capture_output=True, text=True).stdout
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "commit": commit, "dirty": bool(dirty), "date": datetime.now(UTC).date().isoformat(), "dtype": "float32",
-        "processor": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -143,7 +127,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pictures: dict[str, list[Any]] = {}
     for arm in args.arms:
-        record = {"method": "attencraft", **run(arm, args.steps, args.seeds, pictures), **conditions()}
+        record = {
+            "method": "attencraft",
+            **run(arm, args.steps, args.seeds, pictures),
+            "dtype": "float32",
+            **environment("cpu", SOURCES),
+        }
         print(json.dumps(record), flush=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(record) + "\n")

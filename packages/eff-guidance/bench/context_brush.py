@@ -9,8 +9,6 @@ Run: python packages/eff-guidance/bench/context_brush.py [--cases 16] [--sheet P
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,10 +19,12 @@ from eff_embedded.collages.sprites import sprite
 from eff_embedded.diffusion import GROUNDS, OBJECTS, load_collage_diffusion
 from eff_embedded.judge import load_judge
 from eff_guidance.context_brush import ContextBrushConfig, incontext_insert
+from eff_kernels.testing import environment
 from PIL import Image
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "context_brush.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "context_brush")
 HOLE = (64, 8, 120, 56)  # left, top, right, bottom on a target of 128 x 64
 SETTINGS = {
     "canvas alone": {"shift_image": 0.0, "shift_text": 0.0, "head_gain": 0.0},
@@ -86,10 +86,9 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipe, judge = load_collage_diffusion(), load_judge()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
     about = {
-        "commit": commit.stdout.strip()[:12], "processor": platform.machine(), "threads": 1, "dtype": "float32",
-        "torch": torch.__version__, "sampler_steps": 12, "seed": "number of the case", "cases": options.cases,
+        **environment("cpu", SOURCES), "dtype": "float32", "sampler_steps": 12, "seed": "number of the case",
+        "cases": options.cases,
     }  # fmt: skip
     columns, base = [], None
     for what, setting in SETTINGS.items():

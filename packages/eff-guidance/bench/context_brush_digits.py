@@ -6,17 +6,17 @@ Run: python packages/eff-guidance/bench/context_brush_digits.py [--train] [--ste
 import argparse
 import importlib.util
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from eff_guidance.context_brush import CanvasSpans, ContextBrushConfig, apply_incontext_brush
+from eff_kernels.testing import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "context_brush_digits.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "context_brush")
 spec = importlib.util.spec_from_file_location("copy_digits", HERE.parent / "tests" / "context_brush" / "copy_digits.py")
 copy_digits = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(copy_digits)
@@ -112,11 +112,7 @@ def main():
     torch.set_num_threads(1)
     if options.train:
         train(options.steps)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
-    about = {
-        "commit": commit.stdout.strip()[:12], "processor": platform.machine(), "threads": 1, "dtype": "float32",
-        "torch": torch.__version__,
-    }  # fmt: skip
+    about = {**environment("cpu", SOURCES), "dtype": "float32"}
 
     def record(**row):
         with RESULTS.open("a") as file:

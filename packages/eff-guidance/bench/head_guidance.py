@@ -5,11 +5,8 @@
 bootstrap over pictures; differences are paired by prompt and seed. CFG is off unless said.
 """
 
-import datetime
 import itertools
 import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,9 +22,11 @@ from eff_guidance.head_guidance import (
     perturbed_heads,
     pipeline_generator,
 )
+from eff_kernels.testing import environment
 from head_guidance_speed import speed
 
 RESULTS = Path(__file__).parent / "results"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "head_guidance")
 STEPS = 8
 FRESH = 40  # pictures that a result is scored on
 SEARCH_SEED, FRESH_SEED = 1, 2
@@ -244,20 +243,13 @@ def picture():
 def main():
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     for part in sys.argv[1:]:
         start = time.process_time()
         with torch.no_grad():
             found = {"plant": plant, "search": search, "knob": knob, "speed": speed, "picture": picture}[part]()
         record = {
-            "part": part, "fresh_pictures": FRESH, **found, "steps": STEPS, "threads": 1, "dtype": "float32",
-            "seconds": round(time.process_time() - start, 1), "commit": commit, "torch": torch.__version__,
-            "processor": names[0].partition(": ")[2] if names else platform.processor(),
-            "date": datetime.date.today().isoformat(),
+            "part": part, "fresh_pictures": FRESH, **found, "steps": STEPS, "dtype": "float32",
+            "seconds": round(time.process_time() - start, 1), **environment("cpu", SOURCES),
         }  # fmt: skip
         with (RESULTS / "head_guidance.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")

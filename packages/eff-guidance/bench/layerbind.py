@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +18,11 @@ from eff_embedded.diffusion import GROUNDS, OBJECTS, load_collage_diffusion
 from eff_embedded.judge import load_judge
 from eff_guidance.layerbind import Grid, Layer, LayerBindConfig, Layout, apply_layerbind, regions_of
 from eff_kernels.edit.attention import intercept_attention
+from eff_kernels.testing import environment
 
 SIDE, CELL = 128, 8
 RESULTS = Path(__file__).parent / "results" / "layerbind.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "layerbind")
 SPEED = RESULTS.with_name("layerbind_speed.jsonl")
 # Eight blocks are too few for the paper's share of hard-binding ones; the first is the one that all models share.
 CONFIG = LayerBindConfig(eta1=0.25, hard_blocks=(0,))
@@ -161,19 +160,6 @@ def interval(values: list[list[float]]) -> list[float]:
     return [round(float(v), 4) for v in (data.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
-def about() -> dict[str, Any]:
-    """Where a record comes from."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "dtype": "float32", "processor": platform.processor() or platform.machine(), "load": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-
-
 def sheet(pipe: Any, path: str, layouts: int) -> None:
     """A picture: one row a layout with its boxes (red in front of blue), then each method's."""
     from PIL import Image, ImageDraw
@@ -208,7 +194,7 @@ def speed(pipe: Any, rounds: int = 5) -> None:
         for method, seconds in least.items():
             line = {"op": "layerbind_speed", "method": method, "pictures": count, "steps": 20}
             line |= {"cpu_seconds": round(seconds, 4), "of_words": round(seconds / least["words"], 3)}
-            lines.append(line | about())
+            lines.append(line | {"dtype": "float32"} | environment("cpu", SOURCES))
             print(json.dumps({k: lines[-1][k] for k in ("method", "pictures", "cpu_seconds", "of_words")}))
     SPEED.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -250,7 +236,8 @@ def main() -> None:
     for (kind, method), found in marks.items():
         shares = {key: interval([[m[key] for m in each] for each in found]) for key in found[0][0]}
         line = {"op": "layerbind", "kind": kind, "method": method, "layouts": len(found), "seeds": options.seeds}
-        lines.append(line | shares | {"cpu_seconds": round(float(np.median(times[method])), 3)} | about())
+        line |= shares | {"cpu_seconds": round(float(np.median(times[method])), 3), "dtype": "float32"}
+        lines.append(line | environment("cpu", SOURCES))
         print(json.dumps({k: lines[-1][k] for k in ("kind", "method", "found", "inside", "order", "cpu_seconds")}))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w") as file:

@@ -10,8 +10,6 @@ Run: python packages/eff-guidance/bench/pokefusion.py [--steps 200] [--only deco
 import argparse
 import dataclasses
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,10 +21,12 @@ from eff_embedded.collages.sprites import sprite
 from eff_embedded.diffusion import GROUNDS, OBJECTS, example, load_collage_diffusion
 from eff_embedded.vision import load_vit, vit_pixels
 from eff_guidance.pokefusion import StyleAttentionConfig, add_style_attention, condition_dropout
+from eff_kernels.testing import environment
 from PIL import Image
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "pokefusion.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "pokefusion")
 ADAPTER = HERE / "results" / "pokefusion_openmoji"
 STYLES = ("twemoji", "openmoji")
 LAYERS = (4, 9)  # of the vision transformer: lines and patches, and things
@@ -253,10 +253,8 @@ def main():
     numbers = list(range(len(OBJECTS)))
     grounds = list(GROUNDS)
     prompts = [f"a {OBJECTS[n]} on a {grounds[(7 * i) % len(grounds)]} background" for i, n in enumerate(numbers)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
     about = {
-        "commit": commit.stdout.strip()[:12], "processor": platform.processor() or platform.machine(), "threads": 1,
-        "dtype": "float32", "torch": torch.__version__, "steps": options.steps, "batch": BATCH,
+        **environment("cpu", SOURCES), "dtype": "float32", "steps": options.steps, "batch": BATCH,
         "pictures": options.pictures, "seed": SEED, "sampler_steps": 12, "held_out": ceiling,
     }  # fmt: skip
 

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,11 @@ import torch
 from eff_embedded.data import photograph
 from eff_embedded.diffusion import example, load_collage_diffusion
 from eff_guidance.refam import RefAMConfig, mean_iou, overlay, point_accuracy, refer
+from eff_kernels.testing import environment
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results" / "refam.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src" / "eff_guidance" / "refam")
 BLOCKS = tuple(f"transformer_blocks.{i}" for i in range(8))
 CASES = {
     "no magnets": {"magnets": ()},
@@ -65,22 +64,6 @@ def estimate(values: list[float]) -> list[float]:
     data = np.asarray(values)
     draws = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
     return [round(float(x), 4) for x in (data.mean(), *np.quantile(data[draws].mean(1), (0.025, 0.975)))]
-
-
-def conditions() -> dict[str, Any]:
-    """What a record was measured on."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno", "../src"], capture_output=True, text=True).stdout
-    return {
-        "commit": commit, "dirty": bool(dirty), "date": datetime.now(UTC).date().isoformat(), "dtype": "float32",
-        "processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def draw(pipe: Any, path: Path) -> None:
@@ -124,7 +107,12 @@ def main() -> None:
     pipe = load_collage_diffusion()
     if args.only != "draw":
         for case in args.cases:
-            record = {"method": "refam", **measure(pipe, args.collages, args.seeds, case), **conditions()}
+            record = {
+                "method": "refam",
+                **measure(pipe, args.collages, args.seeds, case),
+                "dtype": "float32",
+                **environment("cpu", SOURCES),
+            }
             print(json.dumps(record))
             with RESULTS.open("a") as file:
                 file.write(json.dumps(record) + "\n")

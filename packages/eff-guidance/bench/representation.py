@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -32,9 +30,14 @@ from eff_guidance.alignment import (
 from eff_guidance.memory_bank import RepulsiveAlignment, RepulsorConfig, dispersive_loss, mean_cosine
 from eff_guidance.training import gradient_cosine
 from eff_kernels.edit import Handle
+from eff_kernels.testing import environment
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "representation.jsonl"
+SOURCES = (
+    Path(__file__),
+    *(Path(__file__).parents[1] / "src" / "eff_guidance" / part for part in ("alignment", "memory_bank", "training")),
+)
 TIMES = HERE / "results" / "representation_time.jsonl"
 STEPS, BATCH, EVERY, TRAINED, STOP, BLOCK = 300, 48, 75, 1400, 150, 1
 METHODS = ("plain", "REPA", "HASTE", "dispersive", "Repulsor")
@@ -266,30 +269,9 @@ def watched(student: torch.nn.Module, extra: Extra, data: Data, step: int) -> di
     return found
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def processor() -> str:
-    names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
 def where(data: Data) -> dict[str, object]:
     """What a record says about its making."""
-    own = ("packages/eff-guidance/src/eff_guidance/alignment", "packages/eff-guidance/src/eff_guidance/memory_bank")
-    own += ("packages/eff-guidance/src/eff_guidance/training", "packages/eff-guidance/bench/representation.py")
-    root = HERE.parents[2]
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", *(str(root / p) for p in own))),
-        "processor": processor(),
-        "threads": 1,
-        "dtype": "float32",
-        "torch": torch.__version__,
-        "teacher_seconds": round(data.teacher_seconds, 1),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return {**environment("cpu", SOURCES), "dtype": "float32", "teacher_seconds": round(data.teacher_seconds, 1)}
 
 
 def run(seeds: int, minutes: float) -> None:

@@ -4,7 +4,7 @@
 """
 
 from eff_kernels.testing.budget import assert_within_budget, compare, to_float64, within_budget
-from eff_kernels.testing.records import Provider, Record, Recorder, load_records, measure, rotating, same
+from eff_kernels.testing.records import Provider, Record, Recorder, environment, load_records, measure, rotating, same
 from eff_kernels.testing.specs import (
     NON_CONTIGUOUS,
     ODD_SIZES,
@@ -27,6 +27,7 @@ __all__ = [
     "Spec",
     "assert_within_budget",
     "compare",
+    "environment",
     "load_records",
     "measure",
     "padded_rows",
