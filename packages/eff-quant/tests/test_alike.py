@@ -3,6 +3,7 @@
 import pytest
 import torch
 from eff_quant import Int8Config, dequantize_, quantize_
+from eff_quant.alike import _probe, computes_as_linear
 from torch import nn
 
 
@@ -23,6 +24,12 @@ class Scaled(nn.Linear):
 class Twice(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class TwiceFromZero(Twice):
+    def reset_parameters(self):
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
 
 class Normed(nn.Linear):
@@ -58,8 +65,21 @@ def test_subclasses_that_compute_the_same_are_taken():
 
 
 @pytest.mark.parametrize(
-    "layer", [Twice(16, 16), Scaled(16, 16, factor=2.0), Normed(16, 16), Options(16, 16), Shaped(16)]
+    "layer",
+    [Twice(16, 16), TwiceFromZero(16, 16), Scaled(16, 16, factor=2.0), Normed(16, 16), Options(16, 16), Shaped(16)],
 )
 def test_subclasses_that_may_compute_something_else_are_left(layer):
     report = quantize_(nn.ModuleDict({"layer": layer}), Int8Config())
     assert "a subclass of nn.Linear that may use its weight in another way" in report.skipped[0].reason
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_answer_does_not_depend_on_the_dtype_in_which_a_model_is_loaded(seed):
+    torch.manual_seed(seed)
+    _probe.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert computes_as_linear(Same(16, 24))
+    finally:
+        torch.set_default_dtype(before)

@@ -36,8 +36,14 @@ def _probe(kind: Any, bias: bool) -> nn.Module | None:
             layer: Any = kind(6, 4, bias=bias)
             if layer._buffers or layer._modules or layer._parameters.keys() != {"weight", "bias"}:
                 return None
-            for x in (torch.randn(5, 6), torch.randn(2, 3, 6)):
-                wanted = nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
+            # Whatever the default dtype is, as it is half while a model in half is loaded, sums of float32 agree; and a
+            # class that begins with zeros would show nothing.
+            layer = layer.float()
+            for p in layer.parameters():
+                p.data.normal_()
+            for shape in ((5, 6), (2, 3, 6)):
+                x = torch.randn(shape, dtype=torch.float32)
+                wanted = nn.functional.linear(x, layer.weight, layer.bias)
                 for training in (True, False):
                     torch.testing.assert_close(layer.train(training)(x), wanted)
         except Exception:  # a class with arguments of its own may raise anything
