@@ -20,10 +20,10 @@ def keep_codes_local_(model: nn.Module) -> list[str]:
         The names of the buffers.
     """
     names = [
-        f"{name}.{buffer}"
+        buffer
         for name, module in model.named_modules()
         if getattr(module, "num_hidden_parameters", 0)
-        for buffer, _ in module.named_buffers()
+        for buffer, _ in module.named_buffers(prefix=name)
     ]
     before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*dict.fromkeys([*before, *names])])

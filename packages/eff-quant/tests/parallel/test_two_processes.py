@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from eff_quant import FP8Config, FP8Linear, keep_codes_local_
+from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -33,3 +35,11 @@ def test_two_processes(tmp_path):
             process.kill()
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
     assert all(text.endswith("done\n") for text in outputs)
+
+
+def test_a_layer_by_itself_names_its_own_buffers():
+    layer = FP8Linear.from_linear(nn.Linear(16, 16), FP8Config())
+    names = keep_codes_local_(layer)
+    assert names == [name for name, _ in layer.named_buffers()]
+    assert len(names) == 2
+    assert keep_codes_local_(nn.Sequential(layer)) == [f"0.{name}" for name in names]
