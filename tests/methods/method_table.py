@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from eff_kernels.edit.caches import cache_kwargs
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -235,7 +236,7 @@ def generate(row: Row, folder: Path) -> None:
     cache, new, line = DynamicCache(config=model.config), ids, ids
     with torch.no_grad():
         for _ in range(GREEDY["max_new_tokens"]):
-            out = model(input_ids=new, **{_cache_name(model): cache}, use_cache=True)
+            out = model(input_ids=new, **cache_kwargs(model, cache), use_cache=True)
             new = out.logits[:, -1:].argmax(-1)
             line = torch.cat([line, new], 1)
     assert torch.equal(found, line)
@@ -355,12 +356,6 @@ PROPERTIES: dict[str, Callable[[Row, Path], None]] = {
         compiled, checkpointing, reentrant_checkpointing, under_peft, threads,
     )
 }  # fmt: skip
-
-
-def _cache_name(model: Any) -> str:
-    import inspect
-
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def also(row: Row, **changes: Any) -> Row:

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from eff_attention.caches import cache_kwargs
+from eff_kernels.edit.caches import cache_kwargs
 from eff_serve.models.tokenizer import Tokenizer
 from rich.progress import track
 

@@ -26,9 +26,9 @@ import eff_kernels
 import torch
 from _few_keys import index_bytes, kv_bytes, methods
 from _long_context import bits_per_byte, copied, digits_found, fresh, long_prompt, needles_found, prefilled
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse, growing_cache
 from eff_embedded.language import SMOLLM2_NAME, smollm2_folder
+from eff_kernels.edit.caches import cache_kwargs
 from eff_kernels.testing import Provider, Recorder, same
 from eff_kernels.testing.records import environment
 from eff_serve.engine.decoder import PAGE, Decoder

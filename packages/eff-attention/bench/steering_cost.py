@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from eff_attention.caches import cache_kwargs, returned_cache
 from eff_attention.grounded_attention import PAIConfig, PAINTConfig, apply_paint
 from eff_attention.head_reinforcement import VHRConfig, apply_vhr
 from eff_attention.sink_calibration import ACTConfig, apply_act
@@ -28,6 +27,7 @@ from eff_embedded.collages import sample
 from eff_embedded.eyes import load_smollm2_eyes
 from eff_embedded.eyes.evaluation import FIRST_SEED, WORLDS
 from eff_embedded.eyes.prompt import pixels, prompt
+from eff_kernels.edit.caches import cache_kwargs, returned_cache
 from eff_kernels.testing.machine import device_name
 
 RESULTS = Path(__file__).parent / "results" / "steering_cost.jsonl"

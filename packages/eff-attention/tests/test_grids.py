@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_kernels.edit.attention import decoder_attention, observe_attention
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "suppress_tokens": [95, 96]}

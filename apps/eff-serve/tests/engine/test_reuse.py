@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse
+from eff_kernels.edit.caches import cache_kwargs
 from eff_serve.engine import load_engine
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.reuse import LayerReuse, read_reuse

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from eff_kernels import Handle
 from eff_kernels.edit.attention import AttentionCall, Role, TokenRoles, tokens_of
+from eff_kernels.edit.caches import given_cache, returned_cache
 from torch import Tensor, nn
-
-from eff_attention.caches import given_cache, returned_cache
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReusePolicy
+from eff_kernels.edit.caches import cache_kwargs
 
 LAYERS = 6
 

@@ -3,8 +3,8 @@ import copy
 import eff_attention.layer_reuse.rule as module
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse
+from eff_kernels.edit.caches import cache_kwargs
 
 LAYERS = 6
 SIZES = {"top_k": 64, "block_size": 16, "min_seq_len": 64}

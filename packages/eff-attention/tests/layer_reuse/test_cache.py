@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse, growing_cache
+from eff_kernels.edit.caches import cache_kwargs
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse, growing_cache
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 SETTINGS = LayerReuseConfig(top_k=64, block_size=16, min_seq_len=64)

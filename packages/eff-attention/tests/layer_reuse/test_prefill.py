@@ -1,7 +1,7 @@
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse
 from eff_attention.layer_reuse.prefill import Prompt
+from eff_kernels.edit.caches import cache_kwargs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse, profile_layer_reuse, search_policy
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 LAYERS = 6

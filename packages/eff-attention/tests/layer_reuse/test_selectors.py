@@ -1,8 +1,8 @@
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse import LayerReuseConfig, apply_layer_reuse
 from eff_attention.layer_reuse.selectors import HashedKeys, KeyIndex, PooledKeys, _ones
+from eff_kernels.edit.caches import cache_kwargs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs
 from eff_attention.sink_calibration import ACTConfig, apply_act, calibrate_attention, find_attention_sinks, sinks_in
 from eff_kernels.edit.attention import intercept_attention
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache
 
 HEADS = {0: (0, 3), 1: (1, 2), 2: (0, 1, 2, 3)}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from eff_attention.caches import cache_kwargs, returned_cache
 from eff_attention.sink_calibration import ACTConfig, apply_act, calibrate_attention, fast
 from eff_attention.sink_calibration.measure import look
 from eff_kernels.edit.attention import AttentionCall, attend_explicit, dense
+from eff_kernels.edit.caches import cache_kwargs, returned_cache
 
 HEADS = (0, 3)
 

@@ -6,7 +6,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from eff_attention.caches import cache_kwargs
 from eff_attention.variants import (
     KINDS,
     AttentionVariantConfig,
@@ -20,6 +19,7 @@ from eff_attention.variants import (
     variant_layers,
 )
 from eff_attention.variants.context import VariantContext, decoder_of, stream_maps
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 
 WIDTH, HEADS, MAX = 48, 4, 24

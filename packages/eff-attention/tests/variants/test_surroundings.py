@@ -174,7 +174,7 @@ def test_what_holds_a_state_says_so(kind):
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_copy_of_a_cache_goes_its_own_way(kind):
-    from eff_attention.caches import cache_kwargs
+    from eff_kernels.edit.caches import cache_kwargs
     from transformers import DynamicCache
 
     model, cache = make(kind), DynamicCache()

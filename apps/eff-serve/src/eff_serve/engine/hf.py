@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eff_attention.caches import cache_name
 from eff_attention.sink_calibration import ACTConfig, ACTHandle, apply_act
 from eff_attention.sink_calibration.apply import treated_heads
+from eff_kernels.edit.caches import cache_name
 from torch import Tensor
 
 from eff_serve.engine.steering import Steering, check_takes

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from eff_kernels import Handle
 from eff_kernels.edit.attention import find_decoder, intercept_attention
+from eff_kernels.edit.caches import returned_cache
 
-from eff_attention.caches import returned_cache
 from eff_attention.grounded_attention.config import PAIConfig, PAINTConfig
 from eff_attention.grounded_attention.rule import PAINTKeeper, PAINTRule
 from eff_attention.grounded_attention.state import InformedTokens

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from eff_kernels.edit.attention import find_decoder
+from eff_kernels.edit.caches import cache_kwargs
 from torch import Tensor
-
-from eff_attention.caches import cache_kwargs
 
 
 class TextGuidance:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from eff_kernels import Handle
 from eff_kernels.edit.attention import find_decoder, intercept_attention
+from eff_kernels.edit.caches import returned_cache
 from torch import Tensor
 
-from eff_attention.caches import returned_cache
 from eff_attention.head_reinforcement.config import VHRConfig
 from eff_attention.head_reinforcement.keeper import VHRKeeper, given_heads
 from eff_attention.head_reinforcement.rule import VHRRule

@@ -24,10 +24,10 @@ from eff_kernels.edit.attention import (
     intercept_attention,
     rows,
 )
+from eff_kernels.edit.caches import cache_kwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eff_attention.caches import cache_kwargs
 from eff_attention.layer_reuse.blocks import block_mass, heaviest, ratio90
 from eff_attention.layer_reuse.config import check_blocks
 from eff_attention.layers import attention_types

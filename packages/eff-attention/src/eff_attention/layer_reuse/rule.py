@@ -14,9 +14,9 @@ import torch
 from eff_kernels import decode_attention, scored_decode_attention
 from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, rows
+from eff_kernels.edit.caches import given_cache
 from torch import Tensor
 
-from eff_attention.caches import given_cache
 from eff_attention.layer_reuse.blocks import block_mass
 from eff_attention.layer_reuse.choose import choose_blocks
 from eff_attention.layer_reuse.config import LayerReuseConfig

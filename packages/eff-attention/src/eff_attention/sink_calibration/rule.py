@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, Part, Role
+from eff_kernels.edit.caches import given_cache, returned_cache
 from torch import Tensor
 
-from eff_attention.caches import given_cache, returned_cache
 from eff_attention.sink_calibration import direct, fast
 from eff_attention.sink_calibration.config import ACTConfig
 from eff_attention.sink_calibration.functional import calibrate_attention, sinks_of_sums

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from eff_kernels.edit.caches import cache_kwargs
 from torch import Tensor, nn
-
-from eff_attention.caches import cache_kwargs
 
 STREAM = "variant_stream"
 """Name of the decoder's buffer: the random sequence [L, d] or the fixed ids [L]."""
