@@ -139,6 +139,18 @@ def test_an_error_ends_the_request_that_it_was_for_and_the_engine_goes_on(hash_d
     assert engine.stats().kv_usage == 0
 
 
+def test_logits_that_are_not_finite_end_the_request_that_they_are_of(hash_decoder, make_engine, ask):
+    decoder = hash_decoder()
+    own = decoder.logits
+    decoder.logits = lambda tokens: own(tokens) * (torch.nan if tokens[0] == 7 and len(tokens) > 3 else 1)
+    wanted = {"max_tokens": 12, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    bad, good = ask(make_engine(decoder), [([7], wanted), ([8], wanted)])
+    assert ("decode", 2) in decoder.batches
+    assert bad[-1].finish_reason == "error"
+    assert "not finite" in bad[-1].error
+    assert (tokens(good), good[-1].finish_reason) == naive(decoder, [8], Sampling(**wanted))
+
+
 def test_cancel_frees_running_and_waiting_requests(hash_decoder, make_engine):
     engine = make_engine(hash_decoder(), max_batch=1)
 

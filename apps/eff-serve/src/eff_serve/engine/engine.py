@@ -355,12 +355,13 @@ class BatchEngine:
         def prepare(sequence: Sequence, row: Tensor) -> None:
             if sequence.sampling.max_tokens == 0:
                 self._finish(sequence, Step(finish_reason="length", cached_tokens=sequence.reused or 0))
-            elif sequence.sampler.plain:
-                ready.append((sequence, row, row))
-            else:
+                return
+            wanted = row
+            if not sequence.sampler.plain:
                 allowed = None if sequence.grammar is None else sequence.grammar.allowed()
                 wanted = sequence.sampler.prepare(row, sequence.prompt, sequence.output, allowed)
-                ready.append((sequence, row, wanted))
+            sequence.sampler.check(wanted)
+            ready.append((sequence, row, wanted))
 
         for sequence, row in zip(sequences, logits, strict=True):
             self._guarded([sequence], functools.partial(prepare, sequence, row))

@@ -38,6 +38,20 @@ class Sampler:
         free = s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0
         return free and not s.logit_bias and s.min_tokens == 0 and s.grammar is None
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn, rather than the most likely one taken."""
+        return self.sampling.temperature >= TINY
+
+    def check(self, logits: Tensor) -> None:
+        """Refuse logits, float32 [vocab], that no token can be drawn from: here it ends one request, in `pick` many.
+
+        Raises:
+            ValueError: there is a NaN or an infinite logit, or none above minus infinity.
+        """
+        if self.draws and not logits.max().isfinite():
+            raise ValueError("the model gave logits that are not finite")
+
     def prepare(
         self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], allowed: Tensor | None = None
     ) -> Tensor:
@@ -78,7 +92,7 @@ def pick(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
         samplers: Of the requests.
         logits: float32 [B, vocab], prepared.
     """
-    drawing = [i for i, sampler in enumerate(samplers) if sampler.sampling.temperature >= TINY]
+    drawing = [i for i, sampler in enumerate(samplers) if sampler.draws]
     tokens = [0] * len(samplers)
     if len(drawing) < len(samplers):
         tokens = logits.argmax(1).tolist()

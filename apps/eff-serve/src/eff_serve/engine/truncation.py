@@ -100,8 +100,6 @@ def _place(values: Any, s: Sampling, total: float, chance: float, vocab: int) ->
     if count < vocab:
         total = float(sums[-1])
     at = int(np.searchsorted(sums, chance * total, side="right"))
-    if len(values) == vocab:
-        return min(at, count - 1)
-    if count < vocab:
+    if count < vocab or len(values) == vocab:
         return min(at, count - 1)
     return at if at < len(sums) and values[at] > values[-1] else None
