@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from eff_quant.buffers import as_integers, dtype_after
-from eff_quant.linears import carry_hooks, is_conv1d, linear_weight
+from eff_quant.linears import carry_hooks, is_conv1d, is_linear, linear_weight
 
 
 class QuantizedLinear(nn.Linear):
@@ -139,7 +139,7 @@ class QuantizedLinear(nn.Linear):
             TypeError: neither an `nn.Linear` nor a ``Conv1D``, or its weight is not floating.
             ValueError: the weight has a shape that the method cannot hold, or holds inf or NaN.
         """
-        if isinstance(linear, QuantizedLinear) or not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
+        if isinstance(linear, QuantizedLinear) or not is_linear(linear):
             raise TypeError(f"cannot quantise a {type(linear).__name__}; use nn.Linear or transformers' Conv1D")
         weight = linear_weight(linear)
         if not weight.is_floating_point():

@@ -72,7 +72,7 @@ def find_linears(
         size = sum(t.numel() * t.element_size() for t in tensors)
         plain = [without_wrapper(name) for name in where_it_is]
         stacked = experts and is_experts(module)
-        if not (_is_linear(module) or stacked or isinstance(module, done)):
+        if not (is_linear(module) or stacked or isinstance(module, done)):
             found += _stacked_experts(where_it_is[0], module)
         elif not any(fits(where, name, module) for name in plain):
             found.append(Found(where_it_is, module, "not asked for (where)", wanted=True, size=size))
@@ -101,6 +101,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is an `nn.Linear`, of a subclass too, or a ``Conv1D``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def linear_weight(linear: nn.Module) -> Tensor:
     """The weight [N, K] of an `nn.Linear` or a ``Conv1D``."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
@@ -109,7 +114,7 @@ def linear_weight(linear: nn.Module) -> Tensor:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """The weights of a linear layer or of stacked experts."""
-    return [linear_weight(module)] if _is_linear(module) else list(stacks_of(module).values())
+    return [linear_weight(module)] if is_linear(module) else list(stacks_of(module).values())
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -132,10 +137,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _refusal(names: tuple[str, ...], module: nn.Module, users: Mapping[int, list[str]]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eff_quant.fp4.layer import FP4Linear
 from eff_quant.fp4.weight import reciprocal_scale
-from eff_quant.linears import is_conv1d
+from eff_quant.linears import is_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def calibrate_fp4(model: nn.Module, batches: Iterable[Any], *, where: Where = "*
         seen[call.name] = torch.maximum(seen[call.name], largest) if call.name in seen else largest
         tokens[call.name] = tokens.get(call.name, 0) + len(rows)
 
-    layers = [n for n, m in select(model, where, nn.Module) if isinstance(m, nn.Linear) or is_conv1d(m)]
+    layers = [n for n, m in select(model, where, nn.Module) if is_linear(m)]
     with _float_activations(model):
         calibrate(model, batches, dict.fromkeys(layers, see))
     if not seen:

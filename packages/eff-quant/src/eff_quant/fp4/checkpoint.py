@@ -27,7 +27,7 @@ from eff_quant.hub import (
     with_model_names,
 )
 from eff_quant.layer import QuantizedLinear
-from eff_quant.linears import find_linears, is_conv1d, linear_weight
+from eff_quant.linears import find_linears, is_linear, linear_weight
 from eff_quant.settings import Backend, check_choice
 
 
@@ -94,7 +94,7 @@ def check_exportable(model: nn.Module, layers: Mapping[str, FP4Linear]) -> FP4Co
             raise ValueError(f"{name} is a {type(module).__name__}; a folder of FP4 layers takes float layers beside")
     check_no_experts(model, "a folder of FP4 layers")
     for f in find_linears(model):
-        if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
+        if not is_linear(f.module):
             raise ValueError(f"{f.names[0]} {f.reason}; other libraries expect these in FP4, too. Use save_pretrained")
     config = next(iter(layers.values())).config
     _check_groups(model, layers, config)
@@ -220,7 +220,7 @@ def _check_model(
     layers = with_model_names(model, layers)
     left, taken = [], set()
     for f in find_linears(model):
-        if not (isinstance(f.module, nn.Linear) or is_conv1d(f.module)):
+        if not is_linear(f.module):
             continue
         stored = [n for n in f.names if n in layers]
         if not stored:
