@@ -26,9 +26,17 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": _MEANING[status]} for status in statuses}
 
 
-def json_or_events(whole: type[BaseModel], event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses of a generating endpoint: a whole body, or with ``stream`` a stream of events."""
-    text = f"One event: `data` is a {event.__name__} as JSON, and `[DONE]` in the last one."
+def json_or_events(
+    whole: type[BaseModel], event: type[BaseModel], *, done: bool = True
+) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses of a generating endpoint: a whole body, or with ``stream`` one of events.
+
+    Args:
+        whole: The body.
+        event: What the data of an event are.
+        done: The last event is ``[DONE]``.
+    """
+    text = f"One event: `data` is a {event.__name__} as JSON{', and `[DONE]` in the last one' if done else ''}."
     data = {"type": "string", "contentMediaType": "application/json"}
     schema = {"type": "object", "description": text, "properties": {"data": data}, "required": ["data"]}
     stream = {"schema": schema}

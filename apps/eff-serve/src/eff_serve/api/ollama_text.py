@@ -8,14 +8,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from eff_http import ApiError, JsonRoute, internal_error
-from eff_http.sse import EventStream, log
+from eff_http import ApiError, ErrorBody, EventStream, JsonRoute
 from eff_http.validation import from_validation
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.types import Send
 
 from eff_serve.api.answer import Answer
 from eff_serve.api.chat import Begun
@@ -50,20 +48,15 @@ class LineStream(EventStream):
 
     media_type = "application/x-ndjson"
 
-    async def _send_all(self, send: Send) -> None:
-        async def send_line(line: BaseModel) -> None:
-            data = line.model_dump_json(exclude_unset=True).encode() + b"\n"
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+    ending = b""
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            await self._produce(send_line)
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                log.error("a stream failed", exc_info=error)
-            told = error.body if isinstance(error, ApiError) else internal_error().body
-            await send_line(OllamaError(error=told.message))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def encode(self, event: BaseModel) -> bytes:
+        """One line; fields that were not set are left out."""
+        return event.model_dump_json(exclude_unset=True).encode() + b"\n"
+
+    def failure(self, error: ErrorBody, sent: int) -> BaseModel:
+        """The line that tells of an error."""
+        return OllamaError(error=error.message)
 
 
 class OllamaFormat:

@@ -6,10 +6,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from eff_http import ApiError, internal_error
-from eff_http.sse import EventStream, log
+from eff_http import ErrorBody, EventStream
 from pydantic import BaseModel
-from starlette.types import Send
 
 from eff_serve.api.schema.responses import ResponseEvent
 from eff_serve.api.speech import CallPart, Part, Words
@@ -112,26 +110,16 @@ class Output:
 class ResponseStream(EventStream):
     """Events with names, and an error as one of them; there is no ``[DONE]``."""
 
-    async def _send_all(self, send: Send) -> None:
-        count = 0
+    ending = b""
 
-        async def send_event(event: BaseModel) -> None:
-            nonlocal count
-            count += 1
-            kind = getattr(event, "type", "error")
-            data = f"event: {kind}\ndata: {event.model_dump_json()}\n\n".encode()
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+    def encode(self, event: BaseModel) -> bytes:
+        """One event with its name; fields are told whether they were set or not."""
+        return f"event: {getattr(event, 'type', 'error')}\ndata: {event.model_dump_json()}\n\n".encode()
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            await self._produce(send_event)
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                log.error("a stream failed", exc_info=error)
-            told = error.body if isinstance(error, ApiError) else internal_error().body
-            fields = {"code": told.code, "message": told.message, "param": told.param}
-            await send_event(ResponseEvent(type="error", sequence_number=count, **fields))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def failure(self, error: ErrorBody, sent: int) -> BaseModel:
+        """The event ``error``, numbered like the others."""
+        fields = {"code": error.code, "message": error.message, "param": error.param}
+        return ResponseEvent(type="error", sequence_number=sent, **fields)
 
 
 def _new_id(kind: str) -> str:

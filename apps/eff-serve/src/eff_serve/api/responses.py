@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from eff_http import ApiError, JsonRoute, bad_request
-from eff_http.sse import EventStream
 from eff_http.validation import from_validation
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ValidationError
@@ -36,13 +35,13 @@ from eff_serve.api.schema.responses import (
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
 
-@router.post("/v1/responses", responses=json_or_events(ResponseObject, ResponseEvent), response_model=None)
+@router.post("/v1/responses", responses=json_or_events(ResponseObject, ResponseEvent, done=False), response_model=None)
 async def responses(body: ResponseRequest, request: Request) -> Response:
     """Answer a conversation. Every field is honoured or refused with 400 naming it."""
     chat = as_chat(body)
     begun = await begin(chat, request, "resp_")
-    stream: type[EventStream] = ResponseStream
-    return await respond(request, chat, begun.generation, _ResponseFormat(begun, body), begun.frame.id, stream)
+    form = _ResponseFormat(begun, body)
+    return await respond(request, chat, begun.generation, form, begun.frame.id, ResponseStream)
 
 
 def as_chat(body: ResponseRequest) -> ChatRequest:
