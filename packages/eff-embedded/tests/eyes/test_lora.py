@@ -3,10 +3,11 @@
 import copy
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
-from eff_embedded.eyes.lora import ARGUMENT
+from eff_embedded.eyes.lora import ARGUMENT, watch_pictures
 
 
 def same(a, b):
@@ -53,6 +54,27 @@ def test_decoding_with_a_cache_equals_one_pass(eyes, prompts):
     whole = logits(eyes, {**inputs, "input_ids": out.sequences})
     steps = torch.stack(out.logits, 1)
     torch.testing.assert_close(steps, whole[:, -9:-1], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_of_either_name_remembers_pictures(name):
+    """transformers 5.24 calls the cache "cache", as an argument and in what a model gives."""
+    seen = []
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(image_token_id=16)
+
+        def forward(self, input_ids, pixel_values=None, **more):
+            seen.append(more.get(ARGUMENT))
+            return SimpleNamespace(**{name: more.get(name) or SimpleNamespace()})
+
+    watch_pictures(model := Model())
+    for first, wanted in (({"pixel_values": torch.zeros(1)}, [[False, True, True]]), ({}, None)):
+        out = model(torch.tensor([[1, 16, 2]]), **first)
+        model(torch.tensor([[3]]), **{name: getattr(out, name)})
+        before, after = (s if s is None else s.tolist() for s in seen[-2:])
+        assert before == wanted
+        assert after == (wanted and [[True]])
 
 
 def test_a_batch_of_text_and_pictures_is_answered_as_if_alone(eyes, prompts):

@@ -8,6 +8,7 @@ checkpointing each see their own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -86,7 +87,7 @@ def _mark(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         return None
     named = {**dict(zip(("input_ids", "pixel_values"), args, strict=False)), **kwargs}
     tokens, embeddings = named.get("input_ids"), named.get("inputs_embeds")
-    before = getattr(named.get("past_key_values"), ARGUMENT, None)
+    before = getattr(_cache_of(named.get), ARGUMENT, None)
     pictures = named.get("pixel_values") is not None or (named.get("mm_encoder_outputs") or {}).get("image") is not None
     if not pictures and before is None:
         return None
@@ -107,6 +108,12 @@ def _mark(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 def _remember(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """The cache belongs to one generation, so it is the place to note which of its sequences have seen a picture."""
-    behind, cache = kwargs.get(ARGUMENT), getattr(output, "past_key_values", None)
+    behind, cache = kwargs.get(ARGUMENT), _cache_of(lambda name: getattr(output, name, None))
     if behind is not None and cache is not None:
         setattr(cache, ARGUMENT, behind[:, -1].clone())
+
+
+def _cache_of(get: Callable[[str], Any]) -> Any:
+    """The cache among arguments or results, None without one: "cache" from transformers 5.24 on."""
+    cache = get("cache")
+    return get("past_key_values") if cache is None else cache
