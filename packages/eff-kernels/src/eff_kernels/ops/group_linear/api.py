@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eff_kernels.op import Backend, Op
 from eff_kernels.ops.group_linear import cpu, reference
-from eff_kernels.ops.group_linear.pack import GroupWeight, unpack
+from eff_kernels.ops.group_linear.pack import GroupWeight
 from eff_kernels.ops.int8_quantize.api import check_float
 
 
@@ -21,17 +21,13 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = dbias = None
+    precise = torch.promote_types(grad.dtype, torch.float32)
     if ctx.needs_input_grad[0]:
         (packed,) = ctx.saved_tensors
-        n, bits, offset, minima, wide = ctx.layout
-        codes, scale, minimum = unpack(packed, n, bits, minima, wide)
-        weight = (codes.unflatten(1, (-1, 32)).float() - offset) * scale[..., None]
-        weight = weight if minimum is None else weight + minimum[..., None]
-        dx = (grad.to(torch.promote_types(grad.dtype, torch.float32)) @ weight.flatten(1).to(
-            torch.promote_types(grad.dtype, torch.float32)
-        )).to(ctx.x_dtype)  # fmt: skip
+        weight = GroupWeight(packed, *ctx.layout).dequantize()
+        dx = (grad.to(precise) @ weight.to(precise)).to(ctx.x_dtype)
     if ctx.needs_input_grad[2]:
-        dbias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+        dbias = grad.sum(0, dtype=precise).to(ctx.bias_dtype)
     return dx, None, dbias, None, None, None, None, None, None
 
 

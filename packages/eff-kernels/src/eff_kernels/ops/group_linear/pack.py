@@ -102,7 +102,7 @@ class GroupWeight:
     def dequantize(self) -> Tensor:
         """The whole weight, float32 [n, k]."""
         codes, scale, minimum = self.unpack()
-        values = (codes.view(self.n, -1, GROUP).float() - self.offset) * scale[..., None]
+        values = (codes.unflatten(1, (-1, GROUP)).float() - self.offset) * scale[..., None]
         return (values if minimum is None else values + minimum[..., None]).flatten(1)
 
     @staticmethod
