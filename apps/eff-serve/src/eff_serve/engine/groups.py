@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from eff_kernels import GroupWeight, group_linear
+from eff_kernels.ops.group_linear import GROUP
 from torch import Tensor
 
 from eff_serve.engine.linear import stack_biases
 
-_GROUP = 32
 _SHRINKS = tuple(1 - 0.03 * i for i in range(10))
 
 
@@ -56,9 +56,10 @@ class GroupLinear:
     @staticmethod
     def stack(layers: Sequence[GroupLinear]) -> GroupLinear | None:
         """One layer with the outputs of all, if their weights lie alike."""
-        orders = [layer.order for layer in layers]
+        if any(layer.order is not None for layer in layers):
+            return None
         weight = GroupWeight.stack([layer.weight for layer in layers])
-        if weight is None or any(order is not None for order in orders):
+        if weight is None:
             return None
         return GroupLinear(weight, stack_biases([layer.bias for layer in layers], [layer.weight.n for layer in layers]))
 
@@ -88,14 +89,14 @@ def quantize_groups(weight: Tensor, bits: int) -> GroupWeight:
         ValueError: K is no multiple of 32.
     """
     n, k = weight.shape
-    if k % _GROUP:
-        raise ValueError(f"groups of {_GROUP} columns do not divide the {k} inputs of a layer")
+    if k % GROUP:
+        raise ValueError(f"groups of {GROUP} columns do not divide the {k} inputs of a layer")
     if bits == 8:
-        groups = weight.float().view(n, -1, _GROUP)
+        groups = weight.float().view(n, -1, GROUP)
         scale = (groups.abs().amax(2) / 127).half().float()
         codes = (groups / scale.clamp_min(1e-8)[..., None]).round().clamp(-127, 127) + 128
         return GroupWeight.pack(codes.to(torch.uint8).view(n, k), scale, bits=8, offset=128)
-    parts = [_four_bits(rows.float().view(-1, k // _GROUP, _GROUP)) for rows in weight.split(max(1, (1 << 22) // k))]
+    parts = [_four_bits(rows.float().view(-1, k // GROUP, GROUP)) for rows in weight.split(max(1, (1 << 22) // k))]
     codes, scale, minimum = (torch.cat(p) for p in zip(*parts, strict=True))
     return GroupWeight.pack(codes.view(n, k), scale, minimum, bits=4)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from eff_kernels import GroupWeight
+from eff_kernels.ops.group_linear import GROUP
 from torch import Tensor
 
-_GROUP = 32
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # where the eight halves of a byte of an int32 belong
 _MIDDLE = 8
 
@@ -79,7 +79,7 @@ def _compressed_tensors(entry: dict[str, Any]) -> Int4File | None:
 def _group_size(size: Any) -> int:
     if size in (-1, None):
         return 0
-    if not isinstance(size, int) or size < _GROUP or size % _GROUP:
+    if not isinstance(size, int) or size < GROUP or size % GROUP:
         raise ValueError(f"group_size={size!r}; groups of 32 and its multiples are read")
     return size
 
@@ -101,7 +101,7 @@ def read_groups(
         ValueError: the layer does not consist of whole groups.
     """
     size = file.group_size or k
-    if k % size or k % _GROUP or n % 8:
+    if k % size or k % GROUP or n % 8:
         raise ValueError(f"{name} [{n}, {k}] does not consist of whole groups of {size} inputs and 8 outputs")
     groups, index = k // size, None
     if file.method == "compressed-tensors":
@@ -134,7 +134,7 @@ def read_groups(
         if not torch.equal(index[order], torch.arange(k) // size):
             raise ValueError(f"{order_name} does not give each group {size} inputs")
         codes = codes[:, order]
-    scale, zero = (f.repeat_interleave(size // _GROUP, 1) for f in (scale, zero))
+    scale, zero = (f.repeat_interleave(size // GROUP, 1) for f in (scale, zero))
     codes = codes.contiguous()
     if bool((zero == _MIDDLE).all()):
         return GroupWeight.pack(codes, scale, bits=4, offset=_MIDDLE), order
