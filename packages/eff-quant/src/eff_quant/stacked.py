@@ -16,10 +16,13 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the parameters that hold one matrix for each expert."""
 
 
+# What the class of a module of experts says of itself; quantised ones say it as well.
+_MARKS = ("is_transposed", "has_bias", "num_experts")
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether this is a module of stacked experts, told by what its class says of itself."""
-    marks = ("is_transposed", "has_bias", "num_experts", "_apply_gate")
-    return all(hasattr(module, mark) for mark in marks) and bool(stacks_of(module))
+    return all(hasattr(module, mark) for mark in (*_MARKS, "_apply_gate")) and bool(stacks_of(module))
 
 
 def routers_of(model: nn.Module) -> set[nn.Module]:
@@ -29,7 +32,7 @@ def routers_of(model: nn.Module) -> set[nn.Module]:
     """
     found: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if not all(hasattr(module, mark) for mark in ("is_transposed", "has_bias", "num_experts")):
+        if not all(hasattr(module, mark) for mark in _MARKS):
             continue
         name = re.sub(r"(\.base_layer)+$", "", name)  # of PEFT's wrappers
         beside = model.get_submodule(name.rpartition(".")[0])

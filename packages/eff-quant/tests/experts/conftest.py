@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,13 +125,7 @@ def cell_(request):
 @pytest.fixture(scope="session")
 def tools():
     """Functions that several files of tests use."""
-
-    class Tools:
-        pass
-
-    found = Tools()
-    found.logits, found.distance, found.same, found.make, found.formats = logits, distance, same, make, FORMATS
-    return found
+    return SimpleNamespace(logits=logits, distance=distance, same=same, make=make, formats=FORMATS)
 
 
 class Experts(nn.Module):

@@ -93,7 +93,7 @@ class QuantizedExperts(nn.Module):
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a module of the class that was there, with dequantised weights, in float32 by default."""
         module: nn.Module = self.source.__new__(self.source)
-        names = [f"{name}_{stored}" for name, form in self.forms.items() for stored in form.names.values()]
+        codes = self._code_names()
         for name, value in self.__dict__.items():
             if name not in (*_OWN, "quantization", "source", "forms", "dtype", "parameter_order"):
                 module.__dict__[name] = value
@@ -103,7 +103,7 @@ class QuantizedExperts(nn.Module):
         held = {**floats, **self._parameters}
         order = [n for n in self.parameter_order if n in held]
         module.__dict__["_parameters"] = {n: held[n] for n in dict.fromkeys((*order, *held))}
-        module.__dict__["_buffers"] = {n: t for n, t in self._buffers.items() if n not in names}
+        module.__dict__["_buffers"] = {n: t for n, t in self._buffers.items() if n not in codes}
         module.__dict__["_modules"] = dict(self._modules)
         carry_hooks(self, module)
         return module
@@ -162,6 +162,10 @@ class QuantizedExperts(nn.Module):
         bias = self._parameters[f"{name}_bias"] if self.has_bias else None
         return lambda expert, x: form.multiply(x, tensors, expert, None if bias is None else bias[expert])
 
+    def _code_names(self) -> list[str]:
+        """The buffers that hold the stacks; others came with the module."""
+        return [f"{name}_{stored}" for name, form in self.forms.items() for stored in form.names.values()]
+
     @property
     def device(self) -> torch.device:
         """Where the codes are."""
@@ -185,8 +189,7 @@ class QuantizedExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = dtype_after(fn, self.dtype, self.device)
-        codes = [f"{name}_{stored}" for name, form in self.forms.items() for stored in form.names.values()]
-        with as_integers(self, codes):
+        with as_integers(self, self._code_names()):
             super()._apply(fn, recurse)
         return self
 

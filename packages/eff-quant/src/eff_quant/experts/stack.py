@@ -67,11 +67,9 @@ class Form:
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The float matrices [E, N, K]."""
-        experts = len(next(iter(tensors.values())))
-        n, k = self.like.weight_shape
-        device = next(iter(tensors.values())).device
-        weight = torch.empty(experts, n, k, dtype=dtype, device=device)
-        for expert in range(experts):
+        first = next(iter(tensors.values()))
+        weight = torch.empty(len(first), *self.like.weight_shape, dtype=dtype, device=first.device)
+        for expert in range(len(first)):
             weight[expert] = self.layer.decode(self.of_expert(tensors, expert), self.config, dtype)
         return weight
 
