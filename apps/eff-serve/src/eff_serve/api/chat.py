@@ -164,8 +164,7 @@ class _ChatFormat:
 
     def complete(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         choices = []
-        for index, answer in enumerate(answers):
-            speech = self._begun.speech()
+        for index, (answer, speech) in enumerate(zip(answers, self._speech, strict=True)):
             choices.append(
                 ChatChoice(
                     index=index,

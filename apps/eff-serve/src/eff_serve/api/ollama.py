@@ -50,8 +50,8 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
     name = _checked(serving, body)
     if not body.messages:
         return _loaded(body.model, bare=False)
-    begun = await begin(_as_chat(body, name, _turns(body.messages), _tools(body)), request, "ollama-")
-    return await _respond(body, request, begun, bare=False)
+    given = _as_chat(body, name, _turns(body.messages), _tools(body))
+    return await _respond(body, given, request, await begin(given, request, "ollama-"), bare=False)
 
 
 @router.post("/api/generate", responses=ollama_errors(OllamaAnswer), response_model=None)
@@ -61,12 +61,13 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     name = _checked(serving, body)
     if not body.prompt:
         return _loaded(body.model, bare=True)
-    if body.raw:
-        return await _respond(body, request, await _continue(body, body.prompt, name, request), bare=True)
+    if body.raw and (body.system or body.images):
+        raise bad_request("raw=true leaves no place for system or images", "raw")
     turns: list[dict[str, Any]] = [{"role": "system", "content": body.system}] if body.system else []
     turns.append({"role": "user", "content": _with_pictures(body.prompt, body.images)})
-    begun = await begin(_as_chat(body, name, turns, None), request, "ollama-")
-    return await _respond(body, request, begun, bare=True)
+    given = _as_chat(body, name, turns, None)
+    begun = await (_continue(given, body.prompt, request) if body.raw else begin(given, request, "ollama-"))
+    return await _respond(body, given, request, begun, bare=True)
 
 
 @router.get("/api/tags", responses=ollama_errors())
@@ -122,10 +123,9 @@ def _checked(serving: Serving, body: OllamaFields) -> str:
     return name
 
 
-async def _respond(body: OllamaFields, request: Request, begun: Begun, *, bare: bool) -> Response:
-    fields = ChatRequest.model_construct(stream=body.stream is not False, stream_options=None)
+async def _respond(body: OllamaFields, given: ChatRequest, request: Request, begun: Begun, *, bare: bool) -> Response:
     form = OllamaFormat(begun, body.model, bare=bare)
-    return await respond(request, fields, begun.generation, form, begun.frame.id, LineStream)
+    return await respond(request, given, begun.generation, form, begun.frame.id, LineStream)
 
 
 def _loaded(model: str, *, bare: bool) -> Response:
@@ -170,25 +170,22 @@ def _as_chat(
         raise RequestValidationError(error.errors(), body=fields) from None
 
 
-async def _continue(body: OllamaGenerateRequest, prompt: str, name: str, request: Request) -> Begun:
-    """A text that goes on without a chat template."""
-    if body.system or body.images:
-        raise bad_request("raw=true leaves no place for system or images", "raw")
+async def _continue(given: ChatRequest, prompt: str, request: Request) -> Begun:
+    """A text that goes on without a chat template, as ``given`` says."""
     serving: Serving = request.app.state.serving
     engine, tokenizer = serving.admit()
-    chat = _as_chat(body, name, [{"role": "user", "content": "-"}], None)
+    adapter = serving.check_model(given.model)
     ids = await asyncio.to_thread(tokenizer.encode, prompt)
-    adapter = serving.check_model(name)
     sampling = await sampling_for(
-        chat,
-        max_tokens=token_limit(len(ids), chat.limit, engine.max_model_len, "prompt"),
+        given,
+        max_tokens=token_limit(len(ids), given.limit, engine.max_model_len, "prompt"),
         logprobs=None,
         prompt_logprobs=None,
         vocab_size=tokenizer.vocab_size,
         adapter=adapter,
     )
     frame = Frame.of(request, serving, "ollama-", None, adapter)
-    job = Job(ids, sampling, assembler_for(tokenizer, chat))
+    job = Job(ids, sampling, assembler_for(tokenizer, given))
     generation = Generation(serving, [job], prompt_tokens=len(ids), request_id=frame.id, arrival=frame.arrival)
     return Begun(frame, tokenizer, generation, None, False)
 
@@ -239,8 +236,14 @@ def _with_pictures(text: str, images: list[str] | None) -> str | list[dict[str, 
 def _model(serving: Serving, adapter: str | None) -> OllamaModel:
     name = serving.name_of(adapter)
     digest = hashlib.sha256(f"{serving.settings.fingerprint}:{name}".encode()).hexdigest()
-    facts: dict[str, Any] = {"name": name, "model": name, "digest": digest, "size": serving.settings.weight_bytes}
-    return OllamaModel(**facts, modified_at=_time(serving.settings.created), details=_details(serving))
+    return OllamaModel(
+        name=name,
+        model=name,
+        digest=digest,
+        size=serving.settings.weight_bytes,
+        modified_at=_time(serving.settings.created),
+        details=_details(serving),
+    )
 
 
 def _details(serving: Serving) -> OllamaDetails:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,11 +17,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from eff_serve.api.answer import Answer
-from eff_serve.api.chat import Begun
+from eff_serve.api.chat import Begun, message_of
 from eff_serve.api.generation import EndReason, Piece
+from eff_serve.api.schema.chat import AnswerMessage
 from eff_serve.api.schema.common import Usage
 from eff_serve.api.schema.ollama import OllamaAnswer, OllamaAnswerMessage, OllamaError
-from eff_serve.api.speech import CallPart, Part, Words
+from eff_serve.api.speech import CallPart, Words
 
 
 class OllamaRoute(JsonRoute):
@@ -65,7 +67,7 @@ class OllamaFormat:
     def __init__(self, begun: Begun, name: str, *, bare: bool) -> None:
         self._begun, self._name, self._bare = begun, name, bare
         self._speech = begun.speech()
-        self._calls: list[tuple[str, str]] = []
+        self._calls: list[CallPart] = []
         self._first: float | None = None
 
     def opening(self) -> list[BaseModel]:
@@ -76,9 +78,14 @@ class OllamaFormat:
         """Lines of one piece."""
         self._first = self._first or time.perf_counter()
         parts = self._speech.feed(piece.text, final=piece.finish_reason is not None)
-        lines: list[BaseModel] = [self._line(words) for words in self._said(parts) if words]
+        self._calls += [part for part in parts if isinstance(part, CallPart)]
+        lines: list[BaseModel] = [
+            self._line({"thinking" if part.thought else "content": part.text})
+            for part in parts
+            if isinstance(part, Words)
+        ]
         if piece.finish_reason is not None:
-            calls = self._called(piece.finish_reason)
+            calls = _whole_calls(message_of(self._calls))
             lines += [self._line({"tool_calls": calls})] if calls else []
             lines.append(self._last({}, piece.finish_reason))
         return lines
@@ -90,27 +97,13 @@ class OllamaFormat:
     def complete(self, answers: Sequence[Answer], usage: Usage) -> BaseModel:
         """The whole answer."""
         (answer,) = answers
-        found: dict[str, Any] = {}
-        for words in self._said(self._speech.feed(answer.text, final=True)):
-            for key, text in words.items():
-                found[key] = found.get(key, "") + text
-        if calls := self._called(answer.finish_reason):
+        message = message_of(self._speech.feed(answer.text, final=True))
+        found: dict[str, Any] = {"content": message.content or ""}
+        if message.reasoning_content:
+            found["thinking"] = message.reasoning_content
+        if calls := _whole_calls(message):
             found["tool_calls"] = calls
         return self._last(found, answer.finish_reason)
-
-    def _said(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        """Words of parts; calls are kept until they are whole."""
-        for part in parts:
-            if isinstance(part, CallPart):
-                if part.name is not None:
-                    self._calls.append((part.name, ""))
-                name, arguments = self._calls[-1]
-                self._calls[-1] = (name, arguments + part.arguments)
-        return [{"thinking" if p.thought else "content": p.text} for p in parts if isinstance(p, Words)]
-
-    def _called(self, reason: EndReason) -> list[dict[str, Any]]:
-        whole = self._calls if reason == "stop" or self._speech.called else self._calls[:-1]
-        return [{"function": {"name": n, "arguments": json.loads(a)}} for n, a in whole if _is_json(a)]
 
     def _line(self, found: dict[str, Any], **more: Any) -> OllamaAnswer:
         fields: dict[str, Any] = {"model": self._name, "created_at": datetime.now(UTC).isoformat(), "done": False}
@@ -138,12 +131,14 @@ class OllamaFormat:
         )
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+def _whole_calls(message: AnswerMessage) -> list[dict[str, Any]]:
+    """Calls with their arguments as an object; one that was cut is left out."""
+    found = []
+    for call in message.tool_calls or ():
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(call.function.arguments)
+            found.append({"function": {"name": call.function.name, "arguments": arguments}})
+    return found
 
 
 def _nanoseconds(seconds: float) -> int:

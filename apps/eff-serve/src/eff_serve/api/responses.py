@@ -64,7 +64,7 @@ def as_chat(body: ResponseRequest) -> ChatRequest:
         "top_p": body.top_p,
         "stream": body.stream,
         "tools": [{"type": "function", "function": t.model_dump(exclude={"type"})} for t in body.tools or ()],
-        "tool_choice": choice if body.tools else None if choice == "auto" else choice,
+        "tool_choice": None if choice == "auto" and not body.tools else choice,
         "parallel_tool_calls": body.parallel_tool_calls,
         "user": body.user,
     }
@@ -141,7 +141,7 @@ class _ResponseFormat:
         found = [e for part in self._speech.feed(piece.text, final=final) for e in self._output.add(part)]
         if piece.finish_reason is not None:
             found += self._output.close(cut=piece.finish_reason == "length")
-            whole = self._ended(piece.finish_reason, self._output.items)
+            whole = self._ended(piece.finish_reason)
             found.append({"type": f"response.{whole.status}", "response": whole})
         return [self._event(event) for event in found]
 
@@ -152,10 +152,11 @@ class _ResponseFormat:
         for part in self._speech.feed(answers[0].text, final=True):
             self._output.add(part)
         self._output.close(cut=answers[0].finish_reason == "length")
-        return self._ended(answers[0].finish_reason, self._output.items)
+        return self._ended(answers[0].finish_reason)
 
-    def _ended(self, reason: EndReason, items: list[dict[str, Any]]) -> ResponseObject:
-        return self._object("incomplete" if reason == "length" else "completed", items, self._begun.generation.usage)
+    def _ended(self, reason: EndReason) -> ResponseObject:
+        status = "incomplete" if reason == "length" else "completed"
+        return self._object(status, self._output.items, self._begun.generation.usage)
 
     def _event(self, fields: dict[str, Any]) -> ResponseEvent:
         self._events += 1
