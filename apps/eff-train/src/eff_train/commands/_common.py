@@ -31,18 +31,19 @@ def import_recipe(name: str, argv: Sequence[str]) -> type[Recipe[Any]]:
         with refusing():
             return registry.load(name)
     except ModuleNotFoundError as error:
-        _need([(error.name or "").partition(".")[0]], argv)
+        need([(error.name or "").partition(".")[0]], argv)
         raise
 
 
 def load_recipe(name: str, argv: Sequence[str]) -> type[Recipe[Any]]:
     """The recipe's class, all of its libraries present."""
     recipe = import_recipe(name, argv)
-    _need(recipe.needs, argv)
+    need(recipe.needs, argv)
     return recipe
 
 
-def _need(modules: Iterable[str], argv: Sequence[str]) -> None:
+def need(modules: Iterable[str], argv: Sequence[str]) -> None:
+    """See that libraries are there; ``argv`` repeats the command with them."""
     from eff_embedded.launch import ensure
 
     ensure(modules, command="eff-train", argv=argv, extra="train", install="eff-train[recipes]")

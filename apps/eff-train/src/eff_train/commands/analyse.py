@@ -49,12 +49,11 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0] not in KINDS:
         from eff_train.errors import Refused
 
-        raise Refused(f"name what to look at: {', '.join(KINDS)}; got {words[0]!r}" if words else _MISSING)
+        raise Refused(f"name what to look at: {', '.join(KINDS)}" + (f"; got {words[0]!r}" if words else ""))
     args = tyro.cli(PositionBias, args=words[1:], prog="eff-train analyse position-bias")
-    from eff_embedded.launch import ensure
+    from eff_train.commands._common import need
 
-    ensure(["eff_attention", "transformers"], command="eff-train", argv=["analyse", *argv], extra="train",
-           install="eff-train[recipes]")  # fmt: skip
+    need(["eff_attention", "transformers"], ["analyse", *argv])
     from eff_attention.position_bias import position_bias_report
 
     from eff_train.errors import refusing
@@ -67,9 +66,6 @@ def main(argv: Sequence[str]) -> int:
             report.save(args.record)
     sys.stdout.write(f"{args.out}\n")
     return 0
-
-
-_MISSING = f"name what to look at: {', '.join(KINDS)}"
 
 
 def _load(model: str | None) -> tuple[Any, Any, str]:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     name, words = argv[0], list(argv[1:])
     if name.endswith(".py"):
         name = str(Path(name).resolve())
-    from eff_train.commands._common import import_recipe, load_recipe
+    from eff_train.commands._common import import_recipe, need
     from eff_train.errors import refusing
     from eff_train.frame.config import dump_yaml
     from eff_train.frame.runs import config_record
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     if place.print_config:
         sys.stdout.write(dump_yaml(config_record(name, config)))
         return 0
-    load_recipe(name, ["run", *argv])
+    need(cls.needs, ["run", *argv])
     return start(name, cls, config, place.folder)
 
 
