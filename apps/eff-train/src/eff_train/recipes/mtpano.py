@@ -161,7 +161,7 @@ class Panorama(Recipe[Config]):
         self, model: nn.Module, batch: tuple[Tensor, dict[str, Tensor]]
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """All tasks."""
-        pictures, labels = batch[0].to(self.device), {k: v.to(self.device) for k, v in batch[1].items()}
+        pictures, labels = batch
         total, parts = MultiTaskLoss(PanoLossConfig(radius=self.config.height // 4))(model(pictures), labels)
         return total, {name: part for name, part in parts.items() if "/" not in name}
 
@@ -189,12 +189,16 @@ class Panorama(Recipe[Config]):
     @torch.no_grad()
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Three rooms: picture, classes, distance and normals as found."""
-        rows = [np.concatenate([*self._maps(model, p).values()], 1) for p, _ in self.held_out[:3]]
+        rooms = [picture for picture, _ in self.held_out[:3]]
+        rows = [np.concatenate([*self._maps(p, self._found(model, p)).values()], 1) for p in rooms]
         Image.fromarray(np.concatenate(rows)).save(folder / "rooms.png")
 
-    def _maps(self, model: nn.Module, picture: Tensor) -> dict[str, np.ndarray]:
+    def _found(self, model: nn.Module, picture: Tensor) -> dict[str, Tensor]:
+        """The main tasks of one panorama."""
+        return {k: v[0].cpu() for k, v in model(picture[None].to(self.device)).main.items()}
+
+    def _maps(self, picture: Tensor, main: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """The picture and what was found as pictures [H, 2H, 3], by name."""
-        main = {k: v[0].cpu() for k, v in model(picture[None].to(self.device)).main.items()}
         hue = main["semseg"].argmax(0).float() * (2 * math.pi / self.classes)
         classes = torch.stack([(hue + shift).cos() / 2 + 0.5 for shift in (0.0, 2.1, 4.2)])
         distance = 1 - (main["depth"] / main["depth"].amax().clamp(min=1e-6)).expand(3, -1, -1)
@@ -214,13 +218,13 @@ class Panorama(Recipe[Config]):
         small = image.resize((2 * self.config.height, self.config.height), Image.Resampling.LANCZOS)
         picture = torch.from_numpy(np.array(small)).movedim(-1, 0).float() / 255
         out.mkdir(parents=True, exist_ok=True)
-        maps = self._maps(model, picture)
+        main = self._found(model, picture)
+        maps = self._maps(picture, main)
         Image.fromarray(np.concatenate([*maps.values()], 1)).save(out / f"{file.stem}-tasks.png")
         shown = {"picture": image.resize((1024, 512)) if image.height > 512 else image}
         shown |= {k: Image.fromarray(v) for k, v in maps.items() if k != "picture"}
         write_panorama_page(out / f"{file.stem}.html", file.stem, shown)
-        distance = model(picture[None].to(self.device)).main["depth"].cpu()
-        points = point_map(distance)[0].flatten(1).T
+        points = point_map(main["depth"][None])[0].flatten(1).T
         write_ply(out / f"{file.stem}.ply", points, picture.flatten(1).T)
         return f"{file.stem}-tasks.png, {file.stem}.html and {file.stem}.ply"
 

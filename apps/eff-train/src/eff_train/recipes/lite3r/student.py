@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from eff_train.frame import HELD_OUT
 from eff_train.recipes.lite3r.scores import scores
-from eff_train.recipes.lite3r.views import ViewsConfig, ViewsRecipe, to
+from eff_train.recipes.lite3r.views import ViewsConfig, ViewsRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Student(ViewsRecipe[Config]):
         self, model: nn.Module, batch: tuple[MultiViewBatch, float]
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Cameras and depth, and the distance of attention outputs to the teacher's."""
-        truth, progress = to(batch[0], self.device), batch[1]
+        truth, progress = batch
         inner = getattr(model, "module", model)
         names = list(attention_layers(self.teacher, self.config.layers))
         high, low = self.config.gamma

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eff_train.frame import HELD_OUT
 from eff_train.recipes.lite3r.scores import scores
-from eff_train.recipes.lite3r.views import ViewsConfig, ViewsRecipe, to
+from eff_train.recipes.lite3r.views import ViewsConfig, ViewsRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,6 @@ class Teacher(ViewsRecipe[Config]):
 
     def loss(self, model: nn.Module, batch: MultiViewBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Cameras and depth."""
-        batch = to(batch, self.device)
         output: MultiViewOutput = model(batch.images)
         return multiview_loss(output, batch)
 

@@ -14,6 +14,7 @@ from eff_vision.multiview import MultiViewBatch, normalize_scene
 from torch import nn
 
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig
+from eff_train.frame.data import to_device
 from eff_train.recipes.lite3r.predict import predict_folder
 from eff_train.recipes.lite3r.scores import save_sheet
 
@@ -50,7 +51,7 @@ class ViewsRecipe(Recipe[C]):
     def held_out(self) -> list[MultiViewBatch]:
         """Scenes of the evaluation, eight at a time."""
         seeds = range(HELD_OUT, HELD_OUT + self.config.scenes)
-        return [to(self.scenes(seeds[i : i + 8]), self.device) for i in range(0, len(seeds), 8)]
+        return [to_device(self.scenes(seeds[i : i + 8]), self.device) for i in range(0, len(seeds), 8)]
 
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Pictures, found depth and true depth."""
@@ -59,11 +60,6 @@ class ViewsRecipe(Recipe[C]):
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
         """Depth, cameras and a point cloud of a folder of pictures, the first of which is the world."""
         return predict_folder(model, file, out, self.config.side)
-
-
-def to(batch: MultiViewBatch, device: torch.device) -> MultiViewBatch:
-    """A batch on a device."""
-    return MultiViewBatch(*(t.to(device) for t in batch))
 
 
 def views_of(seeds: Sequence[int], *, views: int, side: int, spread: float) -> MultiViewBatch:
