@@ -152,7 +152,7 @@ class BrainEncoder(Recipe[Config]):
 
     @torch.no_grad()
     def see(self, pictures: Tensor) -> Tensor:
-        """Features [N, S, 384] of pictures [N, 3, H, W], scaled by those of the training pictures."""
+        """Features [N, S, 384] of pictures [N, 3, H, W], as the ViT gives them."""
         from eff_embedded.vision import vit_pixels
 
         pixels = vit_pixels(pictures, self.config.side).to(self.device)
@@ -189,6 +189,11 @@ class BrainEncoder(Recipe[Config]):
         mean, deviation = self.scale
         return (self.raw_features.float() - mean) / deviation
 
+    @property
+    def labels(self) -> Tensor:
+        """Number of each vertex's region, [V]."""
+        return torch.arange(len(REGIONS)).repeat_interleave(self.config.vertices)
+
     @cached_property
     def cortex(self) -> Cortex:
         """Responses that follow what is in the pictures, wherever it is, or what is at a place, whatever it is."""
@@ -199,9 +204,8 @@ class BrainEncoder(Recipe[Config]):
         clean = (clean - clean[train].mean(0)) / clean[train].std(0).clamp_min(1e-6)
         noise = 0.3 + 0.7 * torch.rand(clean.size(1), generator=g)
         noisy = clean + noise * torch.randn(clean.shape, generator=g)
-        labels = torch.arange(len(REGIONS)).repeat_interleave(self.config.vertices)
         responses = (noisy - noisy[train].mean(0)) / noisy[train].std(0)
-        return Cortex(responses, 1 / (1 + noise**2), RoiMasks.from_labels(labels, REGIONS, rest=-1))
+        return Cortex(responses, 1 / (1 + noise**2), RoiMasks.from_labels(self.labels, REGIONS, rest=-1))
 
     def _content(self, names: tuple[str, ...], g: torch.Generator) -> Tensor:
         codes = dict(zip(names, torch.randn(len(names), self.config.vertices, generator=g), strict=True))
@@ -226,15 +230,14 @@ class BrainEncoder(Recipe[Config]):
     def build(self) -> nn.Module:
         """The read-out; the ViT is no part of it."""
         c, vertices = self.config, len(REGIONS) * self.config.vertices
-        labels = torch.arange(len(REGIONS)).repeat_interleave(c.vertices)
-        rois = RoiMasks.from_labels(labels, REGIONS, rest=-1)
         if c.readout == "factorised":
-            return Readout(SpatialFeatureEncoder(self.grid[0] * self.grid[1], 384, labels), self.grid)
+            return Readout(SpatialFeatureEncoder(self.grid[0] * self.grid[1], 384, self.labels), self.grid)
         if c.readout == "convolution":
             return Readout(LinearConvEncoder(384, self.grid, vertices, channels=64), self.grid)
         settings = RoiQueryConfig(
             feature_dim=384, d_model=c.width, num_heads=4, d_ff=c.width, dropout=0.1, key_source=c.keys
         )
+        rois = RoiMasks.from_labels(self.labels, REGIONS, rest=-1)
         return Readout(RoiQueryEncoder(settings, {"cortex": rois}), self.grid)
 
     def batch(self, samples: range) -> tuple[Tensor, Tensor]:
@@ -254,14 +257,15 @@ class BrainEncoder(Recipe[Config]):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Correlations, and squared ones over the noise ceiling, by kind of region."""
         features, responses = self.test()
-        found = torch.cat([model(x.to(self.device)).cpu() for x in features.split(100)])
-        return regional(found, responses, self.cortex)
+        return regional(self._answers(model, features), responses, self.cortex)
+
+    def _answers(self, model: nn.Module, features: Tensor) -> Tensor:
+        return torch.cat([model(x.to(self.device)).cpu() for x in features.split(100)])
 
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Accuracy beside the ceiling for each region, and where queries look."""
         features, responses = self.test()
-        found = torch.cat([model(x.to(self.device)).cpu() for x in features.split(100)])
-        accuracy = encoding_accuracy(found, responses)
+        accuracy = encoding_accuracy(self._answers(model, features), responses)
         shown = {
             name: {
                 "explained": float(accuracy[m].mean()), "noise ceiling": float(self.cortex.ceiling[m].mean()),

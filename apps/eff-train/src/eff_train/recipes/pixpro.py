@@ -32,6 +32,7 @@ from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator, torch_gene
 
 PICTURES = ("astronaut", "coffee", "cat", "rocket", "cells", "galaxies", "retina", "gravel", "coins", "camera")
 WINDOW, SIDE = 96, 64
+LIKENESS = ("components", *(f"like the cross {i}" for i in range(1, 5)))
 KEPT = 120  # columns at the right of each photograph that no training window touches
 
 
@@ -171,8 +172,11 @@ class Pixels(Recipe[Config]):
 
     def batch(self, samples: range) -> tuple[Tensor, ...]:
         """Views and edges of windows."""
-        seed = self.config.seed
-        made = [self.views(self.window(generator(seed, s), train=True), torch_generator(seed, s)) for s in samples]
+        return self.pairs(samples, self.config.seed, train=True)
+
+    def pairs(self, samples: range, seed: int, *, train: bool) -> tuple[Tensor, ...]:
+        """Both views of each window and their edges."""
+        made = [self.views(self.window(generator(seed, s), train=train), torch_generator(seed, s)) for s in samples]
         return tuple(torch.stack(part) for part in zip(*made, strict=True))
 
     def build(self) -> nn.Module:
@@ -207,12 +211,7 @@ class Pixels(Recipe[Config]):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Do cells find their place in the other view, and can a linear probe name what is in them?"""
-        c = self.config
-        made = [
-            self.views(self.window(generator(HELD_OUT, i), train=False), torch_generator(HELD_OUT, i))
-            for i in range(c.windows)
-        ]
-        a, b, edges_a, edges_b = (torch.stack(part) for part in zip(*made, strict=True))
+        a, b, edges_a, edges_b = self.pairs(range(self.config.windows), HELD_OUT, train=False)
         maps = [torch.cat([self.cells(model, x) for x in views.split(50)]) for views in (a, b)]
         mask = positive_mask(edges_a, edges_b, (maps[0].size(2), maps[0].size(3)))
         flat = [F.normalize((m - m.mean((0, 2, 3), keepdim=True)).flatten(2).mT, dim=-1) for m in maps]
@@ -258,7 +257,7 @@ class Pixels(Recipe[Config]):
         for name in ("cat", "astronaut", "coffee"):
             picture = squared(self.photographs[PICTURES.index(name)].float() / 255, 128)
             rows.append(self._likeness(model, picture))
-        sheet(rows, columns=["components", *[f"like the cross {i}" for i in range(1, 5)]]).save(folder / "likeness.png")
+        sheet(rows, columns=LIKENESS).save(folder / "likeness.png")
 
     def _likeness(self, model: nn.Module, picture: Tensor) -> list[Any]:
         """Components of cells as colours, then a heat map of the cosine with each of four cells."""
@@ -281,8 +280,7 @@ class Pixels(Recipe[Config]):
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
         """Likeness maps of a picture of any content."""
         picture = squared(read_picture(file), 192)
-        columns = ["components", *[f"like the cross {i}" for i in range(1, 5)]]
-        sheet([[to_image(picture), *self._likeness(model, picture)]], columns=["picture", *columns]).save(
+        sheet([[to_image(picture), *self._likeness(model, picture)]], columns=["picture", *LIKENESS]).save(
             out / f"{file.stem}-likeness.png"
         )
         return f"{file.stem}-likeness.png"

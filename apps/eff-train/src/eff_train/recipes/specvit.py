@@ -20,6 +20,7 @@ from eff_vision.specvit import (
     LolaSpecViTConfig,
     PCAReducer,
     hsi_split,
+    load_hsi,
     oa_aa_kappa,
     predict_map,
     split_overlap,
@@ -174,9 +175,7 @@ class SpecVit(Recipe[Config]):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Overall and average accuracy, kappa, and the share of test pixels whose patch holds a training pixel."""
-        test = self.patches(self.parts.test)
-        order = torch.arange(len(test))
-        found = torch.cat([model(test.batch(i).to(self.device)).argmax(1).cpu() for i in order.split(512)])
+        test, found = self._tested(model)
         score = oa_aa_kappa(test.classes, found, len(self.pines.classes))
         return {
             "oa": score.oa,
@@ -186,13 +185,16 @@ class SpecVit(Recipe[Config]):
             "pixels": float(len(test)),
         }
 
+    def _tested(self, model: nn.Module) -> tuple[HsiPatches, Tensor]:
+        """Patches that test, and the class found for each."""
+        test = self.patches(self.parts.test)
+        order = torch.arange(len(test))
+        return test, torch.cat([model(test.batch(i).to(self.device)).argmax(1).cpu() for i in order.split(512)])
+
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Colours, truth, split, and what was found at the test pixels."""
         found = np.zeros_like(self.scene.labels)
-        test = self.patches(self.parts.test)
-        order = torch.arange(len(test))
-        guesses = torch.cat([model(test.batch(i).to(self.device)).argmax(1).cpu() for i in order.split(512)])
-        found[self.parts.test] = guesses.numpy() + 1
+        found[self.parts.test] = self._tested(model)[1].numpy() + 1
         used = np.where(self.parts.train, 1, np.where(self.parts.test, 2, 0))
         marks = torch.tensor([[1.0, 1, 1], [0.1, 0.3, 0.7], [0.9, 0.6, 0.2]])
         shown = [
@@ -258,13 +260,11 @@ def split_of(scene: HsiScene, config: Config) -> HsiSplit:
 
 
 def read_scene(file: Path) -> HsiScene:
-    """A scene of the user: as `eff_vision.specvit.load_hsi`, but labels may be missing.
+    """A scene of the user: as `load_hsi`, but labels may be missing.
 
     Raises:
         ValueError: no cube is in the file, or values are not finite.
     """
-    from eff_vision.specvit import load_hsi
-
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as arrays:
             cubes = [k for k in arrays.files if arrays[k].ndim == 3]

@@ -144,8 +144,7 @@ class Scanpath(Recipe[Config]):
         features = torch.stack([s.features for s in shelves])
         if self.config.appearance == "features":
             return {**made, "features": features}
-        kinds, colours = features[..., : len(KINDS)].argmax(-1), features[..., len(KINDS) :].argmax(-1)
-        return {**made, "images": self.sprites, "looks": kinds * len(TINTS) + colours}
+        return {**made, "images": self.sprites, "looks": sprites_of(features)}
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         """Shelves with a search each."""
@@ -209,7 +208,7 @@ class Scanpath(Recipe[Config]):
 
     def picture(self, shelf: Shelf, scale: int = 3) -> Image.Image:
         """A shelf as a picture, its cells of equal size."""
-        images = _crops(self, shelf)
+        images = self.sprites[sprites_of(shelf.features)]
         rows = [torch.cat(list(images[r * self.config.columns : (r + 1) * self.config.columns]), -1)
                 for r in range(self.config.rows)]  # fmt: skip
         return to_image(torch.cat(rows, -2), scale)
@@ -287,9 +286,9 @@ def filled(paths: Paths) -> Tensor:
     return torch.tensor([p + [PAD] * (longest - len(p)) for p in paths])
 
 
-def _crops(recipe: Scanpath, shelf: Shelf) -> Tensor:
-    kinds = shelf.features[:, : len(KINDS)].argmax(-1)
-    return recipe.sprites[kinds * len(TINTS) + shelf.features[:, len(KINDS) :].argmax(-1)]
+def sprites_of(features: Tensor) -> Tensor:
+    """Places among `Scanpath.sprites` of objects [..., kinds + colours]."""
+    return features[..., : len(KINDS)].argmax(-1) * len(TINTS) + features[..., len(KINDS) :].argmax(-1)
 
 
 def _oat(model: nn.Module) -> ObjectScanpathTransformer:
