@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -22,10 +20,18 @@ import time
 from pathlib import Path
 
 import torch
+from eff_kernels.testing import environment
 from eff_train.recipes.lite3r.student import Config, apply_lite3r
 from eff_vision.multiview import MultiViewConfig, MultiViewTransformer
 
-RESULTS = Path(__file__).parent / "results" / "lite3r_speed.jsonl"
+HERE = Path(__file__).resolve()
+RESULTS = HERE.parent / "results" / "lite3r_speed.jsonl"
+SOURCES = (
+    HERE,
+    HERE.parents[1] / "src" / "eff_train" / "recipes" / "lite3r",
+    HERE.parents[3] / "packages" / "eff-attention" / "src" / "eff_attention" / "sparse_linear",
+    HERE.parents[3] / "packages" / "eff-vision" / "src" / "eff_vision" / "multiview",
+)
 SIZES = {
     "1.0 M (the recipe's)": (MultiViewConfig(), 168),
     "ViT-S wide": (MultiViewConfig(dim=384, heads=6, depth=4, taps=(1, 3), patch_size=8), 168),
@@ -104,10 +110,7 @@ def main() -> None:
                     "op": "lite3r_speed", "model": size, "views": views, "points": side, "keys": kind,
                     "seconds": round(min(seconds), 4), "speedup": round(min(times["dense"]) / min(seconds), 3),
                     "floor": round(1 / share_of_arithmetic(size, views, keep), 2), "peak_megabytes": round(peak, 1),
-                    "dtype": "float32", "threads": 1, "torch": torch.__version__,
-                    "processor": platform.processor() or platform.machine(), "load": round(os.getloadavg()[0], 2),
-                    "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-                    "date": datetime.date.today().isoformat(),
+                    "dtype": "float32", "load": round(os.getloadavg()[0], 2), **environment("cpu", SOURCES),
                 }  # fmt: skip
                 lines.append(line)
                 print({k: line[k] for k in ("model", "views", "keys", "seconds", "speedup", "floor", "peak_megabytes")})

@@ -8,10 +8,7 @@ and is not made again. All are judged on the same questions that no update has s
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,18 +17,20 @@ from typing import Any
 
 import torch
 from eff_adapters.lora_mixer import LoraMixer, init_routers_from_prompts, load_lora_mixer
+from eff_kernels.testing import environment
 from eff_train.frame.parallel import Workers
 from eff_train.frame.training import Training
 from eff_train.recipes.lora_mixer import experts, router
 from eff_train.recipes.lora_mixer.scores import answer_logits, answer_loss, judged
 from eff_train.recipes.lora_mixer.tasks import TASKS, Batch, batch_of
 
-RESULTS = Path(__file__).parent / "results" / "lora_mixer.jsonl"
+HERE = Path(__file__).resolve()
+RESULTS = HERE.parent / "results" / "lora_mixer.jsonl"
 SOURCES = (
-    "lora_mixer.py",
-    "../src/eff_train/recipes/lora_mixer",
-    "../src/eff_train/frame/training.py",
-    "../../../packages/eff-adapters/src/eff_adapters/lora_mixer",
+    HERE,
+    HERE.parents[1] / "src" / "eff_train" / "recipes" / "lora_mixer",
+    HERE.parents[1] / "src" / "eff_train" / "frame" / "training.py",
+    HERE.parents[3] / "packages" / "eff-adapters" / "src" / "eff_adapters" / "lora_mixer",
 )
 NAMES = tuple(TASKS)
 PROMPTS = 96  # questions that point the routers without training
@@ -126,15 +125,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--", *SOURCES], capture_output=True, text=True)
     about = {
-        "commit": commit, "dirty": bool(changed.stdout.strip()), "seed": args.seed, "steps": args.steps,
-        "router_steps": args.router_steps, "questions": args.judged, "dtype": "bfloat16", "threads": 1,
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "checked": True,
-        "date": datetime.date.today().isoformat(),
+        **environment("cpu", SOURCES), "seed": args.seed, "steps": args.steps, "router_steps": args.router_steps,
+        "questions": args.judged, "dtype": "bfloat16", "checked": True,
     }  # fmt: skip
 
     def judge(name: str, logits_of: Callable[[Batch], Any], **more: Any) -> None:

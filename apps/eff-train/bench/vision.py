@@ -12,20 +12,19 @@ those of the processor in the training alone, one thread. ``outside`` is the sha
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from eff_kernels.testing import environment
 from eff_train import registry
 from eff_train.frame import Training, Workers
 
-HERE = Path(__file__).parent
-LIBRARY = "../../../packages/eff-vision/src/eff_vision"
+HERE = Path(__file__).resolve().parent
+TRAIN = HERE.parent / "src" / "eff_train"
+LIBRARY = HERE.parents[2] / "packages" / "eff-vision" / "src" / "eff_vision"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "projection-head": {
         "default": {},
@@ -85,24 +84,9 @@ def known(method: str) -> list[dict[str, Any]]:
 
 def conditions(method: str) -> dict[str, Any]:
     """Where and with what a run was made."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-
     name = method.replace("-", "_")
-    code = ("../src/eff_train/frame", f"../src/eff_train/recipes/{name}*", f"{LIBRARY}/{name}", "vision*.py")
-    model = [
-        x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
-    ]
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", *code)),
-        "processor": model[0] if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+    code = (HERE / "vision*.py", TRAIN / "frame", TRAIN / "recipes" / f"{name}*", LIBRARY / name)
+    return {**environment("cpu", code), "dtype": "float32"}
 
 
 def add(method: str, line: dict[str, Any]) -> None:
@@ -192,7 +176,7 @@ def keep(method: str, recipe: Any, common: dict[str, Any]) -> None:
 
 
 def table(method: str) -> str:
-    """Means over seeds, with the distance from the least to the largest, as Markdown."""
+    """Means over seeds, with half the distance from the least to the largest, as Markdown."""
     runs = known(method)
     names = list(dict.fromkeys(r["run"] for r in runs))
     keys = list(dict.fromkeys(k for r in runs for k in r["metrics"]))
