@@ -9,6 +9,8 @@ import torch
 from eff_kernels import GroupWeight
 from torch import Tensor
 
+from eff_serve.engine.gguf.container import BLOCK_BYTES
+
 GROUPED = ("Q4_0", "Q4_1", "Q8_0")
 """Types whose codes are multiplied as they are."""
 
@@ -20,28 +22,23 @@ def grouped(data: Any, kind: str) -> GroupWeight:
         data: uint8 [rows, bytes], as `GGUFFile.data` gives it.
         kind: Name of the type.
     """
-    rows = data.shape[0]
+    blocks = data.reshape(data.shape[0], -1, BLOCK_BYTES[kind])
     if kind == "Q8_0":
-        blocks = data.reshape(rows, -1, 34)
         codes = blocks[:, :, 2:] ^ 0x80
         return _pack(codes, _halves(blocks[:, :, :2]), None, bits=8, offset=128)
     if kind == "Q4_0":
-        blocks = data.reshape(rows, -1, 18)
         return _pack(_nibbles(blocks[:, :, 2:]), _halves(blocks[:, :, :2]), None, bits=4, offset=8)
-    blocks = data.reshape(rows, -1, 20)
     return _pack(_nibbles(blocks[:, :, 4:]), _halves(blocks[:, :, :2]), _halves(blocks[:, :, 2:4]), bits=4, offset=0)
 
 
 def dequantized(data: Any, kind: str) -> Tensor:
     """Floats [rows, columns]: float32, or bfloat16 and float16 where they are stored so."""
-    rows = data.shape[0]
     if kind == "BF16":
         return torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16)
     if kind in ("F32", "F16"):
         return torch.from_numpy(data.view(np.float32 if kind == "F32" else np.float16).copy())
-    size = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[kind]
-    values = _READERS[kind](data.reshape(-1, size))
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32).reshape(rows, -1))
+    values = _READERS[kind](data.reshape(-1, BLOCK_BYTES[kind]))
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32).reshape(data.shape[0], -1))
 
 
 def _pack(codes: Any, scale: Any, minimum: Any, *, bits: int, offset: int) -> GroupWeight:

@@ -35,6 +35,7 @@ TYPES = {
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
+BLOCK_BYTES = {name: size for name, _, size in TYPES.values()}
 
 
 class GGUFError(ValueError):
