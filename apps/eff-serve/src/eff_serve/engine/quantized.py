@@ -229,10 +229,10 @@ def _stack(layers: Sequence[Any]) -> Linear | None:
 
 
 def _read(checkpoint: Checkpoint | GGUFModel, name: str, n: int, k: int, config: Any) -> Linear:
-    if (made := checkpoint.layer(name, n, k)) is not None:
-        return made
     bias_name = f"{name}.bias"
     bias = checkpoint.floats(bias_name, (n,)) if bias_name in checkpoint else None
+    if (made := checkpoint.layer(name, n, k, bias)) is not None:
+        return made
     if isinstance(checkpoint, GGUFModel):  # what is not multiplied as it is stored has become floats
         return FloatLinear(checkpoint.get(f"{name}.weight", (n, k)), bias)
     packed = f"{name}.weight_packed" in checkpoint

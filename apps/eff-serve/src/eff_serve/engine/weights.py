@@ -70,12 +70,11 @@ class Checkpoint:
         """The same in float32."""
         return self.get(name, shape).to(torch.float32)
 
-    def layer(self, name: str, n: int, k: int) -> Linear | None:
+    def layer(self, name: str, n: int, k: int, bias: Tensor | None = None) -> Linear | None:
         """A projection of 4 bits in groups, or None where the layer is stored otherwise."""
         stored = any(f"{name}.{part}" in self for part in ("qweight", "weight_packed"))
         if self._int4 is None or not stored:
             return None
-        bias = self.floats(f"{name}.bias", (n,)) if f"{name}.bias" in self else None
         try:
             weight, order = read_groups(self._int4, self.get, self.__contains__, name, n, k)
         except CheckpointError:

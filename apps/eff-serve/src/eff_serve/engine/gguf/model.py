@@ -74,14 +74,13 @@ class GGUFModel:
         data, kind = self._data(name, shape)
         return dequantized(data, kind).to(torch.float32).view(shape)
 
-    def layer(self, name: str, n: int, k: int) -> Linear | None:
+    def layer(self, name: str, n: int, k: int, bias: Tensor | None = None) -> Linear | None:
         """A projection with its codes as they are, or None where they are to become floats."""
         weight = f"{name}.weight"
         info = self.file.tensors.get(_stored_name(weight))
         if info is None or info.kind not in GROUPED or not self._keep_codes:
             return None
         data, kind = self._data(weight, (n, k))
-        bias = self.floats(f"{name}.bias", (n,)) if f"{name}.bias" in self else None
         return GroupLinear(grouped(data, kind), bias)
 
     def ends(self, vocab: int, hidden: int, *, tied: bool) -> tuple[Tensor | GroupRows, Linear]:
