@@ -6,17 +6,16 @@ sets run on all tokens and the right result chosen. Every one has the same mask.
 """
 
 import argparse
-import time
 import warnings
 from pathlib import Path
 
 import eff_adapters
 import torch
+from _times import take_times
 from eff_adapters.llamafusion import ModalityTowerConfig, add_modality_tower
 from eff_adapters.llamafusion.routing import ModalityModule, current
 from eff_embedded.language import load_smollm2
-from eff_kernels.testing import Record, Recorder
-from eff_kernels.testing.records import environment
+from eff_kernels.testing import Recorder
 
 RESULTS = Path(__file__).parent / "results" / "llamafusion.jsonl"
 SOURCES = (Path(eff_adapters.__file__).parent / "llamafusion",)
@@ -77,24 +76,8 @@ def main() -> None:
     kept = calls["half a picture, gathered"]()
     right = float((kept - calls["half a picture, both and choose"]()).norm() / kept.norm()) < 1e-5
     moved = not torch.allclose(kept, calls["text alone"](), atol=1e-3)
-    samples = {name: [] for name in calls}
-    for turn in range(options.rounds + 1):
-        names = list(calls)[turn % len(calls) :] + list(calls)[: turn % len(calls)]
-        for name in names:
-            start = time.thread_time()
-            calls[name]()
-            if turn:
-                samples[name].append((time.thread_time() - start) * 1e6)
-    for name, values in samples.items():
-        low, median, high = (float(torch.tensor(values).quantile(q)) for q in (0.2, 0.5, 0.8))
-        recorder.add(
-            Record(
-                op="llamafusion", spec=f"{TOKENS} tokens", provider=name, backend="", mode="forward",
-                metric="processor time", unit="us", p20=round(low, 1), p50=round(median, 1), p80=round(high, 1),
-                n=options.rounds, bytes=None, flops=None, achieved=None, roofline=None, checked=True,
-                ok=right and moved, **environment("cpu", SOURCES),
-            )
-        )  # fmt: skip
+    agreed = dict.fromkeys(calls, right and moved)
+    take_times(recorder, f"{TOKENS} tokens", "forward", calls, options.rounds, agreed)
     print(recorder.table("text alone"))
 
 

@@ -10,18 +10,17 @@ What is counted is the processor time of one thread, which other programs on the
 import argparse
 import copy
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
 import eff_adapters
 import eff_kernels
 import torch
+from _times import take_times
 from eff_adapters.lora_mixer import LoraMixerConfig, apply_lora_mixer
 from eff_adapters.lora_mixer.peft_files import write_adapter
 from eff_embedded.language import load_smollm2
-from eff_kernels.testing import Record, Recorder, same
-from eff_kernels.testing.records import environment
+from eff_kernels.testing import Recorder, same
 from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 
 RESULTS = Path(__file__).parent / "results" / "lora_mixer.jsonl"
@@ -93,35 +92,6 @@ class Routed(Step):
             return super().__call__()
 
 
-def take_times(recorder: Recorder, spec: str, mode: str, calls: dict, rounds: int, right: dict[str, bool]) -> None:
-    """Processor time of each call, in turn; the first calls are not counted."""
-    samples = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name in rotated(list(calls), turn):
-            if isinstance(calls[name], Step):
-                calls[name].prepare()
-            start = time.thread_time()
-            calls[name]()
-            if turn:
-                samples[name].append((time.thread_time() - start) * 1e6)
-    for name, values in samples.items():
-        p20, p50, p80 = (
-            round(float(torch.tensor(values, dtype=torch.float64).quantile(q)), 1) for q in (0.2, 0.5, 0.8)
-        )
-        print(f"{spec} {mode} {name}: {p50 / 1e3:.1f} ms ({p20 / 1e3:.1f} to {p80 / 1e3:.1f})", flush=True)
-        recorder.add(
-            Record(
-                op="lora_mixer", spec=spec, provider=name, backend="", mode=mode, metric="processor time", unit="us",
-                p20=p20, p50=p50, p80=p80, n=rounds, bytes=None, flops=None, achieved=None, roofline=None,
-                checked=name in right, ok=right.get(name, False), **environment("cpu", SOURCES),
-            )
-        )  # fmt: skip
-
-
-def rotated(names: list[str], by: int) -> list[str]:
-    return names[by % len(names) :] + names[: by % len(names)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
@@ -179,7 +149,7 @@ def decode(recorder, base, mixer, mixed, arrow, names, cache, batch: int, rounds
         calls[name].prepare()
         right[name] = same(calls[name](), calls[name].exactly(), tolerance=1e-4)
     right |= dict.fromkeys(("eff hard", "PEFT adapter_names"), error < 1e-4 < moved)  # one comparison, of the two
-    take_times(recorder, f"B={batch}", "decode", calls, rounds, right)
+    take_times(recorder, f"B={batch}", "decode", calls, rounds, right, lambda name: calls[name].prepare())
 
 
 def whole_prompt(recorder, base, mixer, adapters: dict[str, Path], ids: torch.Tensor, rounds: int) -> None:
