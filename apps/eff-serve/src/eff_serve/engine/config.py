@@ -105,6 +105,16 @@ class DecoderConfig:
             int4=int4,
         )
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each projection of a layer, by its name without the layer's."""
+        h, wide = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q),
+            "gate_proj": (wide, h), "up_proj": (wide, h), "down_proj": (h, wide),
+        }  # fmt: skip
+
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine at positions [T], each float32 [T, head_dim / 2]."""
         angles = positions.float()[:, None] * torch.tensor(self.inverse_frequencies)

@@ -138,11 +138,7 @@ class Decoder:
 
     def load_adapters(self, folders: Mapping[str, Path]) -> None:
         """Hold LoRA adapters, by the names that requests use; see `Adapters`."""
-        c = self.config
-        h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        shapes = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
-        shapes |= {"gate_proj": (c.intermediate_size, h), "up_proj": (c.intermediate_size, h)}
-        self.adapters = Adapters(folders, shapes | {"down_proj": (h, c.intermediate_size)}, c.num_layers)
+        self.adapters = Adapters(folders, self.config.projections, self.config.num_layers)
 
     @torch.inference_mode()
     def decode(
@@ -184,14 +180,13 @@ class Decoder:
                 out[row] = one.attend(layer, q_THD[row, None], out[row, None], held, c.num_kv_heads)[0]
             return out
 
-        # Tokens of different sequences: a batch of sequences of length one for the rotation.
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         residual = self.embedding[tokens].float()
         if self.reuse is None and behind is None and adapters is None and not steered:
             return self.head(self._steps(residual, cos, sin, at, lengths, block_table))
         hidden = self._blocks(
             residual,
-            lambda x_TND: rope(x_TND.unsqueeze(2), cos, sin).view(tokens.size(0), -1, c.head_dim),
+            partial(_turned_each, cos, sin),
             attend,
             behind,
             adapters,
@@ -207,10 +202,7 @@ class Decoder:
             self._write(layer, at, None, k_TGD, v_TGD)
             return decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=block_table)
 
-        def rotate(x_TND: Tensor) -> Tensor:
-            return rope(x_TND.unsqueeze(2), cos, sin).view(residual.size(0), -1, self.config.head_dim)
-
-        return self._blocks(residual, rotate, attend, None, None)
+        return self._blocks(residual, partial(_turned_each, cos, sin), attend, None, None)
 
     @torch.inference_mode()
     def prefill(
@@ -383,6 +375,11 @@ class Decoder:
             norm = self.layers[i + 1].attention_norm if i + 1 < c.num_layers else self.norm
             x, residual = add_rms_norm(mlp, residual, norm, eps=c.rms_norm_eps)
         return x
+
+
+def _turned_each(cos: Tensor, sin: Tensor, x_TND: Tensor) -> Tensor:
+    """Queries and keys of T sequences of one token each, after the rotation by cos and sin [T, 1, D / 2]."""
+    return rope(x_TND.unsqueeze(2), cos, sin).squeeze(2)
 
 
 def _attended(q_THD: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> Tensor:

@@ -110,8 +110,7 @@ def open_eyes(decoder: Decoder) -> Eyes:
     lora = {
         n.removeprefix(head).replace(".self_attn", "").replace(".mlp", ""): w for n, w in weights.items() if "lora" in n
     }
-    sizes = {"q_proj": c.num_heads * c.head_dim, "gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
-    sizes |= dict.fromkeys(("k_proj", "v_proj"), c.num_kv_heads * c.head_dim)
+    sizes = {name: outputs for name, (outputs, _) in c.projections.items()}
     decoder.behind_pictures = LowRank.from_weights(lora, c.num_layers, sizes)
     decoder.steerer.measure()
     return Eyes(encoder, PICTURE_TOKEN_ID, config.picture_tokens, saliency)
