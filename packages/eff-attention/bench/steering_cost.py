@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
+import eff_attention
 import torch
 from eff_attention.grounded_attention import PAIConfig, PAINTConfig, apply_paint
 from eff_attention.head_reinforcement import VHRConfig, apply_vhr
@@ -28,9 +27,10 @@ from eff_embedded.eyes import load_smollm2_eyes
 from eff_embedded.eyes.evaluation import FIRST_SEED, WORLDS
 from eff_embedded.eyes.prompt import pixels, prompt
 from eff_kernels.edit.caches import cache_kwargs, returned_cache
-from eff_kernels.testing.machine import device_name
+from eff_kernels.testing.records import environment
 
 RESULTS = Path(__file__).parent / "results" / "steering_cost.jsonl"
+SOURCES = Path(eff_attention.__file__).parent
 METHODS = {
     "none": lambda model: contextlib.nullcontext(),
     "VAR": lambda model: apply_var(model, VARConfig(dims=(507,))),
@@ -76,8 +76,7 @@ def measure(args):
                 found = timed(model, inputs, args.decode)
             if number:
                 times[name].append(found)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    about = environment("cpu", (Path(__file__), SOURCES))
     middle = {n: [statistics.median(x) for x in zip(*found, strict=True)] for n, found in times.items()}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
@@ -92,11 +91,7 @@ def measure(args):
                 "spread": [[round(max(x) / min(x), 3)] for x in zip(*times[name], strict=True)],
                 "rounds": args.rounds,
                 "dtype": args.dtype,
-                "threads": args.threads,
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "device": device_name(),
-                "torch": torch.__version__,
-                "commit": commit,
+                **about,
             }
             file.write(json.dumps(record) + "\n")
             print(name, record["prefill_to_none"], record["token_to_none"], record["prefill_s"], record["token_s"])
@@ -105,10 +100,10 @@ def measure(args):
 def table():
     """The table of docs/steering.md, from the last record of each method."""
     last = {r["method"]: r for r in map(json.loads, RESULTS.read_text().splitlines())}
-    print("| method | prompt | of the plain model | token | of the plain model |\n| --- | --- | --- | --- | --- |")
+    print("| method | prompt, times the plain model | token, times the plain model |\n| --- | --- | --- |")
     for name, r in last.items():
-        seconds = f"{r['prefill_s']:.2f} s | {r['prefill_to_none']:.2f} | {1000 * r['token_s']:.1f} ms"
-        print(f"| {name} | {seconds} | {r['token_to_none']:.2f} |")
+        if name != "none":
+            print(f"| {name} | {r['prefill_to_none']:.2f} | {r['token_to_none']:.2f} |")
 
 
 def main():
