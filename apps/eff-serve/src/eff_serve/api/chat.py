@@ -96,7 +96,8 @@ async def begin(body: ChatRequest, request: Request, prefix: str) -> Begun:
     )
     thoughts = thinks(tokenizer, prompt)
     if plan is not None:
-        sampling = replace(sampling, grammar=grammar_of(plan, body, tokenizer, thinks=thoughts))
+        grammar = await asyncio.to_thread(grammar_of, plan, body, tokenizer, thinks=thoughts)
+        sampling = replace(sampling, grammar=grammar)
     special = shows_special(plan, tokenizer, thinks=thoughts)
     frame = Frame.of(request, serving, prefix, body.request_id, adapter)
     seen = await pictures.look(body.messages, prompt, serving.eyes)

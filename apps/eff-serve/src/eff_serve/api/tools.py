@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from llguidance import LLMatcher
 
 from eff_serve.api.ecma import as_read_by_clients
 from eff_serve.api.grammar import JSON_STYLE
+from eff_serve.api.schema.chat import ChatRequest
 from eff_serve.api.schema.sampling import MAX_GRAMMAR_CHARS, SamplingFields
 from eff_serve.api.schema.tokens import TokenizeRequest
 from eff_serve.api.schema.tools import AllowedChoice, NamedTool, Tool, ToolFields
@@ -34,20 +35,20 @@ class ToolPlan:
     """What a request lets the model call.
 
     Attributes:
-        tools: The functions that may be called.
+        functions: The schemas of the arguments, as text, by the names of the functions that may be called.
         required: A call must be made.
         most: Most calls of an answer.
         dialect: How the model writes them.
     """
 
-    tools: tuple[Tool, ...]
+    functions: Mapping[str, str]
     required: bool
     most: int
     dialect: Dialect
 
     def calls(self) -> Calls:
         """What finds the calls in one answer."""
-        return Calls(self.dialect, frozenset(tool.function.name for tool in self.tools))
+        return Calls(self.dialect, frozenset(self.functions))
 
 
 def offered(body: ToolFields | TokenizeRequest) -> list[dict[str, Any]] | None:
@@ -57,7 +58,7 @@ def offered(body: ToolFields | TokenizeRequest) -> list[dict[str, Any]] | None:
     return [tool.described() for tool in body.tools]
 
 
-def plan_for(body: ToolFields, dialect: Dialect) -> ToolPlan | None:
+def plan_for(body: ChatRequest, dialect: Dialect) -> ToolPlan | None:
     """What a request lets the model call; None for nothing.
 
     Raises:
@@ -66,7 +67,7 @@ def plan_for(body: ToolFields, dialect: Dialect) -> ToolPlan | None:
     choice = body.tool_choice
     if choice == "none" or not body.tools:
         return None
-    if getattr(body, "structured_outputs", None) is not None:
+    if body.structured_outputs is not None:
         raise bad_request(
             "give tools or structured_outputs, not both; response_format may be given", "structured_outputs"
         )
@@ -75,13 +76,16 @@ def plan_for(body: ToolFields, dialect: Dialect) -> ToolPlan | None:
         names = {choice.function.name}
     elif isinstance(choice, AllowedChoice):
         names = {tool.function.name for tool in choice.allowed_tools.tools}
+    functions: dict[str, str] = {}
     for i, tool in enumerate(body.tools):
-        _check(_schema(tool), f"tools[{i}].function.parameters")
+        schema = _schema(tool)
+        _check(schema, f"tools[{i}].function.parameters")
+        if names is None or tool.function.name in names:
+            functions[tool.function.name] = schema
     required = choice == "required" or isinstance(choice, NamedTool)
     required = required or (isinstance(choice, AllowedChoice) and choice.allowed_tools.mode == "required")
     one = isinstance(choice, NamedTool) or body.parallel_tool_calls is False
-    tools = tuple(t for t in body.tools if names is None or t.function.name in names)
-    return ToolPlan(tools, required, 1 if one else MAX_CALLS, dialect)
+    return ToolPlan(functions, required, 1 if one else MAX_CALLS, dialect)
 
 
 def grammar_of(plan: ToolPlan, body: SamplingFields, tokenizer: Tokenizer, *, thinks: bool | str) -> str:
@@ -100,8 +104,8 @@ def grammar_of(plan: ToolPlan, body: SamplingFields, tokenizer: Tokenizer, *, th
 
     dialect = plan.dialect
     lines = ["%llguidance {}", "TEXT: /(.|\\n)*/"]
-    lines += [f"call_{i}: {_call(tool, dialect)}" for i, tool in enumerate(plan.tools)]
-    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(plan.tools))))
+    lines += [f"call_{i}: {_call(*function, dialect.key)}" for i, function in enumerate(plan.functions.items())]
+    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(plan.functions))))
     more = f" ({' '.join(map(piece, dialect.between))} call){{0,{plan.most - 1}}}" if plan.most > 1 else ""
     behind = " ".join([*map(piece, dialect.start[1:]), "call" + more, *map(piece, dialect.end)])
     marker = piece(dialect.start[0]) if dialect.start else ""
@@ -118,25 +122,20 @@ def grammar_of(plan: ToolPlan, body: SamplingFields, tokenizer: Tokenizer, *, th
         lines.append(f"said: TEXT | TEXT {marker} {behind}")
     else:
         lines += [f"words_to_call[lazy]: TEXT {marker}", f"said: TEXT | words_to_call {behind}"]
-    lines.append(f"start: {_thought(tokenizer, piece, lines, thinks)} said" if thinks else "start: said")
+    start = "said"
+    if thinks:
+        # A tag that is a token ends what TEXT can match; one of ordinary letters needs the shortest match.
+        lazy = "[lazy]" if tokenizer.marker(THOUGHT) is None else ""
+        lines += ["GAP: /\\n+/", f"thought{lazy}: TEXT {piece(THOUGHT)}"]
+        # Thoughts may be left out unless the prompt has begun them.
+        start = "thought GAP? said" if thinks == "open" else f"({piece(THINK)} thought GAP?)? said"
+    lines.append(f"start: {start}")
     return LLMatcher.grammar_from_lark("\n".join(lines))
 
 
-def _thought(tokenizer: Tokenizer, piece: Any, lines: list[str], thinks: bool | str) -> str:
-    """The rule of thoughts in front of what is said; they may be left out unless the prompt has begun them."""
-    lines.append("GAP: /\\n+/")
-    if tokenizer.marker(THOUGHT) is None:
-        lines.append(f"thought[lazy]: TEXT {json.dumps(THOUGHT)}")
-        opening = "" if thinks == "open" else piece(THINK)
-    else:
-        lines.append(f"thought: TEXT {piece(THOUGHT)}")
-        opening = "" if thinks == "open" else piece(THINK)
-    return f"({opening} thought GAP?)" + ("" if thinks == "open" else "?")
-
-
-def _call(tool: Tool, dialect: Dialect) -> str:
-    front = json.dumps(f'{{"name": {json.dumps(tool.function.name)}, "{dialect.key}": ')
-    return f'{front} %json {_schema(tool)} "}}"'
+def _call(name: str, schema: str, key: str) -> str:
+    front = json.dumps(f'{{"name": {json.dumps(name)}, "{key}": ')
+    return f'{front} %json {schema} "}}"'
 
 
 def _schema(tool: Tool) -> str:
