@@ -68,10 +68,7 @@ def table(wish: str, root: Path = ROOT) -> str:
     Raises:
         TableError: the file, a field or a fitting record is missing, or the records are of several machines.
     """
-    name, *words = wish.split()
-    if not (root / name).is_file():
-        raise TableError(f"{name} does not exist; run the benchmark that writes it")
-    choice = {name: text.replace("%20", " ") for name, _, text in (word.partition("=") for word in words)}
+    name, choice = _asked(wish, root)
     baseline, rows = choice.pop("baseline", None), choice.pop("rows", "spec")
     unchecked = choice.pop("unchecked", "")
     if rows not in ("spec", "provider"):
@@ -133,10 +130,7 @@ def rows_table(wish: str, root: Path = ROOT) -> str:
         TableError: the file, a field or a fitting record is missing, or the records are of several machines.
     """
     head, *columns = (part.strip() for part in wish.split("|"))
-    name, *words = head.split()
-    if not (root / name).is_file():
-        raise TableError(f"{name} does not exist; run the benchmark that writes it")
-    choice = dict(word.partition("=")[::2] for word in words)
+    name, choice = _asked(head, root)
     by = choice.pop("by", "method").split(",")
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in map(json.loads, (root / name).read_text().splitlines()):
@@ -154,6 +148,14 @@ def rows_table(wish: str, root: Path = ROOT) -> str:
     except (KeyError, ValueError) as error:
         raise TableError(f"{name}: a record does not fit {formats}: {error!r}") from error
     return f"{markdown([headings, *cells])}\n\n{kept[0]['device']}, {origin([(r['date'], r['commit']) for r in kept])}."
+
+
+def _asked(words: str, root: Path) -> tuple[str, dict[str, str]]:
+    """The file that a comment names first, and its "field=text"."""
+    name, *rest = words.split()
+    if not (root / name).is_file():
+        raise TableError(f"{name} does not exist; run the benchmark that writes it")
+    return name, {field: text.replace("%20", " ") for field, _, text in (word.partition("=") for word in rest)}
 
 
 def render(text: str, root: Path = ROOT) -> str:
