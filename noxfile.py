@@ -208,6 +208,8 @@ def server(command: Path) -> Iterator[str]:
             if process.poll() is not None:
                 raise RuntimeError(f"eff-serve ended with status {process.returncode}")
             time.sleep(0.2)
+        else:
+            raise RuntimeError(f"eff-serve did not answer at {url}/health")
         yield url
     finally:
         process.terminate()
