@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import random
 import re
 import subprocess
@@ -22,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from eff_kernels.testing import environment
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results" / "soak.jsonl"
+SOURCES = (Path(__file__), Path(__file__).parents[1] / "src")
 LAYERS = [{"prompt": "a dog", "box": [0, 0.3, 0.5, 0.9]}, {"prompt": "an apple", "box": [0.4, 0.2, 1, 0.8]}]
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     minutes = parser.parse_args().minutes
+    torch.set_num_threads(1)  # as the server's
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-c", "from eff_studio.cli import main; main()"]
         process = subprocess.Popen(
@@ -118,9 +120,7 @@ def main() -> None:
         "op": "studio_soak", "minutes": minutes, "turns": len(seen), **client.counts, "exit": status,
         "megabytes_at_a_third": round(float(late[0, 1]), 1), "megabytes_at_the_end": round(float(late[-1, 1]), 1),
         "megabytes_per_minute": round(slope, 3), "check": {"ok": abs(slope) < 2 and status == 0},
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-        "torch": torch.__version__, "processor": platform.processor() or platform.machine(), "threads": 1,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment("cpu", SOURCES),
     }  # fmt: skip
     print(json.dumps(line))
     RESULTS.parent.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """The embedded model once a session, and a fake one with all that serves it."""
 
+import functools
 import importlib.util
 import io
 import sys
@@ -45,13 +46,15 @@ def fake():
 @pytest.fixture
 def make_worker(tmp_path):
     """``make_worker(model)`` is a started worker on the folder of this test; all are stopped at its end."""
+    from eff_studio.engine import run_work
     from eff_studio.store import Jobs, Pictures
     from eff_studio.worker import Worker
 
     made = []
 
     def make(model, *, start=True):
-        worker = Worker(model, Jobs(tmp_path / "studio.db"), Pictures(tmp_path / "pictures"))
+        store = Jobs(tmp_path / "studio.db"), Pictures(tmp_path / "pictures")
+        worker = Worker(model, *store, run=functools.partial(run_work, model))
         made.append(worker)
         if start:
             worker.start()

@@ -17,11 +17,10 @@ from PIL import Image
 
 from eff_studio.engine import CancelledError, Progress, Result, StudioModel, run_work
 from eff_studio.engine.draw import Open, Report
-from eff_studio.work import Work, described, read_work
+from eff_studio.work import Work, described, pictures_of, read_work
 
 # A job whose replica died is begun again on another one, so often.
 _TRIES = 3
-_PICTURES = ("subject", "target", "mask", "picture")
 
 
 class Failure(NamedTuple):
@@ -100,7 +99,6 @@ class Replicas:
 
     def run(
         self,
-        _: Any,
         work: Work,
         *,
         open_picture: Open,
@@ -108,10 +106,10 @@ class Replicas:
         cancelled: Callable[[], bool],
         previews: Callable[[], bool] = lambda: False,
     ) -> Result:
-        """As `eff_studio.engine.run_work`, on whichever replica is free."""
+        """As `eff_studio.engine.run_work` with a model, on whichever replica is free; previews are always made."""
         from ray.exceptions import RayActorError
 
-        pictures = {name: open_picture(name) for field in _PICTURES if (name := getattr(work, field, None))}
+        pictures = {name: open_picture(name) for name in pictures_of(work).values()}
         for attempt in range(1, _TRIES + 1):
             try:
                 return self._once(work, pictures, report, cancelled)
@@ -157,9 +155,7 @@ def started(load: Callable[[], StudioModel], count: int, *, address: str | None,
 
     # One job at a time: a model draws one picture after another, and the line of jobs is the server's.
     cores = max(1, (os.cpu_count() or 1) // count)
-    mine = not ray.is_initialized()
-    if mine:
-        ray.init(address=address, log_to_driver=False, **({} if address else {"include_dashboard": False}))
+    ray.init(address=address, log_to_driver=False, **({} if address else {"include_dashboard": False}))
     deployment = serve.deployment(
         Replica,
         name="eff-studio",
@@ -171,7 +167,6 @@ def started(load: Callable[[], StudioModel], count: int, *, address: str | None,
         yield Replicas(serve.run(deployment.bind(load), name="eff-studio", route_prefix=None), count)
     finally:
         serve.delete("eff-studio")
-        if mine:
-            if address is None:
-                serve.shutdown()
-            ray.shutdown()
+        if address is None:
+            serve.shutdown()
+        ray.shutdown()

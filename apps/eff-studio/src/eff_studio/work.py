@@ -201,6 +201,12 @@ def kind_of(work: Work) -> str:
     return next(name for name, cls in KINDS.items() if isinstance(work, cls))
 
 
+def pictures_of(work: Work) -> dict[str, PictureId]:
+    """The stored pictures that a piece of work needs, by the name of their setting."""
+    names = ("subject", "target", "mask", "picture")
+    return {name: getattr(work, name) for name in names if hasattr(work, name)}
+
+
 def described(work: Work) -> dict[str, Any]:
     """Kind and settings as JSON, as they are written into pictures; `read_work` takes them."""
     return {"kind": kind_of(work), "settings": work.to_dict()}

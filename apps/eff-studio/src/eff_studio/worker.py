@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from eff_studio.engine import CancelledError, Progress, Result, run_work
+from eff_studio.engine import CancelledError, Progress, Result
 from eff_studio.store import Job, Jobs, Pictures
 
 log = logging.getLogger("eff_studio")
@@ -53,15 +53,15 @@ class Worker:
     """Does one job after another, in one thread or several.
 
     Args:
-        model: What to draw with.
+        model: What draws.
         jobs: Where jobs come from.
         pictures: Where pictures go.
-        run: Does a piece of work; by default `eff_studio.engine.run_work`.
+        run: Does a piece of work, as `eff_studio.engine.run_work` with the model.
         lanes: Jobs at a time.
     """
 
     def __init__(
-        self, model: Drawer, jobs: Jobs, pictures: Pictures, *, run: Callable[..., Result] | None = None, lanes: int = 1
+        self, model: Drawer, jobs: Jobs, pictures: Pictures, *, run: Callable[..., Result], lanes: int = 1
     ) -> None:
         self.model, self.jobs, self.pictures = model, jobs, pictures
         self._run = run
@@ -180,9 +180,7 @@ class Worker:
     def _one(self, job: Job) -> None:
         self._tell(job.id, {"type": "state", "state": "running"})
         try:
-            run: Callable[..., Result] = self._run or run_work
-            result = run(
-                self.model,
+            result = self._run(
                 job.work,
                 open_picture=self.pictures.open,
                 report=lambda progress: self._progress(job.id, progress),

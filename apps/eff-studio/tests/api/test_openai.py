@@ -75,15 +75,15 @@ def test_models(ask):
 
 
 @pytest.fixture
-def inserted(monkeypatch):
+def inserted(monkeypatch, worker):
     """Instead of painting, tells what would be: the work and its pictures."""
     seen = []
 
-    def run(model, work, *, open_picture, **more):
+    def run(work, *, open_picture, **more):
         seen.append((work, *(open_picture(getattr(work, name)) for name in ("target", "subject", "mask"))))
         return Result(images=[Image.new("RGB", (8, 8))])
 
-    monkeypatch.setattr("eff_studio.worker.run_work", run)
+    monkeypatch.setattr(worker, "_run", run)
     return seen
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from eff_studio.api.metrics import Metrics
 from eff_studio.api.settings import ServerSettings
 from eff_studio.store import Job, Jobs, Pictures, Rejected, read_picture
-from eff_studio.work import Work, read_work
+from eff_studio.work import Work, pictures_of, read_work
 from eff_studio.worker import Worker
 
 ENDED = ("done", "failed", "cancelled")
@@ -81,9 +81,8 @@ class Studio:
             work = read_work(kind, values)
         except (ValueError, TypeError) as error:
             raise bad_request(str(error), "settings") from None
-        for name in ("subject", "target", "mask", "picture"):
-            given = getattr(work, name, None)
-            if given is not None and self.pictures.path(given) is None:
+        for name, given in pictures_of(work).items():
+            if self.pictures.path(given) is None:
                 raise bad_request(f"there is no picture {given[:60]!r}; send it to /api/pictures first", name)
         return work
 

@@ -78,7 +78,7 @@ def load_model(
     """
     from eff_guidance.head_guidance import list_layers
 
-    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    where = device_for(device)
     kind = _dtype(dtype, where)
     words: tuple[str, ...] = ()
     if name == EMBEDDED:
@@ -113,6 +113,11 @@ def load_model(
         # Scaled to eight blocks the list of large models would be nearly all of them.
         hard_blocks=(0,) if name == EMBEDDED else "auto",
     )
+
+
+def device_for(name: str) -> str:
+    """The device that a name stands for: "auto" is a GPU where there is one."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _dtype(name: str, device: str) -> torch.dtype:

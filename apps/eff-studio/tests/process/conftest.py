@@ -1,0 +1,81 @@
+"""A server in a process of its own."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+
+class Served:
+    """A server that has opened its port.
+
+    Attributes:
+        process: Its process.
+        said: What it has printed.
+    """
+
+    def __init__(self, process, said, address):
+        self.process, self.said, self.address = process, said, address
+
+    def call(self, path, body=None):
+        """The JSON answer to a request; with a body it is a POST."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def submit(self, **settings):
+        """Id of a new job that draws."""
+        return self.call("/api/jobs", {"kind": "generate", "settings": settings})["id"]
+
+    def wait(self, job, *states, seconds=60.0):
+        """The job once it is in one of the states."""
+        end = time.monotonic() + seconds
+        while (found := self.call(f"/api/jobs/{job}"))["state"] not in states:
+            assert time.monotonic() < end, found
+            time.sleep(0.05)
+        return found
+
+
+@contextlib.contextmanager
+def serving(*words, seconds=120.0):
+    """Run Python with arguments that start a server; it and its children are killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    lines, opened = [], threading.Event()
+
+    def read():
+        for line in process.stdout:
+            lines.append(line)
+            if "Page at" in line:
+                opened.set()
+        opened.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert opened.wait(seconds), "the server did not start in time"
+        assert any("Page at" in line for line in lines), "".join(lines)
+        yield Served(process, lines, re.search(r"Page at (http://[\d.]+:\d+)", "".join(lines))[1])
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        reader.join(30)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """``with serve(*words) as served``; see `serving` and `Served`."""
+    return serving
