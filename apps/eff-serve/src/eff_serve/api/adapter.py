@@ -23,7 +23,6 @@ class ServedTokenizer:
         self.vocab_size = tokenizer.vocab_size
         self.dialect = tokenizer.dialect
         self.thinks = tokenizer.thinks
-        self._special = set(tokenizer.backend.get_added_tokens_decoder())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -43,7 +42,7 @@ class ServedTokenizer:
         if piece is None:
             return b""
         bytes_of = _byte_level()
-        if token in self._special or any(c not in bytes_of for c in piece):
+        if token in self._tokenizer.added_tokens or any(c not in bytes_of for c in piece):
             return self._tokenizer.token_text(token).encode()
         return bytes(bytes_of[c] for c in piece)
 

@@ -31,21 +31,18 @@ class SpecialTokenGuard:
         """
         hidden = []
         for message in messages:
-            texts = {k: v if k == "role" else self._hide(v) for k, v in message.items() if k != "pictures"}
+            texts = {k: v if k == "role" else self.hide_value(v) for k, v in message.items() if k != "pictures"}
             places = "".join(f"{self._hold(_PICTURE)}\n" for _ in range(message.get("pictures", 0)))
             hidden.append({**texts, "content": places + texts["content"]} if places else texts)
         return hidden
 
     def hide_value(self, value: Any) -> Any:
         """Any JSON value, with a place-holder for each special token in its texts and keys."""
-        return self._hide(value)
-
-    def _hide(self, value: Any) -> Any:
         if isinstance(value, str):
             return value if self._spelt is None else self._spelt.sub(self._place_holder, value)
         if isinstance(value, Mapping):
-            return {self._hide(k): self._hide(v) for k, v in value.items()}
-        return [self._hide(v) for v in value] if isinstance(value, list | tuple) else value
+            return {self.hide_value(k): self.hide_value(v) for k, v in value.items()}
+        return [self.hide_value(v) for v in value] if isinstance(value, list | tuple) else value
 
     def _place_holder(self, match: re.Match[str]) -> str:
         return self._hold(match[0])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from eff_serve.models.chat_template import ChatTemplate, ChatTemplateError
@@ -75,8 +76,9 @@ class Tokenizer:
     def marker(self, text: str) -> tuple[int, bool] | None:
         """Id of the token that a text is by itself, and whether it is a special one; None for ordinary text."""
         token = self.backend.token_to_id(text)
-        found = None if token is None else self.backend.get_added_tokens_decoder().get(token)
-        return None if token is None or found is None else (token, found.special)
+        if token is None or token not in self.added_tokens:
+            return None
+        return token, self.added_tokens[token].special
 
     def token_text(self, token: int) -> str:
         """A single token as text."""
@@ -136,9 +138,14 @@ class Tokenizer:
         return ids
 
     @functools.cached_property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """Tokens that were added to the vocabulary, special or not, by id; some families have a thousand."""
+        return self.backend.get_added_tokens_decoder()
+
+    @functools.cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """The texts that stand for special tokens."""
-        return tuple(t.content for t in self.backend.get_added_tokens_decoder().values() if t.special)
+        return tuple(t.content for t in self.added_tokens.values() if t.special)
 
     @functools.cached_property
     def _plain(self) -> Backend:
