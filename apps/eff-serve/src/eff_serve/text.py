@@ -87,7 +87,7 @@ class TextAssembler:
             self.stopped = True
             self._held = ""
             return text[: match[0] if self._include_stop else match[1]]
-        held = self._undecided(text)
+        held = max(undecided(text, stop) for stop in self._stop)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -100,12 +100,7 @@ class TextAssembler:
                 found.append((start + len(stop), start))
         return min(found, default=None)
 
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string starts with."""
-        longest = 0
-        for stop in self._stop:
-            for n in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:n]):
-                    longest = n
-                    break
-        return longest
+
+def undecided(text: str, marker: str) -> int:
+    """Length of the longest end of a text that may still become a marker, because the marker starts with it."""
+    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)

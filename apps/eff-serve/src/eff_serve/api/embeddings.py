@@ -40,7 +40,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     _base_only(serving, body.model)
     _, tokenizer = serving.admit()
     texts = await asyncio.to_thread(lambda: [_tokens(tokenizer, t) for t in body.input])
-    _check(serving, texts, body.dimensions, "input")
+    _check(serving, texts, body.dimensions)
 
     async def work() -> BaseModel:
         vectors = await _vectors(serving, texts, body.pooling or "mean", body.dimensions)
@@ -65,7 +65,7 @@ async def ollama_embed(body: OllamaEmbedRequest, request: Request) -> Response:
     texts = await asyncio.to_thread(lambda: [_tokens(tokenizer, t) for t in given])
     if body.truncate is not False:
         texts = [t[: engine.max_model_len] for t in texts]
-    _check(serving, texts, body.dimensions, "input")
+    _check(serving, texts, body.dimensions)
 
     async def work() -> BaseModel:
         start = time.perf_counter()
@@ -88,7 +88,7 @@ def _tokens(tokenizer: Any, text: str | list[int]) -> list[int]:
     return tokenizer.encode(text) if isinstance(text, str) else text
 
 
-def _check(serving: Serving, texts: Sequence[Sequence[int]], dimensions: int | None, param: str) -> None:
+def _check(serving: Serving, texts: Sequence[Sequence[int]], dimensions: int | None) -> None:
     engine = serving.engine
     size = embedding_size(engine)
     if size is None:
@@ -98,9 +98,9 @@ def _check(serving: Serving, texts: Sequence[Sequence[int]], dimensions: int | N
     limit, vocab = engine.max_model_len, serving.tokenizer.vocab_size
     for i, text in enumerate(texts):
         if not 1 <= len(text) <= limit:
-            raise bad_request(f"{param}[{i}] has {len(text)} tokens; 1 to {limit} are taken", f"{param}[{i}]")
+            raise bad_request(f"input[{i}] has {len(text)} tokens; 1 to {limit} are taken", f"input[{i}]")
         if max(text) >= vocab:
-            raise bad_request(f"{param}[{i}]: token {max(text)} is outside the vocabulary of {vocab}", f"{param}[{i}]")
+            raise bad_request(f"input[{i}]: token {max(text)} is outside the vocabulary of {vocab}", f"input[{i}]")
 
 
 async def _vectors(

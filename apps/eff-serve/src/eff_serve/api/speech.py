@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from eff_serve.models.dialects import PYTHON_TAG, Dialect
+from eff_serve.text import undecided
 
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
 _LONGEST_HEAD = 256  # characters, more than the longest name takes
@@ -60,7 +61,7 @@ class Thoughts:
                 self._state, self._fresh = "behind", False
         if self._state == "inside":
             thought, found, rest = self._held.partition(THOUGHT)
-            keep = 0 if found or final else _undecided(thought, THOUGHT)
+            keep = 0 if found or final else undecided(thought, THOUGHT)
             self._held = rest if found else thought[len(thought) - keep :]
             shown = thought if found else thought[: len(thought) - keep]
             yield from self._show(shown.rstrip() if found else shown, thought=True)
@@ -134,7 +135,7 @@ class Calls:
     def _text(self, *, final: bool) -> Iterator[Part]:
         marker = self._dialect.start[0]
         words, found, rest = self._held.partition(marker)
-        certain = words if final or found else words[: len(words) - _undecided(words, marker)]
+        certain = words if final or found else words[: len(words) - undecided(words, marker)]
         shown = certain if final and not found else certain.rstrip()  # white space in front of a call says nothing
         self._held = rest if found else words[len(shown) :]
         self._state = "between" if found else "text"
@@ -202,11 +203,6 @@ class Speech:
     def called(self) -> bool:
         """Whether the answer ends in whole calls."""
         return self._calls is not None and self._calls.whole
-
-
-def _undecided(text: str, marker: str) -> int:
-    """Length of the longest end of a text with which the marker begins."""
-    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
 
 
 def _new_id(*, short: bool) -> str:
