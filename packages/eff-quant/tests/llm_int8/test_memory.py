@@ -1,41 +1,11 @@
 """Peak memory of loading a sharded checkpoint, each way in a fresh process: at most 1.2 times the int8 model."""
 
-import json
-import subprocess
 import sys
 
 import pytest
-import torch
+from eff_quant import Int8Config, quantize_, save_bnb_int8
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
-
-MEASURE = """
-import gc, json, os, re, sys
-import eff_quant.hf, torch
-from eff_quant import Int8Config, Int8Linear, load
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, models
-
-def status(name):
-    return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-
-models.auto, LlamaForCausalLM  # these are imported when they are first asked for
-os.chdir("small")  # so are some that loading asks for: none of that is the model's
-eval(sys.argv[1])
-os.chdir("..")
-gc.collect()
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
-before = status("VmRSS")
-model = eval(sys.argv[1])
-tensors = [*model.parameters(), *model.buffers()]
-for t in tensors:
-    t.view(-1)[:: max(1, 1024 // t.element_size())].sum()  # touch every page: what is only mapped counts too
-print(json.dumps({
-    "peak": status("VmHWM") - before,
-    "size": sum(t.nbytes for t in tensors),
-    "int8": sum(isinstance(m, Int8Linear) for m in model.modules()),
-    "dtype": str(model.dtype),
-}))
-"""
 
 WAYS = {
     "transformers": "AutoModelForCausalLM.from_pretrained('float', quantization_config=Int8Config())",
@@ -50,22 +20,11 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, wide_llama):
     """A Llama of 270 MB in bfloat16, in shards, and what became of it in int8; in ``small`` the same in small."""
-    from eff_quant import Int8Config, quantize_, save_bnb_int8
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     path = tmp_path_factory.mktemp("memory")
     for where, width in ((path, 1024), (path / "small", 128)):
-        config = LlamaConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=8, num_attention_heads=16, vocab_size=4000
-        )
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-        model = model.to(torch.bfloat16).to_empty(device="cpu")
-        noise = torch.randn(4096 * 1024).to(torch.bfloat16)
-        for p in model.parameters():
-            p.data.copy_(noise.repeat(-(-p.numel() // len(noise)))[: p.numel()].view_as(p))
+        model = wide_llama(width)
         model.save_pretrained(where / "float", max_shard_size="60MB")
         quantize_(model, Int8Config(activation_group=None))
         model.save_pretrained(where / "int8", max_shard_size="30MB")
@@ -76,14 +35,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_loading_needs_little_more_than_the_int8_model(folder, way):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, WAYS[way]], cwd=folder, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+def test_loading_needs_little_more_than_the_int8_model(folder, memory_of_loading, way):
+    seen = memory_of_loading(folder, WAYS[way])
     float_size = sum(f.stat().st_size for f in (folder / "float").glob("*.safetensors"))
-    assert seen["int8"] == 8 * 7
+    assert seen["quantised"] == ["Int8Linear"] * 8 * 7
     assert seen["dtype"] == ("torch.float16" if "other dtype" in way else "torch.bfloat16")
     assert 0.5 * float_size < seen["size"] < 0.55 * float_size
     assert seen["peak"] <= 1.2 * seen["size"]
