@@ -47,8 +47,8 @@ class Steered:
             self._role[:, : int(places[0])] = int(Role.SYSTEM)
             self._role[:, places] = int(Role.PICTURE)
         self._states: dict[str, dict[Any, Any]] = {}
-        self._chosen: Tensor | None = None
-        self._reference: Measuring | None = None
+        # By method, what its passes over the prompt know from tokens start to end.
+        self._notes: dict[str, Callable[[int, int], dict[str, Any]]] = {}
         self._watched: dict[int, tuple[tuple[int, ...], float]] = {}
         self._readers: set[int] = set()  # layers with a rule that looks at keys in every step
         self._pass: dict[str, Any] = {}
@@ -73,7 +73,8 @@ class Steered:
         keeper: VHRKeeper = VHRKeeper.named("head_reinforcement", None, config=config)
         self._states[keeper.argument] = {}
         self._add(VHRRule(keeper), config.chosen(len(self._stacks)))
-        self._reference = Measuring(torch.tensor([True]), outputs=without)
+        reference = Measuring(torch.tensor([True]), outputs=without)
+        self._notes[keeper.argument] = lambda start, end: {"reference": reference}
 
     def add_raised(
         self, config: PAIConfig, saliency: Tensor | None, gains: tuple[tuple[float, ...], ...] | None
@@ -82,13 +83,14 @@ class Steered:
         keeper: PAINTKeeper = PAINTKeeper.named("grounded_attention", None, config=config)
         layers = config.layers(len(self._stacks))
         picture = self._role == int(Role.PICTURE)
-        self._chosen = torch.stack([picture, torch.zeros_like(picture)])
+        among = torch.stack([picture, torch.zeros_like(picture)])
         if isinstance(config, PAINTConfig):
             assert saliency is not None
             first, late = saliency  # [pictures, tokens] each
-            self._chosen = torch.zeros_like(self._chosen)
-            self._chosen[:, picture] = torch.stack([x.flatten() for x in chosen(first, late, None, config)])
+            among = torch.zeros_like(among)
+            among[:, picture] = torch.stack([x.flatten() for x in chosen(first, late, None, config)])
         self._states[keeper.argument] = {}
+        self._notes[keeper.argument] = lambda start, end: {"chosen": among[:, :, start:end]}
         self._add(PAINTRule(keeper, gains), layers)
         self._readers |= set(layers)
 
@@ -112,10 +114,8 @@ class Steered:
                 self._pass[name] = ACTPass(states)
                 continue
             now = self._pass[name] = Pass(states, roles, prompt)
-            if prompt and self._chosen is not None and name == "eff_grounded_attention":
-                now.notes["chosen"] = self._chosen[:, :, position:end]
-            if prompt and name == "eff_head_reinforcement":
-                now.notes["reference"] = self._reference
+            if prompt and name in self._notes:
+                now.notes.update(self._notes[name](position, end))
 
     def watch(self, layer: int, hidden: Tensor) -> None:
         """Look at the hidden states [T, hidden] that enter a layer, for `begin`'s tokens."""
