@@ -138,7 +138,7 @@ def main() -> None:
             file.write(json.dumps(entry) + "\n")
 
     first = experts.Experts(experts.Config(steps=args.steps, seed=args.seed, judged=args.judged, warmup=args.warmup))
-    questions = first.held_out()
+    questions = first.held_out
     adapters, mixture = args.folder / f"adapters-{args.seed}", args.folder / f"mixture-{args.seed}"
     seconds: dict[str, float] = {}
     if not adapters.is_dir():

@@ -138,7 +138,7 @@ def test_both_stages_and_everything_after_them(made, tmp_path):
         found = second.evaluate(model)
         assert all(0 <= found[f"{task}_own_load"] <= 1 for task in TASKS)
         second.export(model, tmp_path / "mixture")
-        batch = second.held_out()[0]
+        batch = second.held_out[0]
         wanted = second.logits(model, batch)
     from eff_adapters.lora_mixer import load_lora_mixer
 

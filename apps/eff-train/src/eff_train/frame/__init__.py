@@ -4,7 +4,7 @@ from eff_train.frame.data import HELD_OUT, generator, shuffled, torch_generator
 from eff_train.frame.loop import train
 from eff_train.frame.options import TrainConfig
 from eff_train.frame.parallel import Workers, workers
-from eff_train.frame.recipe import Recipe
+from eff_train.frame.recipe import Recipe, as_built
 from eff_train.frame.training import Training
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TrainConfig",
     "Training",
     "Workers",
+    "as_built",
     "generator",
     "shuffled",
     "torch_generator",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eff_train.frame.options import TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
+M = TypeVar("M", bound=nn.Module)
 
 
 class Recipe(Generic[C]):
@@ -130,3 +131,14 @@ class Recipe(Generic[C]):
         from safetensors.torch import save_model
 
         save_model(model, str(folder / "model.safetensors"))
+
+
+def as_built(model: nn.Module, kind: type[M]) -> M:
+    """The model as one of the class that its recipe builds.
+
+    Raises:
+        TypeError: it is of another class.
+    """
+    if not isinstance(model, kind):
+        raise TypeError(f"the model is a {type(model).__name__}, wanted {kind.__name__}")
+    return model

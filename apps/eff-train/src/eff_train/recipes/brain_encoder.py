@@ -25,7 +25,7 @@ from eff_vision.brain_encoder import (
 from torch import Tensor, nn
 
 from eff_train.drawing import bars, over, read_picture, sheet, squared, to_image
-from eff_train.frame import HELD_OUT, Recipe, TrainConfig, shuffled
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built, shuffled
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "animals": ("dog", "cat", "rabbit", "bear", "pig", "horse", "owl", "frog"),
@@ -325,9 +325,7 @@ def regional(found: Tensor, responses: Tensor, cortex: Cortex) -> dict[str, floa
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    if not isinstance(model, Readout):
-        raise TypeError(f"the model is a {type(model).__name__}, wanted Readout")
-    return model.inner
+    return as_built(model, Readout).inner
 
 
 RECIPE = BrainEncoder

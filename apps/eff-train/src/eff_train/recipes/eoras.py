@@ -24,7 +24,7 @@ from eff_vision.amodal import (
 from PIL import Image
 from torch import Tensor, nn
 
-from eff_train.frame import HELD_OUT, Recipe, TrainConfig
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built
 
 TRIES = 40
 
@@ -192,9 +192,7 @@ class Amodal(Recipe[Config]):
         frames = torch.stack([_points(Image.open(p).convert("RGB")).movedim(-1, 0).float() / 255 for p in names])
         visible = torch.stack([_points(Image.open(p).convert("L")) > 127 for p in masks])
         intrinsics = intrinsics_from_fov(1.1, *frames.shape[-2:])
-        if not isinstance(model, EoRaS):
-            raise TypeError(f"the model is a {type(model).__name__}, wanted EoRaS")
-        track = predict_track(model, frames.to(self.device), visible, intrinsics.to(self.device))
+        track = predict_track(as_built(model, EoRaS), frames.to(self.device), visible, intrinsics.to(self.device))
         out.mkdir(parents=True, exist_ok=True)
         full = track.full.cpu() > 0.5
         for path, frame, mask in zip(names, frames, full, strict=True):

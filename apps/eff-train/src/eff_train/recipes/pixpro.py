@@ -28,7 +28,7 @@ from eff_vision.projection_head import probe
 from torch import Tensor, nn
 
 from eff_train.drawing import over, read_picture, sheet, squared, to_image
-from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator, torch_generator
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built, generator, torch_generator
 
 PICTURES = ("astronaut", "coffee", "cat", "rocket", "cells", "galaxies", "retina", "gravel", "coins", "camera")
 WINDOW, SIDE = 96, 64
@@ -198,7 +198,7 @@ class Pixels(Recipe[Config]):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """The objective; the slow copy moves first."""
-        both = _pixpro(model)
+        both = as_built(model, PixPro)
         momentum = both.update_momentum()
         out = both(*(2 * (x - 0.5) if x.ndim == 4 else x for x in batch))
         loss = out.instance if self.config.objective == "instance" else out.loss
@@ -206,7 +206,7 @@ class Pixels(Recipe[Config]):
 
     def cells(self, model: nn.Module, pictures: Tensor) -> Tensor:
         """The coarsest map of cells of pictures from 0 to 1."""
-        found = _pixpro(model).encoder(2 * (pictures.to(self.device) - 0.5))
+        found = as_built(model, PixPro).encoder(2 * (pictures.to(self.device) - 0.5))
         return (found[-1] if isinstance(found, list) else found).cpu()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -289,7 +289,7 @@ class Pixels(Recipe[Config]):
         """The backbone under its own names, and pictures from -1 to 1 to cells as ONNX."""
         from eff_train.frame.onnx import write_onnx
 
-        encoder = _pixpro(model).encoder
+        encoder = as_built(model, PixPro).encoder
         export_backbone(encoder, folder / "model.safetensors")
         names = ("fine", "coarse") if isinstance(encoder, PyramidCells) else ("cells",)
         write_onnx(encoder, {"pictures": torch.rand(2, 3, SIDE, SIDE) * 2 - 1}, names, folder / "encoder.onnx")
@@ -301,12 +301,6 @@ def _crossed(view: Tensor, y: int, x: int) -> Tensor:
     view[:, max(0, y - 6) : y + 7, x : x + 2] = mark
     view[:, y : y + 2, max(0, x - 6) : x + 7] = mark
     return view
-
-
-def _pixpro(model: nn.Module) -> PixPro:
-    if not isinstance(model, PixPro):
-        raise TypeError(f"the model is a {type(model).__name__}, wanted PixPro")
-    return model
 
 
 RECIPE = Pixels

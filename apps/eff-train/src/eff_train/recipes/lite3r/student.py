@@ -168,10 +168,15 @@ class Student(ViewsRecipe[Config]):
         loss, parts = multiview_loss(output, truth)
         return loss + apart, {**parts, "distillation": apart}
 
+    @cached_property
+    def teacher_scores(self) -> dict[str, float]:
+        """Errors of the teacher, which stays as it is."""
+        return scores(self.teacher, self.held_out)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Errors of student and teacher on the same scenes."""
         found = scores(model, self.held_out)
-        dense = scores(self.teacher, self.held_out)
+        dense = self.teacher_scores
         found |= {f"teacher_{name}": value for name, value in dense.items()}
         return found | {"abs_rel_over_teacher": found["abs_rel"] / max(dense["abs_rel"], 1e-12)}
 

@@ -81,8 +81,9 @@ class Questions(Recipe[C]):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss and right answers of each task, on numbers and words that no update has seen."""
-        return judged(lambda batch: self.logits(model, batch), self.held_out())
+        return judged(lambda batch: self.logits(model, batch), self.held_out)
 
+    @cached_property
     def held_out(self) -> list[Batch]:
         """Questions of the evaluation."""
         made = []

@@ -91,7 +91,7 @@ class Router(Questions[Config]):
         from eff_adapters.lora_mixer import LoraMixer
 
         found, mixer = super().evaluate(model), LoraMixer(model)
-        batch = self.held_out()[0]
+        batch = self.held_out[0]
         with mixer.route(domain_ids=batch.tasks, attention_mask=batch.mask):
             self.logits(model, batch)
         loads = torch.stack([s.domain_load for s in mixer.stats().values() if s.domain_load is not None]).mean(0)

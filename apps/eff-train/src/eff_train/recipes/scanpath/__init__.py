@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eff_train.drawing import from_image, sheet, to_image
-from eff_train.frame import Recipe, TrainConfig, shuffled
+from eff_train.frame import Recipe, TrainConfig, as_built, shuffled
 from eff_train.recipes.scanpath.scores import Paths, Searches, alike, nearest_walk, random_walk, scores
 from eff_train.recipes.scanpath.shown import draw_paths, read_shelf
 
@@ -292,9 +292,7 @@ def sprites_of(features: Tensor) -> Tensor:
 
 
 def _oat(model: nn.Module) -> ObjectScanpathTransformer:
-    if not isinstance(model, ObjectScanpathTransformer):
-        raise TypeError(f"the model is a {type(model).__name__}, wanted ObjectScanpathTransformer")
-    return model
+    return as_built(model, ObjectScanpathTransformer)
 
 
 RECIPE = Scanpath

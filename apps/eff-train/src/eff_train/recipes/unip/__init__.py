@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eff_train.drawing import distinct, heat, read_picture, sheet, squared, to_image
-from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator, shuffled
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built, generator, shuffled
 from eff_train.recipes.unip.data import IGNORE, SIDE, mixed, scenes
 from eff_train.recipes.unip.segmenter import PATCH, Segmenter
 from eff_train.recipes.unip.shown import CROSSES, atlas_of, from_patches
@@ -197,7 +197,7 @@ class Unip(Recipe[Config]):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Divergence from the teacher's attention, or cross-entropy of the classes."""
-        segmenter = _segmenter(model)
+        segmenter = as_built(model, Segmenter)
         if "classes" in batch:
             return F.cross_entropy(model(batch["pictures"]), batch["classes"], ignore_index=IGNORE), {}
         if segmenter.features is not None:
@@ -213,7 +213,7 @@ class Unip(Recipe[Config]):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean IoU of the decoder, accuracy of a linear probe of the last layer, and how it attends."""
-        segmenter, (pictures, classes) = _segmenter(model), self.test
+        segmenter, (pictures, classes) = as_built(model, Segmenter), self.test
         confusion = ConfusionMatrix(len(self.classes), IGNORE)
         for x, y in zip(pictures.split(32), classes.split(32), strict=True):
             confusion.update(model(x.to(self.device)).argmax(1).cpu(), y)
@@ -240,7 +240,7 @@ class Unip(Recipe[Config]):
 
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Thermal scenes with what was found, the student's attention, and the atlas of the teacher's layers."""
-        segmenter, (pictures, classes) = _segmenter(model), self.test
+        segmenter, (pictures, classes) = as_built(model, Segmenter), self.test
         rows = [
             [to_image(heat(x[0]), 2), *(to_image(self._coloured(y), 2) for y in (truth, self._found(model, x)))]
             for x, truth in zip(pictures[:4], classes[:4], strict=True)
@@ -277,7 +277,7 @@ class Unip(Recipe[Config]):
         picture = GreyTriplicate()(squared(grey, SIDE))
         found = self._found(model, picture)
         shown = [
-            *self._looks(_segmenter(model), picture),
+            *self._looks(as_built(model, Segmenter), picture),
             to_image(0.5 * picture + 0.5 * self._coloured(found), 2),
         ]
         sheet([shown], columns=["picture", *CROSSES, "classes"]).save(out / f"{file.stem}-classes.png")
@@ -292,12 +292,6 @@ class Unip(Recipe[Config]):
 
         super().export(model, folder)
         write_onnx(model, {"pictures": self.test[0][:2]}, ("logits",), folder / "unip.onnx")
-
-
-def _segmenter(model: nn.Module) -> Segmenter:
-    if not isinstance(model, Segmenter):
-        raise TypeError(f"the model is a {type(model).__name__}, wanted Segmenter")
-    return model
 
 
 RECIPE = Unip
