@@ -6,6 +6,7 @@ crash its readers, gives an error that names it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Callable
@@ -120,9 +121,7 @@ class GGUFFile:
             known = ", ".join(name for name, _, _ in TYPES.values())
             raise GGUFError(f"{self.path}: the tensor {name!r} is of type {kind}; these can be read: {known}")
         label, block, size = TYPES[kind]
-        elements = 1
-        for n in shape:
-            elements *= n
+        elements = math.prod(shape)
         if not elements or shape[-1] % block:
             raise GGUFError(f"{self.path}: the tensor {name!r} of type {label} has shape {list(shape)}")
         nbytes = elements // block * size
@@ -137,10 +136,7 @@ class GGUFFile:
         """Bytes of a tensor, read-only uint8 [rows, bytes of a row]; nothing is copied."""
         info = self.tensors[name]
         flat = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
-        rows = 1
-        for n in info.shape[:-1]:
-            rows *= n
-        return flat.reshape(rows, -1)
+        return flat.reshape(math.prod(info.shape[:-1]), -1)
 
 
 class _Reader:
@@ -179,7 +175,7 @@ class _Reader:
             if count * 8 > len(self.data) - self.at:  # each text takes its length at least
                 raise GGUFError(f"{self.path} is cut off or damaged: an array of {count} texts at byte {self.at}")
             return [read() for _ in range(count)]
-        dtype = np.dtype("<" + {"?": "b1"}.get(_SCALARS[of], np.dtype(_SCALARS[of]).str[1:]))
+        dtype = np.dtype(_SCALARS[of]).newbyteorder("<")
         return np.frombuffer(self.bytes(count * dtype.itemsize), dtype).tolist()
 
     def _one(self, kind: int) -> Callable[[], Any]:
