@@ -37,7 +37,7 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
         real: Which queries are no padding, bool [B, Sq].
     """
     if direct.is_plain(call) and bool(real.all()):
-        return _plainly(call, heads, real)
+        return _plainly(call, heads)
     lse, rows = [], []
 
     def on_logits(block: Tensor, part: Part) -> Tensor:
@@ -55,12 +55,12 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
     return Seen(sums.float(), torch.stack(rows).sum(0), torch.cat(lse, 2))
 
 
-def _plainly(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
-    place = torch.arange(call.num_keys, device=real.device)
-    if call.num_queries == 1:
+def _plainly(call: AttentionCall, heads: tuple[int, ...]) -> Seen:
+    count = call.num_queries
+    later = torch.arange(count, 0, -1, device=call.q.device)  # queries from each one on
+    rows = torch.cat([later.new_full((call.num_keys - count,), count), later]).expand(call.q.shape[0], -1)
+    if count == 1:
         weights = direct.weights_of_one(call, heads)
-        return Seen(weights[:, :, 0].float(), real.long().expand(-1, call.num_keys), None, weights)
+        return Seen(weights[:, :, 0].float(), rows, None, weights)
     sums, lse = direct.sums_and_lse(call, heads)
-    later = real.flip(1).long().cumsum(1).flip(1)  # queries from each one on
-    first = call.num_keys - call.num_queries
-    return Seen(sums.float(), later[:, (place - first).clamp(min=0)], lse)
+    return Seen(sums.float(), rows, lse)
