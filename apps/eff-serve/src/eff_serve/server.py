@@ -26,17 +26,17 @@ def serve(config: Serve, loaded: LoadedModel) -> int:
         sys.exit(f"eff-serve: {error}")
     if config.adapter_root is not None and not config.adapter_root.is_dir():
         sys.exit(f"eff-serve: --adapter-root {config.adapter_root} is no folder")
-    log_to_stderr(logging.INFO if config.log_requests else logging.WARNING, "eff_serve", "eff_http")
-    loaded.engine.start()
-    eos = loaded.engine.decoder.config.eos_token_ids
     name, *aliases = config.served_model_name or (loaded.name,)
     if not all(given.isprintable() and given.strip() == given != "" for given in (name, *aliases)):
         sys.exit(f"eff-serve: served-model-name {config.served_model_name} must be printable names")
+    log_to_stderr(logging.INFO if config.log_requests else logging.WARNING, "eff_serve", "eff_http")
+    loaded.engine.start()
+    eos = loaded.engine.decoder.config.eos_token_ids
     settings = Settings(
         model_id=name,
         aliases=tuple(aliases),
-        family=getattr(loaded.engine.decoder.config, "architecture", "unknown").removesuffix("ForCausalLM").lower(),
-        quantization=loaded.description.removeprefix(f"{loaded.name} (").partition(",")[0],
+        family=loaded.engine.decoder.config.architecture.removesuffix("ForCausalLM").lower(),
+        quantization=loaded.quantization,
         weight_bytes=loaded.engine.decoder.weight_bytes,
         fingerprint=loaded.fingerprint,
         api_keys=keys,

@@ -210,6 +210,7 @@ def test_the_embedded_file_is_served_as_it_is(smollm2_tokenizer):
     loaded = load_engine(str(smollm2_gguf()), max_model_len=256, progress=False)
     assert loaded.name == smollm2_gguf().stem
     assert "Q4_1, Q8_0" in loaded.description
+    assert loaded.quantization == "Q4_1, Q8_0"
     text = "Digits \u00bd \u00b2 12345, w\u00f6rter\n\n  and   spaces <|im_end|>"
     assert loaded.tokenizer.encode(text) == smollm2_tokenizer.encode(text)
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]

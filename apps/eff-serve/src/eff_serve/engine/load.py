@@ -30,12 +30,13 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """An engine, not yet started, with what belongs to it."""
+    """An engine, not yet started, with what belongs to it; ``quantization`` names the formats of its weights."""
 
     engine: BatchEngine
     tokenizer: Tokenizer
     name: str
     description: str
+    quantization: str
     fingerprint: str
     eyes: Eyes | None = None
 
@@ -161,7 +162,7 @@ def load_engine(
     description = f"{name} ({weights}, up to {engine.max_model_len} tokens)"
     tokenizer = Tokenizer(folder, picture=() if eyes is None else eyes.places)
     give_memory_back()
-    return LoadedModel(engine, tokenizer, name, description, _fingerprint(folder, description), eyes)
+    return LoadedModel(engine, tokenizer, name, description, kind, _fingerprint(folder, description), eyes)
 
 
 def _fingerprint(folder: Path, description: str) -> str:
