@@ -64,10 +64,10 @@ def load_engine(
     Args:
         model: A folder in transformers' layout, a GGUF file, or the name of a model on the hub; None is the embedded
             model, and "smollm2-eyes" that model with eyes.
-        quantize: Format of all projections (embedding and head stay): "int8" (LLM.int8()), "int4" (groups of 32),
-            "nvfp4", "mxfp4" or "fp8" quantise float weights while loading, None takes weights as they are, "auto" takes
-            a quantised folder and a GGUF file as they are, and float weights to int8. Models that the lean decoder does
-            not run go through transformers, without quantising.
+        quantize: Format of all projections: "int8" (LLM.int8()), "int4" (groups of 32), "nvfp4", "mxfp4" or "fp8"
+            quantise float weights while loading, None takes weights as they are, "auto" takes a quantised folder and a
+            GGUF file as they are, and float weights to int8. With int8 and int4 a float head goes to groups of 8 bits;
+            the embedding stays. Models that the lean decoder does not run go through transformers, without quantising.
         threshold: Outlier threshold of int8; 0 takes no outliers out. None is that of the folder where its weights are
             int8, else 6.
         max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
@@ -78,7 +78,7 @@ def load_engine(
         reuse_top_k: Keys that these layers attend to, instead of what the file says.
         reuse_min_len: Length from which on they do, instead of what the file says.
         reuse_selector: How the layers that they follow choose: "exact" or "pooled", instead of what the file says.
-        adapters: Folders of LoRA adapters that PEFT wrote, by the names that requests use.
+        adapters: Folders of LoRA adapters that PEFT wrote, or of mixtures of them, by the names that requests use.
         prefix_cache: Share keys between texts that begin alike, those of ended requests included; models that run
             through transformers do not.
         lookup: Tokens to guess from the text so far while one sequence runs alone; the answers stay the same. 0: none.
