@@ -54,7 +54,7 @@ def recent(mass):
     return torch.arange(mass.size(2), dtype=mass.dtype).expand(mass.shape).clone()
 
 
-def kv_bytes(config, model, lengths_of_layers):
+def kv_bytes(model, lengths_of_layers):
     """Bytes of keys and values that one decoding step reads."""
     c = model.config
     return sum(lengths_of_layers) * 2 * c.num_key_value_heads * c.head_dim * 2

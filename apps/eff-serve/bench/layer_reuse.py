@@ -104,7 +104,7 @@ def quality(options, model, kept, tokenizer, following, policy, config):
             continue
         # A layer that chooses for itself reads all keys, and the values of k.
         each = (n + k) / 2 if name == "every layer by itself" else k
-        read = kv_bytes(config, model, [n] * (layers - sparse[name]) + [each] * sparse[name])
+        read = kv_bytes(model, [n] * (layers - sparse[name]) + [each] * sparse[name])
         read += index_bytes(config, model, name.rpartition(" ")[2]) * n * (sparse[name] - sparse["searched policy"])
         ok = right(model, kept, name, policy, config, following[0])
         with attach():
