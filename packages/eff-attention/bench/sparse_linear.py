@@ -68,6 +68,13 @@ def right(run, qkv: tuple[torch.Tensor, ...], bound: float) -> bool:
     return same(run(*qkv)[:, :1], exact(run, *qkv), tolerance=bound)
 
 
+def forwards(runs: dict, qkv: tuple[torch.Tensor, ...], bound: float) -> list[Provider]:
+    return [
+        Provider(name, lambda i, run=run: run(*qkv), check=lambda run=run: right(run, qkv, bound))
+        for name, run in runs.items()
+    ]
+
+
 def right_gradients(run, leaves: list[torch.Tensor], bound: float) -> bool:
     first = [t.detach()[:, :1].requires_grad_() for t in leaves]
     wanted = torch.autograd.grad(exact(run, *first).square().sum(), first)
@@ -85,17 +92,9 @@ def speed(lengths: list[int], rounds: int, path: Path | None) -> None:
                 nn.init.normal_(attention.proj.weight, std=0.01)
                 runs[f"critical {share:.0%}"] = attention
             bound = 1e-4 if dtype == torch.float32 else 2e-2
-            providers = [
-                Provider(
-                    name,
-                    lambda i, run=run, x=(q, k, v): run(*x),
-                    check=lambda run=run, x=(q, k, v), bound=bound: right(run, x, bound),
-                )
-                for name, run in runs.items()
-            ]
             with torch.no_grad():
                 name = f"{n} tokens, 8x64 {'fp32' if dtype == torch.float32 else 'bf16'}"
-                recorder.run(name, providers, mode="forward", rounds=rounds)
+                recorder.run(name, forwards(runs, (q, k, v), bound), mode="forward", rounds=rounds)
             if n > 4096:
                 continue
             leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -149,9 +148,9 @@ def right_model(model: nn.Module, x: torch.Tensor, wanted: torch.Tensor | None, 
     """Whether the attention of the first layer is right where it is sparse, and the whole model where it is dense."""
     sparse = [module for _, module in sla_modules(model)]
     if not sparse:
-        eager = copy.deepcopy(model).double().eval() if wanted is None else None
-        exactly = wanted if eager is None else eager(x.double()).last_hidden_state
-        return same(model(x).last_hidden_state, exactly, tolerance=bound)
+        if wanted is None:
+            wanted = copy.deepcopy(model).double().eval()(x.double()).last_hidden_state
+        return same(model(x).last_hidden_state, wanted, tolerance=bound)
     seen = []
     hook = sparse[0].register_forward_hook(lambda module, args, output: seen.append((args[:3], output)))
     model(x)
@@ -333,14 +332,8 @@ def level_speed(rounds: int, path: Path | None) -> None:
         for way in ("token", "block"):
             config = SLAConfig(selection=way, k_high=0.3, k_low=0.0, feature_map="elu", linear_scope="all")
             runs[f"{way}, 30%"] = SparseLinearAttention(64, config)
-        providers = [
-            Provider(
-                name, lambda i, run=run, x=(q, k, v): run(*x), check=lambda run=run, x=(q, k, v): right(run, x, bound)
-            )
-            for name, run in runs.items()
-        ]
         with torch.no_grad():
-            recorder.run(f"{n} tokens, 8x64 fp32", providers, mode="forward", rounds=rounds)
+            recorder.run(f"{n} tokens, 8x64 fp32", forwards(runs, (q, k, v), bound), mode="forward", rounds=rounds)
     print(recorder.table("dense SDPA"))
 
 
