@@ -80,7 +80,7 @@ class _Finder:
         for function in ast.walk(self.tree):
             if isinstance(function, (ast.FunctionDef, ast.Lambda)):
                 body = function.body if isinstance(function.body, list) else [function.body]
-                if isinstance(function, ast.FunctionDef) and _is_dunder(function.name):
+                if isinstance(function, ast.FunctionDef) and function.name in ("__repr__", "__str__"):
                     continue
                 for node in body:
                     yield from self.visit(node)
@@ -162,10 +162,6 @@ class _Finder:
 
 def _names(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
-
-
-def _is_dunder(name: str) -> bool:
-    return name in ("__repr__", "__str__")
 
 
 C_SKIP = re.compile(
