@@ -44,6 +44,14 @@ def test_the_readout_is_the_masked_sum_over_queries():
     assert float(gradient[:, 0].abs().min()) > 0
 
 
+def test_weights_bring_their_regions():
+    saved = make()
+    other = make({"lh": RoiMasks.from_labels(torch.tensor([2, 1, 0, 1, 1]), ["a", "b"])})
+    other.load_state_dict(saved.state_dict())
+    x = torch.randn(3, 6, 16)
+    assert torch.equal(other(x, (2, 3)).prediction["lh"], saved(x, (2, 3)).prediction["lh"])
+
+
 def test_by_hand():
     encoder = make(
         {"x": RoiMasks(torch.ones(1, 3, dtype=torch.bool), ("all",))}, feature_dim=8, d_model=8, num_heads=1, d_ff=0

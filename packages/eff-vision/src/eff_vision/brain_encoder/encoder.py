@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +97,19 @@ class RoiQueryEncoder(nn.Module):
         self._counts: dict[str, list[int]] = {}
         for name, roi in rois.items():
             self.register_buffer(f"mask_{name}", roi.masks)
-            # Vertices of each region, one region after the other.
-            self._counts[name] = roi.masks.sum(1).tolist()
-            self.register_buffer(f"members_{name}", roi.masks.nonzero()[:, 1], persistent=False)
+            self.register_buffer(f"members_{name}", torch.empty(0, dtype=torch.int64), persistent=False)
+        self._index()
+
+    def _index(self) -> None:
+        """Keep the vertices of each region of the masks, one region after the other."""
+        for name in self.names:
+            mask: Tensor = getattr(self, f"mask_{name}")
+            self._counts[name] = mask.sum(1).tolist()
+            setattr(self, f"members_{name}", mask.nonzero()[:, 1])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._index()  # the masks may be those of other regions
 
     def forward(
         self,
