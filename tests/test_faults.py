@@ -82,6 +82,13 @@ def test_units_have_sources_and_tests(tool, root):
         assert all((root / path).exists() for path in (*unit.sources, *unit.tests)), unit.label
 
 
+def test_every_c_source_of_an_op_belongs_to_it(tool, root):
+    found = {path for unit in tool.units.units(root) for path in unit.sources}
+    native = (root / tool.units.NATIVE).glob("*.c")
+    of_all = {"parallel.c", "scratch.c", "self_test.c", "tape.c"}
+    assert {p.name for p in native if str(p.relative_to(root)) not in found} == of_all
+
+
 def test_faults_by_hand_stand_in_the_sources(tool, root):
     for unit in tool.units.units(root):
         tool.sample(root, unit, 0, seed=0)  # raises where the text of a fault does not stand once in its file

@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NATIVE = "packages/eff-kernels/src/eff_kernels/native/src"
-C_FILES = {
+C_FILES = {  # besides the one that is called like the op
     "block_sparse_attention": ("block_sparse.c", "attention_tile.h"),
-    "decode_attention": ("decode_attention.c", "decode_block.h"),
-    "fp4_linear": ("fp4_linear.c",),
-    "fp4_quantize": ("fp4_quantize.c",),
-    "fp8_linear": ("fp8_linear.c",),
+    "decode_attention": ("decode_block.h",),
     "fp8_quantize": ("fp8_rows.c", "fp8.h"),
-    "grouped_lora": ("grouped_lora.c",),
-    "int4_linear": ("int4_linear.c",),
-    "int8_linear": ("int8_linear.c", "int8_tile.h"),
+    "int8_linear": ("int8_tile.h",),
     "int8_quantize": ("int8_rows.c", "int8_columns.c"),
-    "linear": ("linear.c",),
     "neighborhood_attention": (
         "neighborhood.c",
         "neighborhood.h",
@@ -25,11 +19,7 @@ C_FILES = {
         "neighborhood_tile.c",
         "neighborhood_unfused.c",
     ),
-    "rms_norm": ("rms_norm.c",),
-    "rope": ("rope.c",),
-    "self_gated_scan": ("self_gated_scan.c",),
     "sparse_linear_attention": ("linear_attention.c",),
-    "swiglu": ("swiglu.c",),
 }
 TESTS = {
     "neighborhood_attention": "test_neighborhood_*.py",
@@ -59,7 +49,11 @@ def units(root: Path) -> list[Unit]:
     tests = root / "packages/eff-kernels/tests"
     for folder in _folders(root / "packages/eff-kernels/src/eff_kernels/ops"):
         name = folder.name
-        paths = [*_python(folder), *(root / NATIVE / f for f in C_FILES.get(name, ()))]
+        paths = [
+            *_python(folder),
+            *(root / NATIVE).glob(f"{name}.c"),
+            *(root / NATIVE / f for f in C_FILES.get(name, ())),
+        ]
         seen = sorted((tests / "ops").glob(TESTS.get(name, f"test_{name}.py")))
         found.append(_unit(root, "kernels", name, paths, seen))
     edit = root / "packages/eff-kernels/src/eff_kernels/edit"
