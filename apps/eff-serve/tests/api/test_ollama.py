@@ -79,6 +79,17 @@ def test_calls_and_thoughts(post, engine, tokenizer, stream):
     assert calls == [{"name": "city", "arguments": {"n": "P"}}] * 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_is_left_out(post, engine, stream):
+    engine.text = f"{CALL}\n{CALL}"
+    cut = len(CALL) + CALL.index('"n"')
+    answer = post("/api/chat", messages=ASK, tools=[CITY], options={"num_predict": cut}, stream=stream)
+    found = lines(answer) if stream else [answer.json()]
+    assert found[-1]["done_reason"] == "length"
+    calls = [c["function"] for line in found for c in line["message"].get("tool_calls", ())]
+    assert calls == [{"name": "city", "arguments": {"n": "P"}}]
+
+
 def test_results_belong_to_their_calls(post, tokenizer):
     called = {"role": "assistant", "content": "", "tool_calls": [
         {"function": {"name": "city", "arguments": {"n": "P"}}},

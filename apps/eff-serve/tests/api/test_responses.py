@@ -152,3 +152,10 @@ def test_pictures_need_eyes(respond):
     answer = respond(input=[{"role": "user", "content": [part]}])
     assert answer.status_code == 400
     assert "text only" in answer.json()["error"]["message"]
+
+
+def test_the_schema_says_how_each_stream_ends(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    for path, done in (("/v1/responses", False), ("/v1/chat/completions", True), ("/v1/completions", True)):
+        event = paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+        assert ("[DONE]" in event["description"]) == done
