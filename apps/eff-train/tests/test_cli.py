@@ -286,6 +286,16 @@ def test_a_library_that_the_file_itself_imports(monkeypatch, tmp_path):
         main(["run", str(tmp_path / "mine.py"), "--folder", str(tmp_path / "r")])
 
 
+def test_a_recipe_file_is_executed_once(tmp_path):
+    count = tmp_path / "count"
+    (tmp_path / "mine.py").write_text(
+        f"from eff_train.recipes.digits import RECIPE\n\nwith open({str(count)!r}, 'a') as file:\n    file.write('x')\n"
+    )
+    words = ["run", str(tmp_path / "mine.py"), "--folder", str(tmp_path / "r"), "--steps", "1", "--device", "cpu"]
+    assert main([*words, "--warmup", "0"]) == 0
+    assert count.read_text() == "x"
+
+
 def test_command_of_several_processes():
     line = command("digits", Config(tensorboard=True), 2)
     assert line == "torchrun --nproc-per-node=2 -m eff_train run digits --tensorboard"
