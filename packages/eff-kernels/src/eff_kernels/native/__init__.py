@@ -1,7 +1,7 @@
 """The compiled CPU kernels: C sources, built on first use with whatever compiler is there, called through ctypes."""
 
 from eff_kernels.native.build import NativeBuildError, library, unavailable
-from eff_kernels.native.call import DTYPE_CODES, fallible, rows_of, struct_kernel, threads_for
+from eff_kernels.native.call import DTYPE_CODES, fallible, rows_of, struct_kernel, threads_for, unfit
 
 __all__ = [
     "DTYPE_CODES",
@@ -12,4 +12,5 @@ __all__ = [
     "struct_kernel",
     "threads_for",
     "unavailable",
+    "unfit",
 ]

@@ -30,6 +30,15 @@ class _Tape:
 tape = _Tape()
 
 
+def unfit(x: Tensor, out_dtype: torch.dtype) -> str | None:
+    """Why compiled code cannot read ``x`` and give ``out_dtype``; None if it can."""
+    if not x.is_cpu:
+        return f"needs CPU tensors, got x on {x.device}"
+    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
+        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    return None
+
+
 def threads_for(work: int) -> int:
     """Threads to use for ``work`` elements: 1 for small work, else `torch.get_num_threads`."""
     return 1 if work < _PARALLEL_FROM else torch.get_num_threads()

@@ -20,11 +20,7 @@ def reject(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activations: str, out_dtype: torch.dtype
 ) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
-    return native.unavailable()
+    return native.unfit(x, out_dtype) or native.unavailable()
 
 
 def fp8_linear(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,9 @@ from eff_kernels.ops.group_linear.pack import GROUP
 _ARGS = struct.Struct("PqqqqqPqqqqPPqq")  # the fields of args in group_linear.c
 
 
-def reject(x: Tensor, packed: Tensor, bias: Tensor | None, *options: object) -> str | None:
+def reject(x: Tensor, packed: Tensor, bias: Tensor | None, *options: Any) -> str | None:
     """Why the compiled code cannot run this call."""
-    out_dtype = options[-1]
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
-    return native.unavailable()
+    return native.unfit(x, options[-1]) or native.unavailable()
 
 
 def group_linear(

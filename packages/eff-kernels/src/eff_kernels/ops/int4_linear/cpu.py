@@ -25,10 +25,8 @@ def reject(
     out_dtype: torch.dtype,
 ) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
+    if reason := native.unfit(x, out_dtype):
+        return reason
     if reason := overflow(x.size(1), 128 * (8 if weight.dtype is torch.uint8 else 128)):
         return reason
     return native.unavailable()
