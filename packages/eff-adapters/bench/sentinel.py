@@ -10,11 +10,8 @@ greedy; pairs come from other pictures than the evaluation.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
-import platform
-import subprocess
 import time
 import warnings
 from collections import Counter
@@ -33,6 +30,7 @@ from eff_adapters.sentinel import (
     answer_prefix,
     train_c_dpo,
 )
+from eff_kernels.testing import environment
 
 RESULTS = Path(__file__).parent / "results" / "sentinel.jsonl"
 QUESTION = "Describe the picture."
@@ -138,16 +136,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", FutureWarning)
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ".", "../src/eff_adapters/sentinel"], capture_output=True, text=True
-    )
+    sources = Path(__file__), Path(__file__).parents[1] / "src" / "eff_adapters" / "sentinel"
     about = {
-        "commit": commit, "dirty": bool(changed.stdout.strip()),
-        "processor": platform.processor() or platform.machine(),
-        "threads": args.threads, "dtype": "bfloat16", "torch": torch.__version__, "seed": args.seed,
-        "date": datetime.date.today().isoformat(), "world": args.world, "pictures": args.pictures,
+        **environment("cpu", sources), "dtype": "bfloat16", "seed": args.seed, "world": args.world,
+        "pictures": args.pictures,
     }  # fmt: skip
     for kind in args.kinds:
         entry = {"kind": kind, **about, **run(kind, args, WORLDS[args.world])}

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from eff_embedded.collages import sample
 from eff_embedded.eyes import load_smollm2_eyes
 from eff_embedded.eyes.evaluation import DESCRIBE, FIRST_SEED, WORLDS, tempting
 from eff_embedded.eyes.scores import answers, ratio, score_caption, yes_no
-from eff_kernels.testing.machine import device_name
+from eff_kernels.testing import environment
 
 RESULTS = Path(__file__).parent / "results" / "steering.jsonl"
 CHOSEN = ("ordinary", "crowded contrary")
@@ -129,9 +127,7 @@ def measure(args):
     model, processor = load_smollm2_eyes(dtype=getattr(torch, args.dtype))
     kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     plain = {r["world"]: r["by_picture"] for r in kept if r["method"] == "none"}
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    about = {"device": device_name(), "torch": torch.__version__, "commit": commit}
+    about = environment("cpu", (Path(__file__), Path(__file__).parents[1] / "src"))
     for method in args.methods:
         for world in args.worlds:
             number = min(args.pictures, args.carve_pictures) if method == "CARVE" else args.pictures
@@ -149,8 +145,6 @@ def measure(args):
                 "seconds_a_caption": round(extra["seconds_a_caption"], 4),
                 "seconds_a_token": round(extra["seconds_a_token"], 4),
                 "dtype": args.dtype,
-                "threads": args.threads,
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 **about,
                 "by_picture": numbers,
             }
