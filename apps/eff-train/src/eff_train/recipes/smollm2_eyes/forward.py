@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from eff_kernels.edit.caches import returned_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +99,7 @@ class Forward:
         self.dtype = language.embed_tokens.weight.dtype
         self.block = torch.compile(block, dynamic=False) if compiled else block
         with torch.no_grad():
-            cache = language(input_ids=torch.tensor([opening]), use_cache=True).past_key_values
+            cache = returned_cache(language(input_ids=torch.tensor([opening]), use_cache=True))
         self.opening = len(opening)
         self.prefix = [(layer.keys, layer.values) for layer in cache.layers]
 
