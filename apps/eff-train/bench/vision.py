@@ -61,6 +61,17 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "patches standardised": {"standardize": True},
         "random split": {"split": "random", "train": 0.1},
     },
+    "mtpano": {
+        "default": {},
+        "one stream": {"streams": 1},
+        "gradients not cut": {"truncate": False},
+        "depth stitched": {"depth_labels": "merged"},
+    },
+    "eoras": {
+        "default": {},
+        "one frame": {"single": True},
+        "forward only": {"bidirectional": False},
+    },
     "scanpath": {
         "default": {},
         "features, 300 updates": {"appearance": "features", "steps": 300},
@@ -85,7 +96,8 @@ def known(method: str) -> list[dict[str, Any]]:
 def conditions(method: str) -> dict[str, Any]:
     """Where and with what a run was made."""
     name = method.replace("-", "_")
-    code = (HERE / "vision*.py", TRAIN / "frame", TRAIN / "recipes" / f"{name}*", LIBRARY / name)
+    library = LIBRARY / {"mtpano": "panorama", "eoras": "amodal"}.get(name, name)
+    code = (HERE / "vision*.py", TRAIN / "frame", TRAIN / "recipes" / f"{name}*", library)
     return {**environment("cpu", code), "dtype": "float32"}
 
 
@@ -160,6 +172,8 @@ COMMON = {
     "unip": ("classes", "pool", "labelled", "test", "teacher", "profile"),
     "specvit": ("pines", "scene"),
     "scanpath": ("sprites", "held_out"),
+    "mtpano": ("held_out",),
+    "eoras": ("held_out",),
 }
 
 
