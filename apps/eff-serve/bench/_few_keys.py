@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from eff_attention.layer_reuse import LayerReusePolicy, apply, apply_layer_reuse, choose_blocks
+from eff_attention.layer_reuse import LayerReusePolicy, apply, apply_layer_reuse, select_blocks
 from eff_kernels import decode_attention, scored_decode_attention
 
 
@@ -34,7 +34,7 @@ def alone(model, config, ends, choose):
         layer, state["layer"] = state["layer"], (state["layer"] + 1) % layers
         if layer in ends:
             return out, mass
-        index, kept = choose_blocks(choose(mass), lengths.tolist(), config)
+        index, kept = select_blocks(choose(mass), lengths.tolist(), config)
         rows = (index * config.block_size).to(torch.int32)
         return decode_attention(q, k, v, kept, block_table=rows, run=config.block_size, scale=options["scale"]), mass
 

@@ -47,7 +47,7 @@ def case(number):
     """Subject, target with another object at the left, hole, prompt and names."""
     dice = Dice(0, f"context brush {number}")
     name, other = dice.shuffled(OBJECTS)[:2]
-    ground = dice.choose(tuple(GROUNDS))
+    ground = dice.choice(tuple(GROUNDS))
     target = Image.new("RGB", (128, 64), GROUNDS[ground])
     there = cut_out(other)
     target.paste(there, (32 - there.width // 2, 32 - there.height // 2), there)

@@ -57,7 +57,7 @@ def cases(kind: str, count: int, seed: int) -> list[Case]:
     dice, found = Dice(seed, f"layerbind {kind}"), []
     while len(found) < count:
         names = tuple(dice.shuffled(OBJECTS)[:2])
-        ground = dice.choose(tuple(GROUNDS))
+        ground = dice.choice(tuple(GROUNDS))
         (a, b), (c, d) = ((16 * dice.between(0, 4), 16 * dice.between(0, 4)) for _ in range(2))
         wide, high = max(64 - abs(a - c), 0), max(64 - abs(b - d), 0)
         share = wide * high / 64**2

@@ -65,7 +65,7 @@ def _forget(calls):
 def test_auto_takes_the_first_that_does_not_reject(plain, calls, length, taken):
     assert torch.equal(plain(torch.ones(length), 2.0), torch.full((length,), 2.0))
     assert calls == [taken]
-    assert plain.choose(torch.ones(length), 2.0).name == taken
+    assert plain.select_backend(torch.ones(length), 2.0).name == taken
     assert plain.explain(torch.ones(length), 2.0).chosen == taken
 
 

@@ -15,7 +15,7 @@ def naive(decoder, prompt, sampling):
     """Ids and finish reason by one request at a time, without cache or engine."""
     sampler, eos, output = Sampler(sampling, decoder.config.eos_token_ids), decoder.config.eos_token_ids, []
     while len(output) < sampling.max_tokens:
-        output.append(sampler.choose(decoder.logits([*prompt, *output]), prompt, output))
+        output.append(sampler.sample(decoder.logits([*prompt, *output]), prompt, output))
         if output[-1] in sampling.stop_token_ids or (output[-1] in eos and not sampling.ignore_eos):
             return output, "stop"
     return output, "length"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 def naive(decoder, prompt, sampling):
     sampler, output = Sampler(sampling, decoder.config.eos_token_ids), []
     while len(output) < sampling.max_tokens:
-        output.append(sampler.choose(decoder.logits([*prompt, *output]), prompt, output))
+        output.append(sampler.sample(decoder.logits([*prompt, *output]), prompt, output))
         if output[-1] in decoder.config.eos_token_ids and not sampling.ignore_eos:
             break
     return output

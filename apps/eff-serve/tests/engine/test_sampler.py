@@ -85,7 +85,7 @@ def test_truncation_keeps_what_its_definition_keeps(logits, top_k, top_p, min_p)
 def test_frequencies_follow_the_probabilities():
     sampler = Sampler(Sampling(max_tokens=1, seed=3, temperature=0.7), frozenset())
     n = 4000
-    counts = collections.Counter(sampler.choose(LOGITS, [], []) for _ in range(n))
+    counts = collections.Counter(sampler.sample(LOGITS, [], []) for _ in range(n))
     for token, p in enumerate(torch.softmax(LOGITS.double() / 0.7, -1).tolist()):
         # five standard deviations of a binomial count
         assert abs(counts[token] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1
@@ -94,7 +94,7 @@ def test_frequencies_follow_the_probabilities():
 def test_the_seed_decides():
     def draw(seed):
         sampler = Sampler(Sampling(max_tokens=1, seed=seed), frozenset())
-        return [sampler.choose(LOGITS, [], []) for _ in range(30)]
+        return [sampler.sample(LOGITS, [], []) for _ in range(30)]
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
@@ -103,14 +103,14 @@ def test_the_seed_decides():
 
 def test_greedy_min_tokens_and_grammar_masks():
     greedy = {"max_tokens": 9, "temperature": 0.0}
-    assert Sampler(Sampling(**greedy), frozenset({0})).choose(LOGITS, [], []) == 0
+    assert Sampler(Sampling(**greedy), frozenset({0})).sample(LOGITS, [], []) == 0
     held_back = Sampler(Sampling(**greedy, min_tokens=1, stop_token_ids=frozenset({1})), frozenset({0}))
-    assert held_back.choose(LOGITS, [], []) == 2
-    assert held_back.choose(LOGITS, [], [4]) == 0
+    assert held_back.sample(LOGITS, [], []) == 2
+    assert held_back.sample(LOGITS, [], [4]) == 0
     only_last = torch.tensor([False] * 5 + [True])
-    assert Sampler(Sampling(**greedy), frozenset()).choose(LOGITS, [], [], only_last) == 5
+    assert Sampler(Sampling(**greedy), frozenset()).sample(LOGITS, [], [], only_last) == 5
     for seed in range(20):
-        assert Sampler(Sampling(max_tokens=9, seed=seed), frozenset()).choose(LOGITS, [], [], only_last) == 5
+        assert Sampler(Sampling(max_tokens=9, seed=seed), frozenset()).sample(LOGITS, [], [], only_last) == 5
 
 
 def test_score_is_log_softmax():
@@ -126,4 +126,4 @@ def test_score_is_log_softmax():
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-20, 1e-6])
 def test_tiny_temperatures_are_greedy(temperature):
     sampler = Sampler(Sampling(max_tokens=1, temperature=temperature, top_p=0.9, seed=1), frozenset())
-    assert {sampler.choose(LOGITS * 1000, [], []) for _ in range(5)} == {0}
+    assert {sampler.sample(LOGITS * 1000, [], []) for _ in range(5)} == {0}

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from eff_serve.engine import truncation
-from eff_serve.engine.sampler import Sampler, pick
+from eff_serve.engine.sampler import Sampler, sample_batch
 from eff_serve.engine.truncation import draw
 from eff_serve.engine.types import Sampling
 from hypothesis import given, settings
@@ -126,10 +126,10 @@ def test_a_batch_draws_what_each_draws_alone():
     def samplers():
         return [Sampler(Sampling(max_tokens=1, seed=i, **s), frozenset()) for i, s in enumerate(settings_)]
 
-    together = [pick(batch, logits) for batch in [samplers()] for _ in range(3)]
+    together = [sample_batch(batch, logits) for batch in [samplers()] for _ in range(3)]
     alone = samplers()
     for tokens in together:
-        assert tokens == [sampler.choose(row, [], []) for sampler, row in zip(alone, logits, strict=True)]
+        assert tokens == [sampler.sample(row, [], []) for sampler, row in zip(alone, logits, strict=True)]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -39,7 +39,7 @@ def test_attention_is_over_the_chosen_blocks(length, block, blocks, shared, head
     q, k, v = (draw(2, h, length + 5, 16, seed=seed + i, dtype=dtype) for i, h in enumerate((heads[0], *heads[1:] * 2)))
     one = Prompt(length, config)
     q = q[:, :, :length]  # k and v may be a static cache with room beyond
-    one.choose(3, q, k, 0.25)
+    one.select_by_means(3, q, k, 0.25)
     found = one.attend(3, q, k, v, 0.25)
     taken = one.chosen[3]
     wanted = brute(q, k[:, :, :length], v[:, :, :length], taken, one.block_q, block, 0.25)
@@ -64,7 +64,7 @@ def test_the_heaviest_blocks_by_hand():
     one = Prompt(480, config)
     assert one.block_q == 96
     q, k = draw(1, 2, 480, 16), draw(1, 1, 480, 16, seed=1)
-    one.choose(0, q, k, 1.0)
+    one.select_by_means(0, q, k, 1.0)
     means = k[0, 0].unflatten(0, (10, 48)).mean(1)
     for m in range(1, 5):
         score = q[0].unflatten(1, (5, 96)).mean(2)[:, m] @ means[: 2 * m].mT

@@ -89,7 +89,7 @@ def provider(case: Case, name: str, function: Callable, sets: list, wanted, tole
     with torch.inference_mode():
         result = function(*sets[0])  # compiling happens here
     good = same(result, wanted, tolerance=tolerance)
-    backend = case.op.choose(*schema(case, sets[0])).name if name == "eff" else ""
+    backend = case.op.select_backend(*schema(case, sets[0])).name if name == "eff" else ""
     return Provider(name, lambda i: function(*sets[i % len(sets)]), backend=backend, check=lambda: good)
 
 

@@ -121,21 +121,21 @@ class Op:
         """Run on the chosen backend; ``args`` are those of the schema, in order and complete.
 
         Raises:
-            ValueError: tensors on different devices; or as `choose`.
-            BackendError: as `choose`.
+            ValueError: tensors on different devices; or as `select_backend`.
+            BackendError: as `select_backend`.
         """
         if _is_compiling() or _needs_torch_dispatch(args):
             if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
                 raise NotImplementedError(f"{self.name} has no forward-mode derivative; use reverse mode")
             return self._registered(*args, backend)
         self._check_devices(args)
-        if backend == "auto":  # as in `choose`, without the calls that are dear beside a small kernel
+        if backend == "auto":  # as in `select_backend`, without the calls that are dear beside a small kernel
             for candidate in self.backends:
                 if candidate.reject(*args) is None:
                     return _without_autocast(candidate.run, args) if _autocasts() else candidate.run(*args)
-        return _without_autocast(self.choose(*args, backend=backend).run, args)
+        return _without_autocast(self.select_backend(*args, backend=backend).run, args)
 
-    def choose(self, *args: Any, backend: str = "auto") -> Backend:
+    def select_backend(self, *args: Any, backend: str = "auto") -> Backend:
         """Return the backend that runs this call.
 
         Raises:
@@ -187,7 +187,7 @@ class Op:
             raise ValueError(f"{self.name}: all tensors must be on one device, got {where}")
 
     def _run_with_backend_last(self, *args: Any) -> Any:
-        return _without_autocast(self.choose(*args[:-1], backend=args[-1]).run, args[:-1])
+        return _without_autocast(self.select_backend(*args[:-1], backend=args[-1]).run, args[:-1])
 
 
 def _without_autocast(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -52,7 +52,7 @@ class MixedConfig(MethodSettings):
         (patterns, first), *others = self.rules
         return first if not others and patterns == ("*",) else self
 
-    def choose(self, names: Sequence[str], module: nn.Module) -> Any:
+    def config_for(self, names: Sequence[str], module: nn.Module) -> Any:
         """The settings of the layer with these names, or None."""
         return next((c for patterns, c in self.rules if any(fits(patterns, n, module) for n in names)), None)
 

@@ -48,7 +48,7 @@ def plan(
     """
 
     def leave(names: Sequence[str], module: nn.Module) -> str:
-        chosen = config.choose(known_as(names), module)
+        chosen = config.config_for(known_as(names), module)
         if stored is not None:
             return "" if any(n in stored for n in names) else "is not quantised in the checkpoint"
         if chosen is None:
@@ -72,7 +72,7 @@ def plan(
         check_used(model, [p for _, c in config.rules for p in c.skip], where)
     found = []
     for f in find_linears(model, where=where, leave=leave, done=QUANTIZED, loading=loading, experts=True):
-        chosen = config.choose(known_as([without_wrapper(n) for n in f.names]), f.module)
+        chosen = config.config_for(known_as([without_wrapper(n) for n in f.names]), f.module)
         reason = f.reason
         if not reason:
             reason = "no rule takes it in" if chosen is None else refusal(f, chosen)

@@ -45,7 +45,7 @@ def pi05():
 )
 def test_presets_take_the_language_model_and_the_mlps_of_the_head(preset, names, encoder, head):
     layout = QuantLayout.preset(preset)
-    chosen = layout.choose(names)
+    chosen = layout.select_names(names)
     for part, count in (encoder, head):
         assert sum(part in n for n in chosen) == count
     assert len(chosen) == encoder[1] + head[1]
@@ -87,13 +87,13 @@ def test_a_layout_that_fits_nothing_raises():
 def test_half_a_model_is_not_taken_without_a_word():
     renamed = [n.replace("transformer_blocks", "layers") for n in gr00t()]
     with pytest.raises(ValueError, match=r"none fits 're:.*action_head"):
-        QuantLayout.preset("gr00t_n1_5").choose(renamed)
+        QuantLayout.preset("gr00t_n1_5").select_names(renamed)
 
 
 def test_excluding_a_module_excludes_what_is_inside():
     layout = QuantLayout(include=("re:.*proj",), exclude=("tower",))
     names = ["a.tower.deep.proj", "a.towers.proj", "proj"]
-    assert layout.choose(names) == ["a.towers.proj", "proj"]
+    assert layout.select_names(names) == ["a.towers.proj", "proj"]
     assert layout("a.towers.proj", nn.Linear(1, 1))
 
 

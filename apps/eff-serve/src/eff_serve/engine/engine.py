@@ -25,7 +25,7 @@ from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
 from eff_serve.engine.lookup import guess_for
-from eff_serve.engine.sampler import Sampler, pick, score
+from eff_serve.engine.sampler import Sampler, sample_batch, score
 from eff_serve.engine.sequence import Sequence, TokenStream
 from eff_serve.engine.sharing import Sharing
 from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
@@ -369,7 +369,7 @@ class BatchEngine:
             return
         as_they_are = len(ready) == len(sequences) and all(wanted is row for _, row, wanted in ready)
         wanted = logits if as_they_are else torch.stack([wanted for _, _, wanted in ready])
-        tokens = pick([sequence.sampler for sequence, _, _ in ready], wanted)
+        tokens = sample_batch([sequence.sampler for sequence, _, _ in ready], wanted)
         for (sequence, row, _), token in zip(ready, tokens, strict=True):
             self._guarded([sequence], functools.partial(self._advance, sequence, row, token))
 

@@ -103,4 +103,4 @@ def describe(rules: MixedConfig) -> str:
 
 def settings_of_layer(rules: MixedConfig | None, name: str) -> Any:
     """The settings of one layer, or None."""
-    return None if rules is None else rules.choose([name], nn.Module())
+    return None if rules is None else rules.config_for([name], nn.Module())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, Selector, choose_blocks, pooled_mass
+from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, Selector, pooled_mass, select_blocks
 from eff_kernels import decode_attention, scored_decode_attention
 from torch import Tensor
 from torch.nn import functional
@@ -87,7 +87,7 @@ class ReuseStep:
         reuse = self._reuse
         source = reuse.source[layer]
         if layer in reuse.sums:
-            self._choose(layer, self._pooled_mass(layer, q, keys.size(1)))
+            self._store_selection(layer, self._pooled_mass(layer, q, keys.size(1)))
             source = layer
         if source >= 0:
             pages, lengths = self._chosen[source]
@@ -96,7 +96,7 @@ class ReuseStep:
             return decode_attention(q, keys, values, self._real, block_table=self._table)
         size = reuse.config.block_size
         out, mass = scored_decode_attention(q, keys, values, self._real, block_table=self._table, score_block=size)
-        self._choose(layer, mass)
+        self._store_selection(layer, mass)
         return out
 
     def _pooled_mass(self, layer: int, q: Tensor, kv_heads: int) -> Tensor:
@@ -111,10 +111,10 @@ class ReuseStep:
         counts = (self._real[:, None, None] - torch.arange(of_blocks.size(2)) * size).clamp(0, size)
         return pooled_mass(q.unflatten(1, (kv_heads, -1)), of_blocks, counts, q.size(-1) ** -0.5)
 
-    def _choose(self, layer: int, mass: Tensor) -> None:
+    def _store_selection(self, layer: int, mass: Tensor) -> None:
         """Note the pages of the blocks that a layer gives the most weight."""
         reuse = self._reuse
-        chosen = choose_blocks(mass, self._lengths, reuse.config)
+        chosen = select_blocks(mass, self._lengths, reuse.config)
         each = reuse.config.block_size // reuse.page
         number = (chosen.blocks[..., None] * each + torch.arange(each)).flatten(2).clamp_(max=self._table.size(1) - 1)
         pages = self._table[:, None].expand(-1, number.size(1), -1).gather(2, number)

@@ -44,7 +44,7 @@ class Sampler:
         return self.sampling.temperature >= TINY
 
     def check(self, logits: Tensor) -> None:
-        """Refuse logits, float32 [vocab], that no token can be drawn from: here it ends one request, in `pick` many.
+        """Refuse logits, float32 [vocab], that allow no token: here one request ends, in `sample_batch` all fail.
 
         Raises:
             ValueError: there is a NaN or an infinite logit, or none above minus infinity.
@@ -74,18 +74,18 @@ class Sampler:
                 logits = longer
         return logits
 
-    def choose(
+    def sample(
         self, logits: Tensor, prompt: Sequence[int], output: Sequence[int], allowed: Tensor | None = None
     ) -> int:
         """Pick a token; the arguments are those of `prepare`."""
-        return pick([self], self.prepare(logits, prompt, output, allowed)[None])[0]
+        return sample_batch([self], self.prepare(logits, prompt, output, allowed)[None])[0]
 
     def chance(self) -> float:
         """The next number from 0 to 1 of this request."""
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
 
-def pick(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+def sample_batch(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     """A token for each of several requests, each with its own settings and its own randomness.
 
     Args:

@@ -95,7 +95,7 @@ def generate(
         logits[:, config.eoi_token_id] = -torch.inf
         if not allow_images:
             logits[:, config.boi_token_id] = -torch.inf
-        token = _choose(logits, do_sample, temperature, generator)
+        token = _sample(logits, do_sample, temperature, generator)
         if token == config.boi_token_id:
             parts += [torch.tensor(text)] if text else []
             text = []
@@ -187,7 +187,7 @@ def _empty(tower: ModalityTower, unconditional: Tensor | None, batch: int) -> Te
     return unconditional.flatten().expand(batch, -1)
 
 
-def _choose(logits: Tensor, do_sample: bool, temperature: float, generator: torch.Generator | None) -> int:
+def _sample(logits: Tensor, do_sample: bool, temperature: float, generator: torch.Generator | None) -> int:
     if not do_sample:
         return int(logits.argmax(-1))
     if temperature <= 0:

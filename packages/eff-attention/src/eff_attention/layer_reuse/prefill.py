@@ -29,7 +29,7 @@ class Prompt:
         self.block_q = config.block_size * max(1, _QUERIES // config.block_size)
         self.chosen: dict[int, Tensor] = {}
 
-    def choose(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+    def select_by_means(self, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
         """Note the blocks of keys of each block of queries: those of the largest mean q . mean k, and ``must_select``.
 
         A block of queries counts its own keys to its ``top_k``, and has no choice among as few blocks as that is.

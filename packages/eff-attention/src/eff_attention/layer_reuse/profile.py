@@ -199,14 +199,14 @@ class _Look:
             self.masses.append(mass)
             self.length = call.num_keys
             return out
-        chosen = self.choose(mass, call.num_keys).transpose(0, 1)[None]  # [1, G, T, N]
+        chosen = self.top_blocks(mass, call.num_keys).transpose(0, 1)[None]  # [1, G, T, N]
         kept = chosen.repeat_interleave(self.block_size, -1)[..., : call.num_keys]
         kept = kept.repeat_interleave(call.num_heads // kept.size(1), 1)
         sparse = attend(call.replace(mask=kept & call.keep_mask(), causal=False))
         self.error = ((sparse.out - out.out).float().norm() / out.out.float().norm()).item()
         return sparse
 
-    def choose(self, mass: Tensor, length: int) -> Tensor:
+    def top_blocks(self, mass: Tensor, length: int) -> Tensor:
         """Which blocks each step chooses, bool [T, G, N]."""
         steps = mass.size(0)
         ends = torch.arange(length - steps, length, device=mass.device) // self.block_size + 1
@@ -216,7 +216,7 @@ class _Look:
         """Overlap [G, L, L] and ratio90 [T, L, G] of the pass that was seen."""
         masses = torch.stack(self.masses)  # [L, T, G, N]
         steps = masses.size(1)
-        chosen = torch.stack([self.choose(m, self.length) for m in self.masses]).float()
+        chosen = torch.stack([self.top_blocks(m, self.length) for m in self.masses]).float()
         both = torch.einsum("ltgn,mtgn->tglm", chosen, chosen)
         overlap = (both / chosen.sum(-1).permute(1, 2, 0)[:, :, None, :]).mean(0).triu()
         ends = [(self.length - steps + t) // self.block_size + 1 for t in range(steps)]

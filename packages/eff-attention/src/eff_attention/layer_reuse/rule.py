@@ -18,10 +18,10 @@ from eff_kernels.edit.caches import given_cache
 from torch import Tensor
 
 from eff_attention.layer_reuse.blocks import block_mass
-from eff_attention.layer_reuse.choose import choose_blocks
 from eff_attention.layer_reuse.config import LayerReuseConfig
 from eff_attention.layer_reuse.policy import LayerReusePolicy
 from eff_attention.layer_reuse.prefill import Prompt
+from eff_attention.layer_reuse.selection import select_blocks
 from eff_attention.layer_reuse.selectors import SELECTORS, KeyIndex
 
 ARGUMENT = "eff_layer_reuse"
@@ -74,9 +74,9 @@ class Step:
     dense_table: Tensor | None
     chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def choose(self, layer: int, mass: Tensor, config: LayerReuseConfig) -> None:
+    def store_selection(self, layer: int, mass: Tensor, config: LayerReuseConfig) -> None:
         """Note the places of the blocks that a layer gives the most weight."""
-        index, lengths = choose_blocks(mass, self.lengths, config)
+        index, lengths = select_blocks(mass, self.lengths, config)
         places = index * config.block_size
         if self.dense_table is not None:
             places += self.dense_table[:, :, None]
@@ -137,7 +137,7 @@ class ReuseRule:
     def _prompt(self, prompt: Prompt, call: AttentionCall, attend: Attend, layer: int) -> Tensor | AttentionOutput:
         q, k, v = (t.to(call.dtype) for t in (call.q, call.k, call.v))
         if layer in self.anchors:
-            prompt.choose(layer, q, k, call.scale)
+            prompt.select_by_means(layer, q, k, call.scale)
         if (source := self.policy.source[layer]) < 0:
             return attend(call)
         if more := _beyond(call):
@@ -159,17 +159,17 @@ class ReuseRule:
         anchor = layer in self.anchors
         ranked = anchor and config.selector != "exact" and self.policy.kind[layer] == "anchor"
         if ranked:
-            step.choose(layer, now.index(config, layer).mass(q, k, step.firsts, step.lengths, scale), config)
+            step.store_selection(layer, now.index(config, layer).mass(q, k, step.firsts, step.lengths, scale), config)
         elif anchor and fast:
             table, run = step.dense_table, step.run(k.size(2))
             out, mass = scored_decode_attention(
                 q, k, v, step.real, score_block=size, block_table=table, run=run, scale=scale
             )
-            step.choose(layer, mass, config)
+            step.store_selection(layer, mass, config)
             return out[:, :, None]
         elif anchor:
             dense = attend(call)
-            step.choose(layer, _mass(call, step, size), config)
+            step.store_selection(layer, _mass(call, step, size), config)
             return dense
         taken = layer if ranked else self.policy.source[layer]
         if not fast:

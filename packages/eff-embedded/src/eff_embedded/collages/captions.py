@@ -65,20 +65,20 @@ def caption(
     text = _list(counts, words, dice)
     if stated is not None:
         subject, other = words[collage.names[stated.subject]], words[collage.names[stated.object]]
-        phrase = dice.choose(PHRASES[stated.kind])
+        phrase = dice.choice(PHRASES[stated.kind])
         return Caption(text=f"{text} {sentence(f'the {subject} is {phrase} the {other}')}", relations=(stated,))
     place = collage.place(0) if wanted and len(collage.names) == 1 else None
     if place is None:
         return Caption(text=text)
     noun = words[collage.names[0]]
     told = (f"{with_article(noun)} {at(place)}", f"there is {with_article(noun)} {at(place)}")
-    return Caption(text=sentence(dice.choose(told)), places=((0, place),))
+    return Caption(text=sentence(dice.choice(told)), places=((0, place),))
 
 
 def called(name: str, dice: Dice, synonyms: float) -> str:
     """The name, or with this chance one of its synonyms."""
     others = thing(name).synonyms
-    return dice.choose(others) if others and dice.chance(synonyms) else name
+    return dice.choice(others) if others and dice.chance(synonyms) else name
 
 
 def at(place: str) -> str:
@@ -90,18 +90,18 @@ def at(place: str) -> str:
 def _list(counts: Counter[str], words: dict[str, str], dice: Dice) -> str:
     parts = [counted(counts[name], words[name]) for name in dice.shuffled(sorted(counts))]
     singular = counts.total() == 1
-    return sentence(dice.choose(_OPENINGS_ONE if singular else _OPENINGS_MORE).format(listed(parts)))
+    return sentence(dice.choice(_OPENINGS_ONE if singular else _OPENINGS_MORE).format(listed(parts)))
 
 
 def _relation(collage: Collage, counts: Counter[str], dice: Dice) -> Relation | None:
     """One that can be told by names: both objects are the only ones of their kind."""
     alone = [i for i, name in enumerate(collage.names) if counts[name] == 1]
     told = [r for r in collage.relations if r.subject in alone and r.object in alone]
-    return dice.choose(told) if told else None
+    return dice.choice(told) if told else None
 
 
 def _pair(collage: Collage, stated: Relation, words: dict[str, str], dice: Dice) -> Caption:
     subject, other = (with_article(words[collage.names[i]]) for i in (stated.subject, stated.object))
-    phrase = dice.choose(PHRASES[stated.kind])
+    phrase = dice.choice(PHRASES[stated.kind])
     forms = [f"{subject} is {phrase} {other}", f"there is {subject} {phrase} {other}", f"{subject} {phrase} {other}"]
-    return Caption(text=sentence(dice.choose(forms)), relations=(stated,))
+    return Caption(text=sentence(dice.choice(forms)), relations=(stated,))

@@ -32,7 +32,7 @@ class Dice:
         """A number between ``low`` and ``high``."""
         return low + self.fraction() * (high - low)
 
-    def choose(self, values: Sequence[T]) -> T:
+    def choice(self, values: Sequence[T]) -> T:
         """One of the values."""
         return values[int(self.fraction() * len(values))]
 

@@ -52,15 +52,15 @@ def _soft_colour(dice: Dice) -> Rgb:
 
 def sample_ground(dice: Dice, kinds: Sequence[Any]) -> Ground:
     """Draw a ground of one of these kinds."""
-    kind = dice.choose(kinds)
+    kind = dice.choice(kinds)
     first, second = _soft_colour(dice), _soft_colour(dice)
     if kind == "plain":
         return Ground(kind=kind, first=first)
     if kind == "graded":
-        return Ground(kind=kind, first=first, second=second, slope=dice.choose(_SLOPES))
+        return Ground(kind=kind, first=first, second=second, slope=dice.choice(_SLOPES))
     side = dice.uniform(0.4, 0.9)
     crop = (dice.uniform(0, 1 - side), dice.uniform(0, 1 - side), side)
-    return Ground(kind=kind, first=first, photograph=dice.choose(PHOTOGRAPHS), crop=crop)
+    return Ground(kind=kind, first=first, photograph=dice.choice(PHOTOGRAPHS), crop=crop)
 
 
 def paint(ground: Ground, size: int) -> npt.NDArray[np.uint8]:

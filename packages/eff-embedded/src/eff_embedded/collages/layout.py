@@ -83,9 +83,9 @@ def _names(dice: Dice, config: CollageConfig) -> list[str]:
             n for n in known if n not in names and not (config.contrary and n in partner and partner[n][0] in names)
         ]
         if names and (not free or dice.chance(config.repeat)):
-            names.append(dice.choose(names))
+            names.append(dice.choice(names))
             continue
-        name = dice.choose(free)
+        name = dice.choice(free)
         other, probability = partner.get(name, ("", 0.0))
         names.append(name)
         brings = not config.contrary and other in known and other not in names and len(names) < count

@@ -94,7 +94,7 @@ class _Asker:
     def _is_there(self, kind: QuestionKind, name: str, noun: str, answer: str) -> Question:
         forms = ("Is there {} in the picture?", "Is there {}?", "Can you see {}?", "Does the picture show {}?")
         return Question(
-            kind=kind, text=self.dice.choose(forms).format(with_article(noun)), answer=answer, asked=(name,)
+            kind=kind, text=self.dice.choice(forms).format(with_article(noun)), answer=answer, asked=(name,)
         )
 
     def exists(self) -> Iterator[Question]:
@@ -117,7 +117,7 @@ class _Asker:
 
     def _relation(self, r: Relation, answer: str) -> Question:
         subject, other = self.collage.names[r.subject], self.collage.names[r.object]
-        text = f"Is the {self.word(subject)} {self.dice.choose(PHRASES[r.kind])} the {self.word(other)}?"
+        text = f"Is the {self.word(subject)} {self.dice.choice(PHRASES[r.kind])} the {self.word(other)}?"
         return Question(kind="relation", text=text, answer=answer, asked=(subject, other))
 
     def which(self) -> Iterator[Question]:
@@ -127,7 +127,7 @@ class _Asker:
                 continue
             if self._toward(r) == 1:
                 other = self.collage.names[r.object]
-                phrase = self.dice.choose(PHRASES[r.kind])
+                phrase = self.dice.choice(PHRASES[r.kind])
                 answer = self.collage.names[r.subject]
                 yield Question(
                     kind="which", text=f"What is {phrase} the {self.word(other)}?", answer=answer, asked=(other,)
@@ -154,7 +154,7 @@ class _Asker:
     def _how_many(self, kind: QuestionKind, name: str, noun: str, count: int) -> Question:
         forms = ("How many {} are there?", "How many {} can you see?", "How many {} does the picture show?")
         return Question(
-            kind=kind, text=self.dice.choose(forms).format(plural(noun)), answer=number(count), asked=(name,)
+            kind=kind, text=self.dice.choice(forms).format(plural(noun)), answer=number(count), asked=(name,)
         )
 
     def count(self) -> Iterator[Question]:

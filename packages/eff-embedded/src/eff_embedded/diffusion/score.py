@@ -73,7 +73,7 @@ def pairs(count: int, seed: int = 0) -> tuple[Case, ...]:
         place = PLACES[i % len(PLACES)]
         prompt = f"{with_article(one)} {_PHRASES[place]} {with_article(two)}"
         if dice.chance(0.5):
-            prompt += f" on a {dice.choose(tuple(GROUNDS))} background"
+            prompt += f" on a {dice.choice(tuple(GROUNDS))} background"
         cases.append(Case(prompt=prompt, objects=(one, two), place=place))
     return tuple(cases)
 

@@ -60,8 +60,8 @@ def example(seed: Any, *, grid: bool = True) -> Example:
     """
     number = seed_of(seed)
     dice = Dice(number, "diffusion")
-    count = dice.choose((1, 2, 2, 3))
-    name = dice.choose(tuple(GROUNDS))
+    count = dice.choice((1, 2, 2, 3))
+    name = dice.choice(tuple(GROUNDS))
     objects = _place(count, dice) if grid else sample_layout(number, free_settings(count)).objects
     collage = render(Layout(size=_SIDE, ground=_ground(name, dice), objects=objects, seed=number))
     text = collage.caption(relation=dice.chance(0.75), synonyms=0.1).text
@@ -89,7 +89,7 @@ def _place(count: int, dice: Dice) -> tuple[Placed, ...]:
     names = dice.shuffled(OBJECTS)[:count]
     overlap = dice.chance(_OVERLAP)
     while True:
-        squares = [_square(dice.choose(SIZES[count]), dice) for _ in names]
+        squares = [_square(dice.choice(SIZES[count]), dice) for _ in names]
         if any(_touch(a, b) for a, b in combinations(squares, 2)) == (overlap and count > 1):
             break
     placed = []
@@ -110,10 +110,10 @@ def _touch(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
 
 def _ground(name: str, dice: Dice) -> Ground:
     red, green, blue = (min(max(c + dice.between(-_JITTER, _JITTER), 0), 255) for c in GROUNDS[name])
-    change = dice.choose(_LIGHTER)
+    change = dice.choice(_LIGHTER)
     if not change:
         return Ground(kind="plain", first=(red, green, blue))
     goal = 255 if change > 0 else 0
     lighter = [round(c + (goal - c) * abs(change)) for c in (red, green, blue)]
     second = (lighter[0], lighter[1], lighter[2])
-    return Ground(kind="graded", first=(red, green, blue), second=second, slope=dice.choose(_SLOPES))
+    return Ground(kind="graded", first=(red, green, blue), second=second, slope=dice.choice(_SLOPES))

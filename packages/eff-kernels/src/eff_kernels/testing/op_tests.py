@@ -316,7 +316,7 @@ class OpTests:
         args = self.schema_args(one_spec, one_spec.args(self.dtypes[0]))
         explanation = self.op.explain(*args)
         assert list(explanation.reasons) == [b.name for b in self.op.backends]
-        assert explanation.chosen == self.op.choose(*args).name
+        assert explanation.chosen == self.op.select_backend(*args).name
         assert all(name in str(explanation) for name in explanation.reasons)
 
     def _args(self, spec: Spec, dtype: torch.dtype, backend: str) -> tuple[Any, ...]:

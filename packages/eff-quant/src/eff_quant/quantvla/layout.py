@@ -63,8 +63,8 @@ class QuantLayout(Settings):
         around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         return any(matches(n, p) for n in around for p in self.exclude)
 
-    def choose(self, names: Iterable[str]) -> list[str]:
-        """The names that the layout takes in, in their order.
+    def select_names(self, names: Iterable[str]) -> list[str]:
+        """The names of the layers that the layout quantises, in their order.
 
         Raises:
             ValueError: a pattern of ``include`` fits none; the message names it.
@@ -80,9 +80,9 @@ class QuantLayout(Settings):
         """The linear layers of a model to quantise, by name.
 
         Raises:
-            ValueError: see `choose`.
+            ValueError: see `select_names`.
         """
-        return self.choose(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+        return self.select_names(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
 
 
 def _some(names: list[str]) -> str:

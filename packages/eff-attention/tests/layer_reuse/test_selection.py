@@ -1,6 +1,6 @@
 import pytest
 import torch
-from eff_attention.layer_reuse import LayerReuseConfig, choose_blocks
+from eff_attention.layer_reuse import LayerReuseConfig, select_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ def config(top_k=8, block_size=2, min_seq_len=8, must_select=(0, -2, -1)):
 def test_worked_example():
     """Eleven keys in blocks of two: six blocks, four are taken, of which 0, 4 and 5 always."""
     mass = torch.tensor([[[0.0, 0.1, 0.4, 0.3, 0.0, 0.1], [0.0, 0.5, 0.1, 0.2, 0.1, 0.1]]])
-    index, lengths = choose_blocks(mass, [11], config())
+    index, lengths = select_blocks(mass, [11], config())
     assert index.tolist() == [[[0, 2, 4, 5], [0, 1, 4, 5]]]
     assert lengths.tolist() == [7]  # three whole blocks, and the one key of the last
 
@@ -21,15 +21,15 @@ def test_heads_may_share_their_choice():
     """Together block 1 weighs 0.6, block 2 0.5 and block 3 0.5."""
     mass = torch.tensor([[[0.0, 0.1, 0.4, 0.3, 0.0, 0.1], [0.0, 0.5, 0.1, 0.2, 0.1, 0.1]]])
     settings = LayerReuseConfig(top_k=8, block_size=2, min_seq_len=8, shared_heads=True)
-    assert choose_blocks(mass, [11], settings).blocks.tolist() == [[[0, 1, 4, 5], [0, 1, 4, 5]]]
+    assert select_blocks(mass, [11], settings).blocks.tolist() == [[[0, 1, 4, 5], [0, 1, 4, 5]]]
 
 
 def test_rows_of_a_batch_are_alone():
     mass = torch.rand(3, 2, 20)
     lengths = [40, 8, 19]
-    index, kept = choose_blocks(mass, lengths, config())
+    index, kept = select_blocks(mass, lengths, config())
     for row, length in enumerate(lengths):
-        alone, kept_alone = choose_blocks(mass[row : row + 1], [length], config())
+        alone, kept_alone = select_blocks(mass[row : row + 1], [length], config())
         assert torch.equal(index[row, :, : alone.size(2)], alone[0])
         assert kept[row] == kept_alone[0]
     assert kept[1] == 8  # not above min_seq_len: all of it
@@ -45,7 +45,7 @@ def test_rows_of_a_batch_are_alone():
 def test_heaviest_blocks_and_the_forced_ones(size, blocks, lengths, seed):
     settings = config(size * blocks, size, size * blocks)
     mass = torch.rand(len(lengths), 2, -(-max(lengths) // size) + 2, generator=torch.Generator().manual_seed(seed))
-    index, kept = choose_blocks(mass, lengths, settings)
+    index, kept = select_blocks(mass, lengths, settings)
     for row, length in enumerate(lengths):
         number = -(-length // size)
         count = min(number, blocks) if length > size * blocks else number
@@ -95,5 +95,5 @@ def test_of_equal_blocks_the_earlier_is_taken_whatever_else_is_in_the_batch():
     alone = torch.tensor([[[101.0, 101, 101, 101, 100, 101, 100]]])
     batch = torch.zeros(2, 1, 18)
     batch[0, :, :7] = alone[0]
-    assert choose_blocks(alone, [34], settings).blocks[0, 0].tolist() == [0, 1, 5, 6]
-    assert choose_blocks(batch, [34, 90], settings).blocks[0, 0].tolist() == [0, 1, 5, 6]
+    assert select_blocks(alone, [34], settings).blocks[0, 0].tolist() == [0, 1, 5, 6]
+    assert select_blocks(batch, [34, 90], settings).blocks[0, 0].tolist() == [0, 1, 5, 6]

@@ -12,7 +12,7 @@ from eff_attention.layer_reuse.blocks import largest
 from eff_attention.layer_reuse.config import LayerReuseConfig
 
 
-class ChosenBlocks(NamedTuple):
+class SelectedBlocks(NamedTuple):
     """The blocks of each sequence and key-value head.
 
     Attributes:
@@ -25,7 +25,7 @@ class ChosenBlocks(NamedTuple):
     lengths: Tensor
 
 
-def choose_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig) -> ChosenBlocks:
+def select_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig) -> SelectedBlocks:
     """Take the heaviest blocks of each sequence and key-value head, and those of ``must_select``.
 
     Of equal blocks the earlier is taken. A sequence of up to ``min_seq_len`` keys keeps all its blocks, whatever else
@@ -55,4 +55,4 @@ def choose_blocks(mass: Tensor, lengths: Sequence[int], config: LayerReuseConfig
                 index[row, :, number:] = mass.size(2)
         index = index.sort(-1).values.expand(-1, kv_heads, -1)
     kept = [(c - 1) * size + n - (b - 1) * size for c, b, n in zip(counts, blocks, lengths, strict=True)]
-    return ChosenBlocks(index, torch.tensor(kept, dtype=torch.int32, device=mass.device))
+    return SelectedBlocks(index, torch.tensor(kept, dtype=torch.int32, device=mass.device))
