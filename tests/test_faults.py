@@ -101,3 +101,7 @@ def test_each_verdict_is_about_a_survivor(tool):
     assert set(verdicts) <= survivors
     assert {v["verdict"] for v in verdicts.values()} <= {"equivalent", "mended", "open"}
     assert all(v["why"] for v in verdicts.values())
+
+
+def test_the_page_shows_the_record(tool):
+    assert tool.PAGE.read_text() == tool.page()

@@ -19,6 +19,9 @@ COPIES = ("clone", "contiguous", "float", "double", "detach", "to", "abs", "clam
 SWAPPED = ("matmul", "dot", "einsum", "where", "copy_", "baddbmm", "addmm", "minimum", "maximum", "sub", "div")
 
 
+LOUD = ("condition", "logic", "flag")  # kinds that mostly end in an error; the others in silent wrong numbers
+
+
 @dataclass(frozen=True)
 class Fault:
     """A replacement: ``text[start:end]`` becomes ``new``."""
@@ -39,15 +42,15 @@ def line_of(text: str, fault: Fault) -> int:
     return text.count("\n", 0, fault.start) + 1
 
 
-def choose(found: Sequence[tuple[str, Fault]], count: int, seed: str) -> list[tuple[str, Fault]]:
-    """A sample of (file, fault) in which kinds take turns, the same for the same seed."""
+def balanced_sample(found: Sequence[tuple[str, Fault]], count: int, seed: str) -> list[tuple[str, Fault]]:
+    """A sample of (file, fault) in which kinds take turns, those of silent wrong numbers first; the same for a seed."""
     draw = random.Random(seed)
     by_kind: dict[str, list[tuple[str, Fault]]] = {}
     for item in found:
         by_kind.setdefault(item[1].kind, []).append(item)
     chosen: list[tuple[str, Fault]] = []
     while by_kind and len(chosen) < count:
-        for kind in draw.sample(sorted(by_kind), len(by_kind)):
+        for kind in sorted(draw.sample(sorted(by_kind), len(by_kind)), key=lambda kind: kind in LOUD):
             items = by_kind[kind]
             chosen.append(items.pop(draw.randrange(len(items))))
             if not items:

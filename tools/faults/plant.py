@@ -3,7 +3,8 @@
     python tools/faults/plant.py kernels/rope quant            # units or packages; --list names them
     python tools/faults/plant.py quant/fp4 --count 12 --seed 1 # another sample
     python tools/faults/plant.py --again survived              # after tests were mended: the survivors once more
-    python tools/faults/plant.py --report                      # counts by package from the record
+    python tools/faults/plant.py --fill 4 --count 2            # units that have fewer than four faults on record
+    python tools/faults/plant.py --report                      # counts by unit from the record, into docs/faults.md
 
 The tree at HEAD is copied, so that the working tree stays as it is; the copy comes first on the path of imports, and C
 is compiled from the copy. Libraries are loaded once, and each run of the tests is a fork of that process. A record of
@@ -47,8 +48,10 @@ LIBRARIES = {
     "adapters": ("transformers.modeling_utils", "transformers.models.llama.modeling_llama"),
     "guidance": ("transformers.modeling_utils", "diffusers.models.transformers.transformer_sd3"),
     "vision": ("numpy", "scipy", "torchvision"),
+    "serve": ("transformers.modeling_utils", "transformers.models.llama.modeling_llama"),
 }
-SURVIVED, FOUND, BROKEN = "survived", "found", 70
+SURVIVED, FOUND, LATE, BROKEN = "survived", "found", "too long", 70
+PAGE, MARKS = ROOT / "docs/faults.md", ("<!-- faults -->", "<!-- end faults -->")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +73,19 @@ class Planted:
 
 
 def sample(root: Path, unit: units.Unit, count: int, seed: int) -> list[Planted]:
-    """Faults of a unit: those written by hand, ``count`` in Python and half as many in C."""
-    python, c = [], []
+    """Faults of a unit: those written by hand, ``count`` in Python, half as many in Triton and in C."""
+    python, triton, c = [], [], []
     for path in unit.sources:
         text = (root / path).read_text()
-        if path.endswith(".py"):
-            python += [(path, f) for f in kinds.in_python(text)]
-        else:
+        if not path.endswith(".py"):
             c += [(path, f) for f in kinds.in_c(text)]
-    chosen = kinds.choose(python, count, f"{seed} {unit.label}")
-    chosen += kinds.choose(c, (count + 1) // 2, f"{seed} {unit.label} C")
+        elif Path(path).name.startswith("triton"):
+            triton += [(path, f) for f in kinds.in_python(text)]
+        else:
+            python += [(path, f) for f in kinds.in_python(text)]
+    chosen = kinds.balanced_sample(python, count, f"{seed} {unit.label}")
+    chosen += kinds.balanced_sample(triton, (count + 1) // 2, f"{seed} {unit.label} Triton")
+    chosen += kinds.balanced_sample(c, (count + 1) // 2, f"{seed} {unit.label} C")
     found = []
     for path, fault in chosen:
         text = (root / path).read_text()
@@ -177,7 +183,7 @@ class Tree:
             elif time.time() - start > limit:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return FOUND, "took too long", time.time() - start
+                return LATE, "", time.time() - start
             else:
                 time.sleep(0.05)
         text = log.read_text(errors="replace")
@@ -294,15 +300,15 @@ def run(options: argparse.Namespace, chosen: list[units.Unit]) -> None:
                     outcome, reason, seconds = "not C", "", 0.0
                 else:
                     tests = nearest_first(tree.folder, unit.tests, fault)
-                    outcome, reason, seconds = tree.run(tests, 60 + 3 * usual, own_cache=native)
+                    outcome, reason, seconds = tree.run(tests, 300 + 3 * usual, own_cache=native)
                 tree.write(fault.path, sound)
                 found = {"path": fault.path, "line": fault.line, "before": fault.before, "after": fault.after}
                 end = {"outcome": outcome, "by": reason, "seconds": round(seconds, 1), "seed": options.seed}
                 note(key=fault.key, kind=fault.kind, **found, **end, **common)
 
 
-def report() -> None:
-    """Counts by package: planted, found at once, found since tests were mended, and survivors by verdict."""
+def counts() -> dict[str, Counter]:
+    """By unit with a fault: planted, found at once, found since tests were mended, and survivors by verdict."""
     verdicts = tomllib.loads(VERDICTS.read_text())
     first: dict[str, str] = {}
     for line in RESULTS.read_text().splitlines():
@@ -311,17 +317,38 @@ def report() -> None:
     for key, r in records().items():
         if r["kind"] == "none" or r["outcome"] not in (SURVIVED, FOUND):
             continue
-        counts = table.setdefault(r["package"], Counter())
-        counts["planted"] += 1
+        of_unit = table.setdefault(f"{r['package']}/{r['unit']}", Counter())
+        of_unit["planted"] += 1
         if r["outcome"] == FOUND:
-            counts["mended" if first[key] == SURVIVED else FOUND] += 1
+            of_unit["mended" if first[key] == SURVIVED else FOUND] += 1
         else:
-            counts[verdicts.get(key, {}).get("verdict", "not judged")] += 1
+            of_unit[verdicts.get(key, {}).get("verdict", "not judged")] += 1
+    packages = list(LIBRARIES)
+    return dict(sorted(table.items(), key=lambda item: (packages.index(item[0].split("/")[0]), item[0])))
+
+
+def report() -> str:
+    """A Markdown table of ``counts``, with the sum of each package above its units."""
     names = ("planted", FOUND, "mended", "equivalent", "open", "not judged")
-    table["all"] = sum(table.values(), Counter())
-    print("| package | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 1) + "|")
-    for package, counts in table.items():
-        print(f"| {package} | " + " | ".join(str(counts[n]) for n in names) + " |")
+    table = counts()
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --: |" * len(names)]
+
+    def row(label: str, of: Counter) -> None:
+        lines.append(f"| {label} | " + " | ".join(str(of[n]) for n in names) + " |")
+
+    row("**all**", sum(table.values(), Counter()))
+    for package in dict.fromkeys(label.split("/")[0] for label in table):
+        own = {label: of for label, of in table.items() if label.split("/")[0] == package}
+        row(f"**{package}**", sum(own.values(), Counter()))
+        for label, of in own.items():
+            row(label.split("/")[1], of)
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The page of the docs with the present table in it."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{report()}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
 def main() -> None:
@@ -330,22 +357,29 @@ def main() -> None:
     parser.add_argument("wanted", nargs="*", help="units such as quant/fp4, or packages such as quant; default: all")
     parser.add_argument("--count", type=int, default=6, help="faults in the Python of each unit; half as many in its C")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fill", type=int, default=0, help="only units with fewer faults than this on record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no fault after this time")
     parser.add_argument("--again", choices=(SURVIVED, FOUND), default="", help="plant those again that came out so")
     parser.add_argument("--trust", action="store_true", help="do not run the tests of a unit without a fault first")
     parser.add_argument("--at", default="HEAD", help="commit whose tree is copied")
     parser.add_argument("--durations", action="store_true", help="print the slowest tests of each unit")
     parser.add_argument("--list", action="store_true", help="list the units")
-    parser.add_argument("--report", action="store_true", help="print the counts")
+    parser.add_argument("--report", action="store_true", help="print the counts and write them to docs/faults.md")
     options = parser.parse_args()
     every = units.units(ROOT)
     chosen = [u for u in every if not options.wanted or {u.package, u.label} & set(options.wanted)]
+    if options.fill:
+        planted = counts()
+        chosen = [u for u in chosen if planted.get(u.label, Counter())["planted"] < options.fill]
     place = {u.label: sum(other.package == u.package for other in chosen[:i]) for i, u in enumerate(chosen)}
     chosen.sort(key=lambda u: place[u.label])  # packages take turns, so that a run cut short has seen all of them
     if options.list:
         print("\n".join(f"{u.label}: {', '.join(u.tests)}" for u in chosen))
     elif options.report:
-        report()
+        print(report())
+        there = counts()
+        print("nothing planted in:", ", ".join(u.label for u in every if u.label not in there) or "none")
+        PAGE.write_text(page())
     elif not chosen:
         parser.error(f"no unit is called {options.wanted}; --list names them")
     else:

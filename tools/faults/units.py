@@ -1,4 +1,4 @@
-"""What faults are planted in: each op of eff-kernels and each method, its sources and the tests that should see."""
+"""What faults are planted in: each op of eff-kernels, each method and the engine of eff-serve; sources and tests."""
 
 from __future__ import annotations
 
@@ -68,6 +68,9 @@ def units(root: Path) -> list[Unit]:
         files = sorted((home / "tests").glob("test_*.py"))
         if shared and files:
             found.append(_unit(root, package, "shared", shared, files))
+    home = root / "apps/eff-serve"
+    engine = home / "src/eff_serve/engine"
+    found.append(_unit(root, "serve", "engine", [*_python(engine), *_python(engine / "gguf")], [home / "tests/engine"]))
     return found
 
 

@@ -78,7 +78,7 @@ def main() -> None:
 
 def run(measurement: Measurement) -> None:
     results = measurement.results
-    done = {line["key"] for line in read(results)}
+    done = {line["key"] for line in read(results) if line.get("checked") and line["commit"] and not line["dirty"]}
     pending = [name for name in measurement.configurations if measurement.key(name) not in done]
     if not pending:
         print(f"nothing to do: {results} holds every configuration")
