@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from eff_quant.int4_files import int4_settings
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import Decoder
 from eff_serve.engine.groups import GroupLinear
-from eff_serve.engine.int4_files import int4_settings
 from eff_serve.engine.linear import Separate
 from eff_serve.engine.weights import CheckpointError
 from safetensors.torch import load_file, save_file

@@ -47,6 +47,8 @@ class Method:
         bytes_per_weight: ``bytes_per_weight(config)``: memory for one weight, scales included.
         compilable: ``compilable(config)``: whether no shape depends on data.
         reads: ``reads(settings)``: whether `read` is for a folder of another library with this ``quantization_config``.
+        stored: ``stored(settings)``: the config that such a ``quantization_config`` stands for; ValueError if it does
+            not say enough, or names what the method does not do.
         read: ``read(path, config, **kwargs)`` loads such a folder; the config is None or what a user asked for.
     """
 
@@ -63,6 +65,7 @@ class Method:
     bytes_per_weight: Callable[[Any], float]
     compilable: Callable[[Any], bool] = lambda config: True
     reads: Callable[[Mapping[str, Any]], bool] = lambda settings: False
+    stored: Callable[[Mapping[str, Any]], Any] = lambda settings: None
     read: Callable[..., Any] | None = None
 
     def empty(

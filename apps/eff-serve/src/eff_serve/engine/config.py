@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from eff_quant import MixedConfig
+from eff_quant.int4_files import Int4File
+from eff_quant.stored import stored_as
 from torch import Tensor
 
-from eff_serve.engine.int4_files import Int4File, int4_settings
-from eff_serve.engine.quantization import stored_settings
+from eff_serve.engine.quantization import runnable
 from eff_serve.models.files import read_json
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -123,8 +124,10 @@ class DecoderConfig:
 
 def _stored(entry: dict[str, Any] | None) -> tuple[MixedConfig | None, Int4File | None]:
     try:
-        int4 = int4_settings(entry)
-        return (None, int4) if int4 else (stored_settings(entry), None)
+        stored = stored_as(entry)
+        if isinstance(stored, Int4File):
+            return None, stored
+        return (None if stored is None else runnable(stored)), None
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
 

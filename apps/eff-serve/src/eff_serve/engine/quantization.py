@@ -1,4 +1,4 @@
-"""Quantisation of a model: what ``--quantize`` means, and what a folder says of its own weights."""
+"""Quantisation of a model: what ``--quantize`` means, and which stored weights the lean decoder runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from eff_quant import FP4Config, FP8Config, Int8Config, MixedConfig
-from eff_quant.fp4.settings import read_compressed_tensors
-from eff_quant.fp8_qat.files import fp8_config
-from eff_quant.mixed import as_mixed
-from eff_quant.registry import METHODS, config_from_dict
 from torch import nn
 
 from eff_serve.engine.groups import GroupConfig
@@ -34,38 +30,15 @@ def settings_for(quantize: Any, threshold: float | None = None) -> Any:
     return FP8Config() if quantize == "fp8" else FP4Config(format=quantize)
 
 
-def stored_settings(entry: dict[str, Any] | None) -> MixedConfig | None:
-    """The settings in ``quantization_config`` of a config.json, by layer; None where weights are floats.
+def runnable(rules: MixedConfig) -> MixedConfig:
+    """The rules by which a folder stores its weights, if the lean decoder runs them all.
 
     Raises:
-        ValueError: a quantisation, or settings of one, that the lean decoder does not run.
+        ValueError: settings that it does not run.
     """
-    if not entry:
-        return None
-    method = entry.get("quant_method")
-    if method == "bitsandbytes" and entry.get("load_in_8bit"):
-        return as_mixed(Int8Config(threshold=float(entry.get("llm_int8_threshold", 6.0)), activation_group=None))
-    known = [c.quant_method for c in METHODS]
-    if method == MixedConfig.quant_method:
-        rules = MixedConfig.from_dict(entry)
-    elif method in known:
-        rules = as_mixed(config_from_dict(entry))
-    elif method == "compressed-tensors":
-        rules = as_mixed(_compressed_tensors(entry))
-    else:
-        raise ValueError(f"quantisation {method!r} is not one of {', '.join(known)}, bitsandbytes' int8")
     for _, config in rules.rules:
         _check(config)
     return rules
-
-
-def _compressed_tensors(entry: dict[str, Any]) -> Any:
-    groups = dict(entry.get("config_groups") or {}).values()
-    if not any("fp4" in str(f) for f in (entry.get("format"), *(g.get("format") for g in groups))):
-        return fp8_config(entry)
-    format, activations = read_compressed_tensors(entry)
-    rounding: Any = "even" if format == "mxfp4" else "floor"  # as compressed-tensors rounds activations
-    return FP4Config(format=format, activations=activations, scale_rounding=rounding)
 
 
 def _check(config: Any) -> None:

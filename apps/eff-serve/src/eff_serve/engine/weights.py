@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from eff_quant.int4_files import Int4File, read_groups
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eff_serve.engine.groups import GroupLinear
-from eff_serve.engine.int4_files import Int4File, read_groups
 from eff_serve.engine.linear import FloatLinear, Linear
 
 

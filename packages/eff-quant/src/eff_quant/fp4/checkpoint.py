@@ -17,7 +17,13 @@ from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import Activations, Format, FP4Config
 from eff_quant.fp4.files import Folder
 from eff_quant.fp4.layer import FP4Linear
-from eff_quant.fp4.settings import FileLayout, compressed_tensors_settings, modelopt_settings, read_compressed_tensors
+from eff_quant.fp4.settings import (
+    FileLayout,
+    compressed_tensors_settings,
+    file_rounding,
+    modelopt_settings,
+    read_compressed_tensors,
+)
 from eff_quant.hub import (
     check_transformers_model,
     empty_model,
@@ -185,7 +191,7 @@ def load_fp4_checkpoint(
     config = FP4Config(
         format=format,
         activations=activations,
-        scale_rounding="even" if format == "mxfp4" else "floor",  # as compressed-tensors rounds activations
+        scale_rounding=file_rounding(format),
         skip=_check_model(cls, hf_config, layers, format, activations),
         out_dtype=out_dtype,
         backend=backend,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eff_quant.fp4.checkpoint import load_fp4_checkpoint
 from eff_quant.fp4.config import FP4Config
 from eff_quant.fp4.layer import FP4Linear
+from eff_quant.fp4.settings import stored_fp4
 from eff_quant.fp4.weight import shape_refusal, shared_reciprocal_scale
 from eff_quant.hub import packed_formats, refuse_config
 from eff_quant.linears import linear_weight
@@ -56,6 +57,7 @@ METHOD = register(
         share=_share,
         bytes_per_weight=lambda config: 0.5 + 1 / config.block,
         reads=_reads,
+        stored=stored_fp4,
         read=_read,
     )
 )

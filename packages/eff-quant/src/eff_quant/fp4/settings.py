@@ -127,6 +127,23 @@ def read_compressed_tensors(settings: Mapping[str, Any]) -> tuple[Format, Activa
     return format, "static" if format == "nvfp4" else "dynamic"
 
 
+def stored_fp4(settings: Mapping[str, Any]) -> FP4Config:
+    """The config that a ``quantization_config`` of compressed-tensors stands for; which layers it skips, files say.
+
+    Raises:
+        ValueError: as `read_compressed_tensors`, or it is ModelOpt's, whose other file says what it means.
+    """
+    if settings.get("quant_method") != "compressed-tensors":
+        raise ValueError("NVFP4 of modelopt is told by a folder's hf_quant_config.json; use load_fp4_checkpoint")
+    format, activations = read_compressed_tensors(settings)
+    return FP4Config(format=format, activations=activations, scale_rounding=file_rounding(format))
+
+
+def file_rounding(format: Format) -> Literal["even", "floor"]:
+    """How the library that wrote a file rounds the scales of activations."""
+    return "even" if format == "mxfp4" else "floor"
+
+
 def warn_of_cache(scheme: object) -> None:
     """Say that keys and values stay as they are, which is more exact than what the file asks for."""
     warnings.warn(f"the cache of keys and values is not quantised, though the file says {scheme}", stacklevel=4)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eff_quant.fp8_qat.config import FP8Config
-from eff_quant.fp8_qat.files import load_compressed_fp8
+from eff_quant.fp8_qat.files import fp8_config, load_compressed_fp8
 from eff_quant.fp8_qat.layer import FP8Linear
 from eff_quant.hub import packed_formats, refuse_config
 from eff_quant.method import Method
@@ -31,6 +31,7 @@ METHOD = register(
         experts=lambda name, config: "",
         bytes_per_weight=lambda config: 1.0,
         reads=_reads,
+        stored=fp8_config,
         read=_read,
     )
 )

@@ -6,6 +6,7 @@ The tensors on disk are the same on both sides (``weight``, ``SCB``, ``weight_fo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,14 @@ def load_bnb_int8(path: str | Path, config: Int8Config | None = None, **kwargs: 
             f"{path}: no safetensors files; load it through bitsandbytes, then use convert_from_bnb_(model)"
         )
     _check_no_columns(config)
-    config = config or Int8Config(threshold=settings.get("llm_int8_threshold", 6.0), activation_group=None)
+    config = config or stored_int8(settings)
     hf_config.quantization_config = hf.EffConfig(config).to_dict()
     return cls.from_pretrained(path, config=hf_config, **kwargs)
+
+
+def stored_int8(settings: Mapping[str, Any]) -> Int8Config:
+    """Bitsandbytes' own arithmetic, with the threshold that a ``quantization_config`` of it says."""
+    return Int8Config(threshold=float(settings.get("llm_int8_threshold", 6.0)), activation_group=None)
 
 
 def _check_no_columns(config: Int8Config | None) -> None:

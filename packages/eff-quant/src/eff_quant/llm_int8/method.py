@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eff_quant.linears import Found
-from eff_quant.llm_int8.bnb import load_bnb_int8
+from eff_quant.llm_int8.bnb import load_bnb_int8, stored_int8
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.layer import Int8Linear
 from eff_quant.method import Method
@@ -42,6 +42,7 @@ METHOD = register(
         bytes_per_weight=lambda config: 1.0,
         compilable=lambda config: config.threshold == 0,
         reads=lambda settings: bool(settings.get("load_in_8bit")),
+        stored=stored_int8,
         read=load_bnb_int8,
     )
 )

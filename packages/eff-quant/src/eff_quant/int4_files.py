@@ -6,7 +6,7 @@ codes lie in an int32. Nothing is rounded on the way: a zero becomes a minimum o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Int4File:
     symmetric: bool = False
 
 
-def int4_settings(entry: dict[str, Any] | None) -> Int4File | None:
+def int4_settings(entry: Mapping[str, Any] | None) -> Int4File | None:
     """What ``quantization_config`` of a config.json says of weights of 4 bits; None where it says something else.
 
     Raises:
@@ -61,7 +61,7 @@ def int4_settings(entry: dict[str, Any] | None) -> Int4File | None:
     return Int4File("gptq", _group_size(entry.get("group_size")), zeros_are_less=form == "gptq")
 
 
-def _compressed_tensors(entry: dict[str, Any]) -> Int4File | None:
+def _compressed_tensors(entry: Mapping[str, Any]) -> Int4File | None:
     groups = list((entry.get("config_groups") or {}).values())
     if not any((g.get("format") or entry.get("format")) == "pack-quantized" for g in groups):
         return None
