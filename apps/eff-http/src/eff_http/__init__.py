@@ -1,5 +1,7 @@
 """What the servers of eff share: JSON bodies with limits, errors, events, keys, static pages and shutdown."""
 
+from importlib.metadata import version
+
 from eff_http.disconnect import ClientGoneError, unless_disconnected
 from eff_http.errors import ApiError, bad_request, internal_error, retry_later
 from eff_http.gate import LOOPBACK_HOSTS, Gate, GateRules
@@ -27,6 +29,7 @@ __all__ = [
     "JsonRoute",
     "RequestModel",
     "SendEvent",
+    "__version__",
     "add_error_handlers",
     "add_static_page",
     "bad_request",
@@ -39,3 +42,5 @@ __all__ = [
     "retry_later",
     "unless_disconnected",
 ]
+
+__version__ = version("eff-http")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import version
 from typing import Any
 
 _LOADERS = {
@@ -13,7 +14,9 @@ _LOADERS = {
 }
 """Where the loaders lie; each comes with its libraries when it is first asked for."""
 
-__all__ = ["load_collage_diffusion", "load_smollm2", "load_smollm2_eyes", "load_vit"]
+__all__ = ["__version__", "load_collage_diffusion", "load_smollm2", "load_smollm2_eyes", "load_vit"]
+
+__version__ = version("eff-embedded")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,14 @@
 """Quantisation of transformer models: the verb `quantize_`, its reverse, and the methods with their configs.
 
+- `llm_int8`: LLM.int8(). `fp8_qat`: stored FP8, and training under its noise. `fp4`: NVFP4 and MXFP4.
+- `quantvla`: 4-bit weights and 8-bit activations for policies. `experts`: experts stacked in one parameter.
+- `sensitivity`: which layers bear FP4. `hf`: loading and saving with transformers and diffusers.
+
 Importing this package loads torch and nothing larger; transformers, PEFT and bitsandbytes are imported by the functions
 that need them.
 """
+
+from importlib.metadata import version
 
 from eff_quant.count import count_parameters
 from eff_quant.experts import QuantizedExperts
@@ -84,6 +90,7 @@ __all__ = [
     "SensitivityReport",
     "W4A8Config",
     "W4A8Linear",
+    "__version__",
     "apply_scale_table",
     "calibrate_activations",
     "calibrate_fp4",
@@ -112,3 +119,5 @@ __all__ = [
     "save_fp4_checkpoint",
     "sensitivity_sweep",
 ]
+
+__version__ = version("eff-quant")
