@@ -3,8 +3,12 @@
 Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models and takes the change back.
 """
 
+from importlib.metadata import version
+
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
 from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
+from eff_kernels.ops.attention_columns import AttentionColumns, attention_columns
+from eff_kernels.ops.attention_rows import row_scores, row_values
 from eff_kernels.ops.block_sparse_attention import BlockSparseAttention, block_sparse_attention
 from eff_kernels.ops.decode_attention import ScoredAttention, decode_attention, scored_decode_attention
 from eff_kernels.ops.fp4_linear import fp4_linear
@@ -28,6 +32,7 @@ from eff_kernels.ops.taylor_linear_attention import TaylorAttentionOutput, taylo
 
 __all__ = [
     "AddRMSNorm",
+    "AttentionColumns",
     "Backend",
     "BackendError",
     "BlockMap",
@@ -47,7 +52,9 @@ __all__ = [
     "SkippedModulesError",
     "SparseLinearOutput",
     "TaylorAttentionOutput",
+    "__version__",
     "add_rms_norm",
+    "attention_columns",
     "block_map",
     "block_sparse_attention",
     "decode_attention",
@@ -73,6 +80,8 @@ __all__ = [
     "replace_module",
     "rms_norm",
     "rope",
+    "row_scores",
+    "row_values",
     "row_write",
     "scored_decode_attention",
     "select",
@@ -83,3 +92,5 @@ __all__ = [
     "taylor_state_shape",
     "triton_backend",
 ]
+
+__version__ = version("eff-kernels")
