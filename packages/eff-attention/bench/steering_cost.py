@@ -1,10 +1,11 @@
 """What each method that steers attention costs in time, beside the same model without it in the same run.
 
-    uvx nox -s bench -- attention steering_cost [--tokens 1000] [--rounds 3] [--threads 1]
+    uvx nox -s bench -- attention steering_cost [--tokens 1000] [--pictures 1] [--rounds 3] [--threads 1]
     uvx nox -s bench -- attention steering_cost --table
 
-SmolLM2 with eyes reads a picture and text, ``--tokens`` together, and then says ``--decode`` tokens. All methods take
-turns in each round, after one that is not counted; a line for each goes to results/steering_cost.jsonl.
+SmolLM2 with eyes reads pictures and text, ``--tokens`` together, and then says ``--decode`` tokens. In each round,
+after one that is not counted, all methods read the prompt in turn, and then say their tokens in turn, one by one: each
+time is compared with that of the plain model beside it. A line for each method goes to results/steering_cost.jsonl.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import eff_attention
+import eff_kernels
 import torch
 from eff_attention.grounded_attention import PAIConfig, PAINTConfig, apply_paint
 from eff_attention.head_reinforcement import VHRConfig, apply_vhr
@@ -30,66 +32,90 @@ from eff_kernels.edit.caches import cache_kwargs, returned_cache
 from eff_kernels.testing.records import environment
 
 RESULTS = Path(__file__).parent / "results" / "steering_cost.jsonl"
-SOURCES = Path(eff_attention.__file__).parent
+SOURCES = (Path(eff_attention.__file__).parent, Path(eff_kernels.__file__).parent)
+PICTURE_TOKENS = 81
+TARGETS = (1.15, 1.10)  # of the prompt and of a token
+KNOWN = "VHR, text known"
 METHODS = {
     "none": lambda model: contextlib.nullcontext(),
     "VAR": lambda model: apply_var(model, VARConfig(dims=(507,))),
     "VAR, tau 13": lambda model: apply_var(model, VARConfig(dims=(507,), tau=13.0)),
-    "VHR": lambda model: apply_vhr(model, VHRConfig()),
     "PAINT": lambda model: apply_paint(model, PAINTConfig()),
     "PAI": lambda model: apply_paint(model, PAIConfig()),
+    "VHR": lambda model: apply_vhr(model, VHRConfig()),
+    KNOWN: lambda model: apply_vhr(model, VHRConfig(), remember=1),
     "ACT": lambda model: apply_act(model, ACTConfig()),
 }
 
 
-def inputs_of(processor, tokens):
-    """A prompt of a picture and text of so many tokens."""
-    text = prompt("Tell me more. " * tokens, 81)
+def inputs_of(processor, tokens, pictures, seed=0):
+    """A prompt of pictures and text of so many tokens."""
+    text = prompt("Tell me more. " * tokens, PICTURE_TOKENS * pictures)
     ids = processor.tokenizer(text, add_special_tokens=False).input_ids
     ids = torch.tensor([ids[:tokens]])
-    picture = pixels(sample(FIRST_SEED, WORLDS["ordinary"]).picture, 126)[None]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture}
+    world = WORLDS["ordinary"]
+    seen = [pixels(sample(FIRST_SEED + seed + i, world).picture, 126) for i in range(pictures)]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.stack(seen)}
+
+
+def timed(run):
+    """What ``run`` gives, and how many seconds it took."""
+    begin = time.perf_counter()
+    out = run()
+    return out, time.perf_counter() - begin
 
 
 @torch.inference_mode()
-def timed(model, inputs, decode):
-    """Seconds of the prompt, and of one further token on average."""
-    begin = time.perf_counter()
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - begin
-    token = out.logits[:, -1:].argmax(-1)
-    begin = time.perf_counter()
+def one_round(model, methods, inputs, other, decode):
+    """Seconds of the prompt, and of each further token, by method."""
+    outs, prefill, tokens = {}, {}, {name: [] for name in methods}
+    for name in methods:
+        with METHODS[name](model):
+            if name == KNOWN:  # the same question about another picture came before
+                model(**other, use_cache=True, logits_to_keep=1)
+            outs[name], prefill[name] = timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
     for _ in range(decode):
-        out = model(input_ids=token, **cache_kwargs(model, returned_cache(out)), use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    return prefill, (time.perf_counter() - begin) / decode
+        for name in methods:
+            token = outs[name].logits[:, -1:].argmax(-1)
+            given = {"input_ids": token, **cache_kwargs(model, returned_cache(outs[name])), "use_cache": True}
+            with METHODS[name](model):
+                outs[name], seconds = timed(lambda given=given: model(**given))
+            tokens[name].append(seconds)
+    return prefill, tokens
 
 
 def measure(args):
     torch.set_num_threads(args.threads)
     model, processor = load_smollm2_eyes(dtype=getattr(torch, args.dtype))
-    inputs = inputs_of(processor, args.tokens)
-    times = {name: [] for name in args.methods}
+    inputs = inputs_of(processor, args.tokens, args.pictures)
+    other = inputs_of(processor, args.tokens, args.pictures, seed=1000)
+    methods = list(dict.fromkeys(["none", *args.methods]))
+    prefill, token = ({name: [] for name in methods} for _ in range(2))
     for number in range(args.rounds + 1):
-        for name in args.methods:
-            with METHODS[name](model):
-                found = timed(model, inputs, args.decode)
-            if number:
-                times[name].append(found)
-    about = environment("cpu", (Path(__file__), SOURCES))
-    middle = {n: [statistics.median(x) for x in zip(*found, strict=True)] for n, found in times.items()}
+        found = one_round(model, methods, inputs, other, args.decode)
+        if number:
+            for name in methods:
+                prefill[name].append(found[0][name])
+                token[name] += found[1][name]
+    about = environment("cpu", (Path(__file__), *SOURCES))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
-        for name, (prefill, token) in middle.items():
+        for name in methods:
+            ratios = [
+                [a / b for a, b in zip(x[name], x["none"], strict=True)] for x in (prefill, token)
+            ]  # of neighbours in time
             record = {
                 "method": name,
                 "tokens": args.tokens,
-                "prefill_s": round(prefill, 5),
-                "token_s": round(token, 6),
-                "prefill_to_none": round(prefill / middle["none"][0], 4),
-                "token_to_none": round(token / middle["none"][1], 4),
-                "spread": [[round(max(x) / min(x), 3)] for x in zip(*times[name], strict=True)],
+                "pictures": args.pictures,
+                "prefill_s": round(statistics.median(prefill[name]), 5),
+                "token_s": round(statistics.median(token[name]), 6),
+                "prefill_to_none": round(statistics.median(ratios[0]), 4),
+                "token_to_none": round(statistics.median(ratios[1]), 4),
+                "prefill_ratios": [round(min(ratios[0]), 3), round(max(ratios[0]), 3)],
+                "token_ratios": [round(x, 3) for x in statistics.quantiles(ratios[1], n=4)],
                 "rounds": args.rounds,
+                "decode": args.decode,
                 "dtype": args.dtype,
                 **about,
             }
@@ -98,17 +124,27 @@ def measure(args):
 
 
 def table():
-    """The table of docs/steering.md, from the last record of each method."""
-    last = {r["method"]: r for r in map(json.loads, RESULTS.read_text().splitlines())}
-    print("| method | prompt, times the plain model | token, times the plain model |\n| --- | --- | --- |")
-    for name, r in last.items():
-        if name != "none":
-            print(f"| {name} | {r['prefill_to_none']:.2f} | {r['token_to_none']:.2f} |")
+    """The tables of docs/steering.md, from the last record of each method and number of pictures."""
+    last = {
+        (r["pictures"], r["method"]): r for r in map(json.loads, RESULTS.read_text().splitlines()) if "pictures" in r
+    }
+    for pictures in sorted({p for p, _ in last}):
+        rows = {m: r for (p, m), r in last.items() if p == pictures}
+        plain = rows.pop("none")
+        print(
+            f"\n{pictures} pictures of {plain['tokens']} tokens, plain: {plain['prefill_s']} s, {plain['token_s']} s\n"
+        )
+        print("| method | prompt, times the plain model | token, times the plain model |\n| --- | --- | --- |")
+        for name, r in sorted(rows.items(), key=lambda item: list(METHODS).index(item[0])):
+            both = r["prefill_to_none"], r["token_to_none"]
+            cells = [f"{x:.2f}" if x <= limit else f"{x:.2f} (over)" for x, limit in zip(both, TARGETS, strict=True)]
+            print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")

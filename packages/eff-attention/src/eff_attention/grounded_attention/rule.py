@@ -15,6 +15,7 @@ from eff_attention.grounded_attention.functional import boost_attention_logits
 from eff_attention.grounded_attention.state import PictureState
 from eff_attention.grounded_attention.tower import take_encoded
 from eff_attention.passes import Keeper, Marks, Pass, checked_roles, spread
+from eff_attention.plain import answer_of_one, is_one, scores_of_one
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,27 @@ class PAINTKeeper(Keeper):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What is raised in the calls of one pass.
+
+    Attributes:
+        asked: Queries, bool [B, Sq].
+        first: The first of them; None where there is none.
+        local: Keys that alpha is for, bool [B, Sk].
+        summary: Keys that beta is for, bool [B, Sk].
+        strength: How much a logit e of the first query is raised, in |e|, float32 [B, 1, Sk].
+        of: What it was made of.
+    """
+
+    asked: Tensor
+    first: int | None
+    local: Tensor
+    summary: Tensor
+    strength: Tensor
+    of: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
 class PAINTRule:
     """The rule, the same for all layers of the decoder.
 
@@ -71,25 +93,39 @@ class PAINTRule:
         state = self._state(call, roles)
         if state is None or not state.found:
             return attend(call)
-        asked = self._rows(call, roles) & _behind(state, roles, call.num_queries)
-        first = 0
-        if call.num_queries > 1:
-            found = asked.any(0).nonzero()[:, 0].tolist()
-            if not found:
-                return attend(call)
-            first = found[0]
-        local = spread(state.local, roles.offset, call.num_keys)
-        summary = spread(state.summary, roles.offset, call.num_keys)
+        plan = self._plan(call, roles, state)
+        if plan.first is None:
+            return attend(call)
         gain = state.gain
         if self.gains is not None:
             gain = torch.tensor(self.gains[call.layer or 0], device=call.q.device)
+        if is_one(call, attend):
+            scores = scores_of_one(call)
+            strength = plan.strength if gain is None else plan.strength * gain[..., None]
+            return answer_of_one(call, scores.addcmul(strength.to(scores), scores.abs()).softmax(-1))
 
         def edit(block: Tensor, part: Part) -> Tensor:
             own = None if gain is None else gain[..., part.heads]
-            raised = boost_attention_logits(block, local, summary, config.alpha, beta, own)
-            return torch.where(asked[:, None, part.rows, None], raised, block)
+            raised = boost_attention_logits(block, plan.local, plan.summary, config.alpha, beta, own)
+            return torch.where(plan.asked[:, None, part.rows, None], raised, block)
 
-        return attend.with_logits(call, edit, rows=slice(first, call.num_queries))
+        return attend.with_logits(call, edit, rows=slice(plan.first, call.num_queries))
+
+    def _plan(self, call: AttentionCall, roles: TokenRoles, state: PictureState) -> Plan:
+        """What is raised in a call; made once for all layers that know the same tokens."""
+        config, notes = self.keeper.config, self.keeper.of(call).notes
+        key = "plan", id(state.local), id(state.summary), roles.offset, call.num_queries, call.num_keys
+        found: Plan | None = notes.get(key)
+        if found is not None:
+            return found
+        asked = self._rows(call, roles) & _behind(state, roles, call.num_queries)
+        first = next(iter(asked.any(0).nonzero()[:, 0].tolist()), None)
+        local, summary = (spread(x, roles.offset, call.num_keys) for x in (state.local, state.summary))
+        beta = config.beta if isinstance(config, PAINTConfig) else 0.0
+        strength = (config.alpha * local.float() + beta * summary.float())[:, None] * asked[:, None, :1]
+        # The tokens stay with the plan, so that no others get the ids that it is found by.
+        found = notes[key] = Plan(asked, first, local, summary, strength, (state.local, state.summary))
+        return found
 
     def _rows(self, call: AttentionCall, roles: TokenRoles) -> Tensor:
         """Which queries are raised, bool [B, Sq]."""
@@ -114,14 +150,10 @@ class PAINTRule:
         new = now.notes.get("chosen")
         if new is None:
             return old
-        none = new.new_zeros((new.shape[1], 0))
-        local, summary = (
-            torch.cat([spread(none if was is None else was, 0, roles.position), more], 1)
-            for was, more in zip((None, None) if old is None else (old.local, old.summary), new, strict=True)
-        )
+        local, summary, found = _tokens(now, old, new, roles.position)
         gain = self._gain(call, roles) if self.keeper.config.head_gain == "attention_mass" else None
         marks = Marks.of(call, roles.offset, roles.position + call.num_queries)
-        state = PictureState(local, summary, bool(local.any() | summary.any()), gain, marks)
+        state = PictureState(local, summary, found, gain, marks)
         now.states[layer] = state
         return state
 
@@ -137,6 +169,24 @@ class PAINTRule:
         mass = seen[torch.arange(len(last), device=last.device), :, last - first]
         mean = mass.mean(-1, keepdim=True)
         return torch.where(mean > 0, mass / mean.where(mean > 0, 1.0), 1.0).clamp(0.5, 1.5)
+
+
+def _tokens(now: Pass, old: PictureState | None, new: Tensor, position: int) -> tuple[Tensor, Tensor, bool]:
+    """Local and summary tokens up to the last of a pass, bool [B, n] each, and whether there is any.
+
+    Layers that knew the same tokens get the same tensors.
+    """
+    before = (None, None) if old is None else (old.local, old.summary)
+    key = "tokens", *map(id, before)
+    found = now.notes.get(key)
+    if found is None:
+        none = new.new_zeros((new.shape[1], 0))
+        local, summary = (
+            torch.cat([spread(none if was is None else was, 0, position), more], 1)
+            for was, more in zip(before, new, strict=True)
+        )
+        found = now.notes[key] = (local, summary, bool(local.any() | summary.any()), before)
+    return found[0], found[1], found[2]
 
 
 def _behind(state: PictureState, roles: TokenRoles, count: int) -> Tensor:

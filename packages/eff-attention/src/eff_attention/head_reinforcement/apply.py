@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eff_attention.head_reinforcement.config import VHRConfig
 from eff_attention.head_reinforcement.keeper import VHRKeeper, given_heads
+from eff_attention.head_reinforcement.references import References
 from eff_attention.head_reinforcement.rule import VHRRule
 from eff_attention.passes import decoder_layers, states_in
 
@@ -51,7 +52,9 @@ class VHRHandle(Handle):
             yield heads
 
 
-def apply_vhr(model: PreTrainedModel, config: VHRConfig | None = None, *, order: float | None = None) -> VHRHandle:
+def apply_vhr(
+    model: PreTrainedModel, config: VHRConfig | None = None, *, order: float | None = None, remember: int = 0
+) -> VHRHandle:
     """Strengthen, for each prompt, the heads whose output changes most when its pictures are taken away.
 
     When a prompt is read with an empty cache, it is read without its pictures first. Then each treated layer compares
@@ -63,19 +66,23 @@ def apply_vhr(model: PreTrainedModel, config: VHRConfig | None = None, *, order:
         model: A picture-language model whose tokens `eff_kernels.edit.attention` knows, such as LLaVA or Qwen2-VL.
         config: Settings.
         order: Place among other rules on the same attention, see `intercept_attention`.
+        remember: Texts whose pass without pictures is kept, the last ones: a question that is asked about many pictures
+            is read without them once. Changed weights are noticed; take another handle where adapters are switched or
+            other rules are put in. "lockstep" always needs the pass.
 
     Returns:
         A handle; ``remove()`` gives the model back. Copies and pickles of the model are treated too.
 
     Raises:
-        ValueError: a layer does not exist, or another rule on the same attention has no other ``order``.
+        ValueError: ``remember`` is negative, a layer does not exist, or another rule on the same attention has no other
+            ``order``.
         NotImplementedError: the model is no decoder whose layers can all be reached.
 
     Warns:
         UserWarning: when prompts without any picture are read; they are left as they are.
     """
     config = config or VHRConfig()
-    keeper: VHRKeeper = VHRKeeper.named(METHOD, order, config=config)
+    keeper: VHRKeeper = VHRKeeper.named(METHOD, order, config=config, references=References(remember))
     names = [name for name, _ in decoder_layers(model)]
     taken = [names[i] for i in config.chosen(len(names))]
     handle = VHRHandle(model, keeper)

@@ -15,6 +15,7 @@ from eff_kernels.edit.attention import Role, TokenRoles
 from torch import Tensor, nn
 
 from eff_attention.head_reinforcement.config import VHRConfig
+from eff_attention.head_reinforcement.references import References
 from eff_attention.head_reinforcement.without_pictures import arguments, both, without_pictures
 from eff_attention.passes import Keeper, Pass
 
@@ -45,9 +46,11 @@ class VHRKeeper(Keeper):
 
     Attributes:
         config: Settings.
+        references: Texts that were measured before.
     """
 
     config: VHRConfig = field(default_factory=VHRConfig)
+    references: References = field(default_factory=lambda: References(0))
 
     def begin(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], now: Pass) -> Pass:
         """Measure a prompt without its pictures, or take heads that are known already."""
@@ -89,8 +92,15 @@ class VHRKeeper(Keeper):
             found = Measuring(pictures, last_tokens(roles))
             more = both(decoder, given, roles)
         else:
-            found = Measuring(pictures)
             more = without_pictures(decoder, given, roles)
+            key = self.references.key(decoder, more)
+            known = self.references.get(key)
+            if known is not None:
+                return Measuring(pictures, outputs=known)
+            found = Measuring(pictures)
+            decoder(**more, **{self.argument: found})
+            self.references.put(key, found.outputs)
+            return found
         decoder(**more, **{self.argument: found})
         return found
 

@@ -20,10 +20,12 @@ class HeadState:
 
     Attributes:
         heads: bool [B, H].
+        factor: What their outputs are multiplied by [B, H, 1, 1].
         marks: Of the keys of the prompt.
     """
 
     heads: Tensor
+    factor: Tensor
     marks: Marks
 
 
@@ -49,12 +51,12 @@ class VHRRule:
         measuring = call.extra.get(self.keeper.argument)
         if isinstance(measuring, Measuring):
             return self._measured(call, output, measuring)
-        heads = self._heads(call, output.out, checked_roles(call))
-        return output if heads is None else self._scaled(output, heads)
+        state = self._state(call, output.out, checked_roles(call))
+        return output if state is None else output.replace(out=output.out * state.factor.to(output.out))
 
-    def _scaled(self, output: AttentionOutput, heads: Tensor) -> AttentionOutput:
-        factor = torch.where(heads, self.keeper.config.alpha, 1.0).to(output.out)
-        return output.replace(out=output.out * factor[:, :, None, None])
+    def _factor(self, heads: Tensor) -> Tensor:
+        """What the outputs of heads [B, H] are multiplied by, float32 [B, H, 1, 1]."""
+        return torch.where(heads, self.keeper.config.alpha, 1.0)[:, :, None, None]
 
     def _measured(self, call: AttentionCall, output: AttentionOutput, measuring: Measuring) -> AttentionOutput:
         """A pass without pictures, or one of rows with and without."""
@@ -65,10 +67,11 @@ class VHRRule:
         here, there = output.out.detach().chunk(2)
         heads = self._choice(_at(here, measuring.last), there[:, :, -1], measuring.pictures)
         measuring.heads[layer] = heads
-        return self._scaled(output, torch.cat([heads, heads]))
+        factor = self._factor(torch.cat([heads, heads])).to(output.out)
+        return output.replace(out=output.out * factor)
 
-    def _heads(self, call: AttentionCall, out: Tensor, roles: TokenRoles) -> Tensor | None:
-        """The heads [B, H] to strengthen in a call."""
+    def _state(self, call: AttentionCall, out: Tensor, roles: TokenRoles) -> HeadState | None:
+        """The heads to strengthen in a call."""
         now, layer = self.keeper.of(call), call.layer or 0
         known, reference = now.notes.get("heads"), now.notes.get("reference")
         if roles.position or (call.recomputed and layer in now.states):
@@ -77,9 +80,9 @@ class VHRRule:
                 return None
             at = None if call.recomputed else state.marks.rows(call, roles.offset)
             if at is not None:
-                state = HeadState(state.heads[at], Marks(state.marks.bits[at], state.marks.start))
-                now.states[layer] = state
-            return state.heads
+                marks = Marks(state.marks.bits[at], state.marks.start)
+                state = now.states[layer] = HeadState(state.heads[at], state.factor[at], marks)
+            return state
         if known is not None:
             heads = _repeated(known[layer], call)
         elif reference is not None:
@@ -87,8 +90,10 @@ class VHRRule:
             heads = self._choice(last, reference.outputs[layer], reference.pictures)
         else:
             return None
-        now.states[layer] = HeadState(heads, Marks.of(call, roles.offset, roles.position + call.num_queries))
-        return heads
+        marks = Marks.of(call, roles.offset, roles.position + call.num_queries)
+        # In the dtype of the outputs, so that a step need not make it so.
+        state = now.states[layer] = HeadState(heads, self._factor(heads).to(out), marks)
+        return state
 
     def _choice(self, here: Tensor, there: Tensor, pictures: Tensor) -> Tensor:
         """Heads [B, H] from outputs [B, H, d] at the last token with and without pictures."""

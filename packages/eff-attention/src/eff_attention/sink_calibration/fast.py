@@ -10,21 +10,13 @@ import torch
 from eff_kernels.edit.attention import AttentionCall, rows
 from torch import Tensor
 
+from eff_attention.plain import is_plain
 from eff_attention.sink_calibration.functional import calibrate_attention
 
 _SHORTEST = 64  # queries from which on it is worth it
 _SHARE = 8  # sinks may be one key in so many
 _MOST_POOR = 4  # queries that need whole rows may be one in so many
 _ROWS = 128  # of these at a time
-
-
-def why_not(call: AttentionCall) -> str:
-    """What the layer has that the fast path does not know; empty if there is nothing."""
-    names = [n for n in ("softcap", "sinks", "bias", "window") if getattr(call, n) is not None]
-    names += [n for n in ("dropout", "edits", "wants_weights") if getattr(call, n)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (call.q, call.k, call.v)):
-        names.append("gradients")
-    return ", ".join(names)
 
 
 def is_worth_it(call: AttentionCall, sinks: Tensor) -> bool:
@@ -52,39 +44,50 @@ def calibrated(
     count = int(sinks.sum(-1).max())
     at = sinks.int().topk(count, -1).indices  # [B, h, m]; rows with fewer sinks have other keys among them
     is_sink = sinks.gather(-1, at)
+    # Queries before the first sink give it nothing.
+    start = 0
+    if is_plain(call):
+        gap = call.num_keys - call.num_queries
+        start = max(0, int(sinks.any(0).any(0).nonzero()[0, 0]) - gap)
+    lines = range(start, call.num_queries)
     group = call.num_heads // call.num_kv_heads
     shared = [h // group for h in heads]
-    which = list(heads)
+    which = slice(None) if len(heads) == call.num_heads else list(heads)
     with torch.autocast(call.q.device.type, enabled=False):
-        q = call.q[:, which].to(call.dtype).to(dtype)
-        k, v = (_gathered(t[:, shared].to(call.dtype).to(dtype), at) for t in (call.k, call.v))
-        scores = q @ k.mT * call.scale  # [B, h, Sq, m]
-        added = call.additive_mask()
-        added = added.expand(at.shape[0], -1, call.num_queries, call.num_keys)
-        added = added if added.shape[1] == 1 else added[:, which]
-        added = added.expand(-1, len(heads), -1, -1).gather(-1, at[:, :, None].expand(-1, -1, call.num_queries, -1))
-        weights = (scores + added - lse.to(dtype)[..., None]).exp()
-        weights = torch.where(is_sink[:, :, None], weights, 0.0)
+        q = call.q[:, which, start:].to(call.dtype).to(dtype)
+        k, v = (_gathered(t, shared, at).to(call.dtype).to(dtype) for t in (call.k, call.v))
+        weights = q @ k.mT * call.scale - lse.to(dtype)[:, :, start:, None]  # [B, h, q, m]
+        if is_plain(call):
+            place = torch.arange(call.num_keys - len(lines), call.num_keys, device=at.device)
+            weights.masked_fill_((at[:, :, None] > place[:, None]) | ~is_sink[:, :, None], -torch.inf)
+        else:
+            added = call.additive_mask()
+            added = added.expand(at.shape[0], -1, call.num_queries, call.num_keys)
+            added = added if added.shape[1] == 1 else added[:, which]
+            added = added.expand(-1, len(heads), -1, -1).gather(-1, at[:, :, None].expand(-1, -1, len(lines), -1))
+            weights = torch.where(is_sink[:, :, None], weights + added, -torch.inf)
+        weights.exp_()
         mass = weights.sum(-1, keepdim=True)
         rest = 1.0 - mass
         # The factor multiplies what the host has rounded off, and 1 - M has lost digits where M is near 1.
         poor = (rest < (0.25 if out.element_size() < 4 else 0.01))[..., 0].any(0).any(0).nonzero()[:, 0].tolist()
         if len(poor) * _MOST_POOR > call.num_queries:
             return None
-        rest = rest.clamp(min=1e-6)
-        factor = 1.0 + (1.0 - beta) * mass / rest
-        base = out[:, which].to(dtype)
-        new = torch.where(mass == 0, base, factor * base + (beta - factor) * (weights @ v))
+        factor = 1.0 + (1.0 - beta) * mass / rest.clamp(min=1e-6)
+        # Where M is 0 the factor is 1 and the sinks add 0: the host's own number comes out.
+        new = ((beta - factor) * weights) @ v
+        new = new.addcmul_(out[:, which, start:].to(dtype), factor)
         full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
-        for start in range(0, len(poor), _ROWS):
-            lines = poor[start : start + _ROWS]
-            attn = calibrate_attention(rows(call, lines, heads), full, beta).to(dtype)
-            new[:, :, lines] = attn @ call.v[:, shared].to(call.dtype).to(dtype)
+        for first in range(0, len(poor), _ROWS):
+            some = poor[first : first + _ROWS]
+            attn = calibrate_attention(rows(call, [start + i for i in some], heads), full, beta).to(dtype)
+            new[:, :, some] = attn @ call.v[:, shared].to(call.dtype).to(dtype)
     result = out.clone()
-    result[:, which] = new.to(out.dtype)
+    result[:, which, start:] = new.to(out.dtype)
     return result
 
 
-def _gathered(x: Tensor, at: Tensor) -> Tensor:
-    """Rows [B, h, m, D] of keys or values [B, h, S, D]."""
-    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))
+def _gathered(x: Tensor, shared: list[int], at: Tensor) -> Tensor:
+    """Keys or values [B, KV, S, D] of query heads that share these of them, at places [B, h, m]."""
+    batch = torch.arange(at.shape[0], device=at.device)[:, None, None]
+    return x[batch, torch.tensor(shared, device=at.device)[:, None], at]

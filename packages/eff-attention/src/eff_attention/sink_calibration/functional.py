@@ -6,6 +6,7 @@ Unveiling and Harnessing Hidden Attention Sinks (Yu and others, ICML 2024, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,14 +73,39 @@ def sinks_of_sums(
     Returns:
         bool [..., n].
     """
-    kind, limit = threshold
-    bound = limit / real.sum(-1, keepdim=True).clamp(min=1) if kind == "relative" else limit
-    high = (sums / rows.clamp(min=1) > bound) & real & (rows >= min_rows)
-    first_token = real & (real.cumsum(-1) == 1)
-    if spare == "first_sink":
+    return Limits.of(rows, real, threshold, spare=spare, min_rows=min_rows).sinks(sums)
+
+
+class Limits(NamedTuple):
+    """What sums of columns are held against, the same for all heads and layers of a pass.
+
+    Attributes:
+        rows: Queries that could see each key, at least 1.
+        bound: Mean weight above which a key is a sink.
+        may_be: Keys that may be sinks, bool.
+        spare: See `ACTConfig`.
+    """
+
+    rows: Tensor
+    bound: Tensor | float
+    may_be: Tensor
+    spare: Spare
+
+    @classmethod
+    def of(cls, rows: Tensor, real: Tensor, threshold: Threshold, *, spare: Spare, min_rows: int) -> Limits:
+        """Limits from what `sinks_of_sums` takes."""
+        kind, limit = threshold
+        bound = limit / real.sum(-1, keepdim=True).clamp(min=1) if kind == "relative" else limit
+        may_be = real & (rows >= min_rows)
+        if spare == "first_token":
+            may_be = may_be & (real.cumsum(-1) != 1)
+        return cls(rows.clamp(min=1), bound, may_be, spare)
+
+    def sinks(self, sums: Tensor) -> Tensor:
+        """The sinks, bool like ``sums``."""
+        high = (sums / self.rows > self.bound) & self.may_be
         # The first token, if it is a sink, is the first sink; if it is none there is nothing to spare it from.
-        return high & (high.cumsum(-1) > 1)
-    return high & ~first_token
+        return high & (high.cumsum(-1) > 1) if self.spare == "first_sink" else high
 
 
 def calibrate_attention(
@@ -122,3 +148,13 @@ def calibrate_attention(
     gain = 1.0 + (1.0 - beta) * mass / rest.where(rest > 0, 1.0)
     changed = torch.where(at, beta * weights, gain * weights)
     return torch.where(rest > 0, changed, weights).to(attn.dtype)
+
+
+def calibrate_row(weights: Tensor, sinks: Tensor, beta: float) -> Tensor:
+    """`calibrate_attention` of one query: weights [..., n] and sinks of the same shape, in as few steps as it takes."""
+    of_sinks = weights * sinks
+    others = weights - of_sinks
+    mass, rest = of_sinks.sum(-1, keepdim=True), others.sum(-1, keepdim=True)
+    # Where others have no weight their factor means nothing, and the sinks keep theirs.
+    gain = torch.where(rest > 0, 1.0 + (1.0 - beta) * mass / rest, 1.0)
+    return torch.where(rest > 0, of_sinks.mul_(beta).addcmul_(others, gain), weights)

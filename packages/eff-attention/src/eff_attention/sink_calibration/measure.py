@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from eff_kernels import attention_columns
 from eff_kernels.edit.attention import AttentionCall, Part, column_sums
 from torch import Tensor
 
-from eff_attention.sink_calibration import direct
+from eff_attention.plain import alike, is_plain, scores_of_one
 
 
 class Seen(NamedTuple):
@@ -18,7 +19,7 @@ class Seen(NamedTuple):
         sums: Weight of each key from the queries that count, float32 [B, h, Sk].
         rows: Number of these queries that could see it, int64 [B, Sk].
         lse: Log-sum-exp of the logits of each query, float32 [B, h, Sq]; None of a single query that has weights.
-        weights: Of a single query that sees all keys, [B, h, 1, Sk].
+        weights: Of a single query that sees all keys, [B, h, Sk].
     """
 
     sums: Tensor
@@ -28,16 +29,19 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
+def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor, seen_by: Tensor | None = None) -> Seen:
     """Read a call without holding a whole map.
 
     Args:
         call: The call.
         heads: Query heads to look at.
         real: Which queries are no padding, bool [B, Sq].
+        seen_by: `plain_rows` of the call, if they are known and all queries are real.
     """
-    if direct.is_plain(call) and bool(real.all()):
-        return _plainly(call, heads)
+    if is_plain(call) and (seen_by is not None or bool(real.all())):
+        if seen_by is None:
+            seen_by = plain_rows(call.q.shape[0], call.num_queries, call.num_keys, call.q.device)
+        return _plainly(call, heads, seen_by)
     lse, rows = [], []
 
     def on_logits(block: Tensor, part: Part) -> Tensor:
@@ -55,12 +59,17 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor) -> Seen:
     return Seen(sums.float(), torch.stack(rows).sum(0), torch.cat(lse, 2))
 
 
-def _plainly(call: AttentionCall, heads: tuple[int, ...]) -> Seen:
-    count = call.num_queries
-    later = torch.arange(count, 0, -1, device=call.q.device)  # queries from each one on
-    rows = torch.cat([later.new_full((call.num_keys - count,), count), later]).expand(call.q.shape[0], -1)
-    if count == 1:
-        weights = direct.weights_of_one(call, heads)
-        return Seen(weights[:, :, 0].float(), rows, None, weights)
-    sums, lse = direct.sums_and_lse(call, heads)
+def plain_rows(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """How many of the last ``queries`` of ``keys`` tokens see each key, int64 [B, Sk]."""
+    later = torch.arange(queries, 0, -1, device=device)  # queries from each one on
+    return torch.cat([later.new_full((keys - queries,), queries), later]).expand(batch, -1)
+
+
+def _plainly(call: AttentionCall, heads: tuple[int, ...], rows: Tensor) -> Seen:
+    if call.num_queries == 1:
+        scores = scores_of_one(call)
+        scores = scores if len(heads) == call.num_heads else scores[:, list(heads)]
+        weights = scores.softmax(-1)
+        return Seen(weights.float(), rows, None, weights)
+    sums, lse = attention_columns(alike(call, call.q), alike(call, call.k), scale=call.scale, heads=heads)
     return Seen(sums.float(), rows, lse)

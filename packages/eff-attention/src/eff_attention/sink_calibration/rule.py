@@ -6,30 +6,26 @@ among the arguments of each forward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from eff_kernels.edit import uncompiled
-from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, Part, Role
+from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, Part
 from eff_kernels.edit.caches import given_cache, returned_cache
 from torch import Tensor
 
-from eff_attention.sink_calibration import direct, fast
+from eff_attention.passes import key_bits
+from eff_attention.plain import answer_of_one, obstacles
+from eff_attention.sink_calibration import fast
 from eff_attention.sink_calibration.config import ACTConfig
-from eff_attention.sink_calibration.functional import calibrate_attention, sinks_of_sums
+from eff_attention.sink_calibration.frame import Frame, Pass
+from eff_attention.sink_calibration.functional import calibrate_attention, calibrate_row
 from eff_attention.sink_calibration.measure import Seen, look
-from eff_attention.sink_calibration.state import ATTRIBUTE, SinkState, marks_of
+from eff_attention.sink_calibration.state import ATTRIBUTE, SinkState
 from eff_attention.sink_calibration.statistics import SinkCounts
 
 ARGUMENT = "eff_sink_calibration"
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass: the states of the layers, by the name of the rule and the layer."""
-
-    states: dict[tuple[str, int], SinkState] = field(default_factory=dict)
 
 
 def begin_pass(
@@ -78,66 +74,56 @@ class CalibrationRule:
         roles = call.roles
         if roles is None or ARGUMENT not in call.extra:
             raise NotImplementedError(f"{call.name} does not get the arguments of its decoder, which calibration needs")
-        prompt = bool((roles.queries.role != int(Role.GENERATED)).any())
-        if self.config.decode == "off" and not prompt:
+        now: Pass = call.extra[ARGUMENT]
+        frame = now.frame(call, roles)
+        if self.config.decode == "off" and not frame.prompt:
             return attend(call)
-        length = roles.position + call.num_queries
-        real = ~roles.keys.of(Role.PAD, Role.UNUSED)[:, :length]
-        states = call.extra[ARGUMENT].states
-        sinks, seen = self._sinks(call, states, heads, real, roles.position, frozen=not prompt)
+        sinks, seen = self._sinks(call, now, heads, frame, roles.position)
         found = bool(sinks.any())
-        self.counts.note(call, heads, sinks, seen, real[:, roles.position :])
+        sums = None if seen is None else seen.sums[..., : sinks.shape[-1]]
+        self.counts.note(call, heads, sinks, sums, frame.queries)
         if self.config.beta == 1.0 or not found:
             return attend(call)
         return self._changed(call, attend, heads, sinks, seen)
 
     def _sinks(
-        self,
-        call: AttentionCall,
-        states: dict[tuple[str, int], SinkState],
-        heads: tuple[int, ...],
-        real: Tensor,
-        position: int,
-        *,
-        frozen: bool,
+        self, call: AttentionCall, now: Pass, heads: tuple[int, ...], frame: Frame, position: int
     ) -> tuple[Tensor, Seen | None]:
         """The sinks [B, h, n] for the queries of a call, and what was looked at to find them."""
-        config, key, length = self.config, (self.name, call.layer or 0), real.shape[1]
+        config, states, key, length = self.config, now.states, (self.name, call.layer or 0), frame.real.shape[1]
         old = states.get(key) if position else None  # a cache that was reset begins anew
         if old is not None and old.heads != heads:
             old = None
         if old is not None:
             old = old.followed(call.k, position, call.name)
-        if frozen and config.decode == "prefill_sinks":
+        if not frame.prompt and config.decode == "prefill_sinks":
             if old is None:
-                return real.new_zeros((real.shape[0], len(heads), length)), None
+                return frame.real.new_zeros((frame.real.shape[0], len(heads), length)), None
             states[key] = old
             return torch.nn.functional.pad(old.sinks, (0, length - old.length)), None
-        seen = look(call, heads, real[:, position:])
-        sums, rows = seen.sums[..., :length], seen.rows[..., :length]
-        if old is not None:
-            before = old.grown(length)
-            sums, rows = before[0] + sums, before[1] + rows
-        sinks = sinks_of_sums(
-            sums, rows[:, None], real[:, None], config.threshold, spare=config.spare, min_rows=config.min_rows
-        )
-        states[key] = SinkState(heads, sums, rows, sinks, marks_of(call.k, length))
+        seen = look(call, heads, frame.own, frame.seen_by)
+        sums = seen.sums[..., :length]
+        rows, limits = now.limits(config, None if old is None else old.rows, seen.rows, frame.real)
+        if old is None:
+            marks = key_bits(call.k[:, :, :length])
+        else:
+            sums = sums.clone()
+            sums[..., : old.length] += old.sums
+            marks = old.seen_with(call.k, length)
+        sinks = limits.sinks(sums)
+        states[key] = SinkState(heads, sums, rows, sinks, marks)
         return sinks, seen
 
     def _changed(
         self, call: AttentionCall, attend: Attend, heads: tuple[int, ...], sinks: Tensor, seen: Seen | None
     ) -> AttentionOutput:
         beta, path = self.config.beta, self.config.path
-        full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
-        if path == "auto" and seen is not None and seen.weights is not None and attend.alone and not call.wants_weights:
-            part = direct.output_of_one(call, calibrate_attention(seen.weights, full, beta), heads)
-            if len(heads) == call.num_heads:
-                return AttentionOutput(part)
-            host = attend(call)
-            changed = host.out.clone()
-            changed[:, list(heads)] = part
-            return host.replace(out=changed)
-        missing = fast.why_not(call)
+        full = sinks
+        if sinks.shape[-1] != call.num_keys:
+            full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
+        if path == "auto" and seen is not None and seen.weights is not None and attend.alone:
+            return _of_one(call, attend, heads, calibrate_row(seen.weights, full, beta))
+        missing = obstacles(call)
         if path == "fast" and missing:
             raise NotImplementedError(f"{call.name} has {missing}, which path='fast' does not know; use 'auto'")
         if (
@@ -157,3 +143,15 @@ class CalibrationRule:
             return calibrate_attention(block, full[:, [place[h] for h in part.head_numbers]], beta)
 
         return attend.with_weights(call, edit, heads=heads)
+
+
+def _of_one(call: AttentionCall, attend: Attend, heads: tuple[int, ...], weights: Tensor) -> AttentionOutput:
+    """The answer to a plain call of one query with weights [B, h, S] of some heads."""
+    if len(heads) == call.num_heads:
+        return answer_of_one(call, weights)
+    group = call.num_heads // call.num_kv_heads
+    part = answer_of_one(call.replace(v=call.v[:, [h // group for h in heads]]), weights)
+    host = attend(call)
+    changed = host.out.clone()
+    changed[:, list(heads)] = part.out
+    return host.replace(out=changed)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from eff_attention.sink_calibration.apply import apply_act
 from eff_attention.sink_calibration.config import ACTConfig
-from eff_attention.sink_calibration.rule import ARGUMENT, Pass
+from eff_attention.sink_calibration.frame import Pass
+from eff_attention.sink_calibration.rule import ARGUMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eff_attention.passes import key_bits
@@ -53,7 +52,11 @@ class SinkState:
                 f"{name}: the cache holds {position} tokens, sinks are known of {self.length}; sums of weights cannot "
                 "be cut. Use decode='prefill_sinks' where tokens are taken back after a prompt, or a copy of the cache"
             )
-        now = marks_of(key, self.length)
+        if key.shape[0] == self.marks.shape[0] == 1:  # one row has no other place: a look at its last key is enough
+            known = self.length - 1
+            if torch.equal(key_bits(key[:, :, known : self.length]), self.marks[:, known:]):
+                return self
+        now = key_bits(key[:, :, : self.length])
         if torch.equal(now, self.marks):
             return self
         same = (now[:, None] == self.marks).all(-1)
@@ -62,12 +65,6 @@ class SinkState:
         at = same.int().argmax(1)
         return SinkState(self.heads, self.sums[at], self.rows[at], self.sinks[at], self.marks[at])
 
-    def grown(self, length: int) -> tuple[Tensor, Tensor]:
-        """Sums and rows with room for ``length`` keys."""
-        more = (0, length - self.length)
-        return F.pad(self.sums, more), F.pad(self.rows, more)
-
-
-def marks_of(key: Tensor, length: int) -> Tensor:
-    """A few bits of each of the first ``length`` keys, int64 [B, length]."""
-    return key_bits(key[:, :, :length])
+    def seen_with(self, key: Tensor, length: int) -> Tensor:
+        """Marks of the first ``length`` keys, those that are known already among them."""
+        return torch.cat([self.marks, key_bits(key[:, :, self.length : length])], 1)

@@ -9,8 +9,6 @@ import torch
 from eff_kernels.edit.attention import AttentionCall
 from torch import Tensor
 
-from eff_attention.sink_calibration.measure import Seen
-
 
 class HeadSinks(NamedTuple):
     """What one head met.
@@ -30,45 +28,56 @@ class HeadSinks(NamedTuple):
     mass: float
 
 
+class _Sums:
+    """Of one layer: sequences times passes, queries, and sinks and their weight by head, float64 [h]."""
+
+    def __init__(self, count: Tensor) -> None:
+        self.passes, self.queries = 0, 0
+        self.count, self.mass = (torch.zeros_like(count, dtype=torch.float64) for _ in range(2))
+
+
 class SinkCounts:
     """Sums over all passes of a model, from all its threads. Copies and pickles begin with none."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._sums: dict[tuple[int, tuple[int, ...]], _Sums] = {}
 
-    def note(self, call: AttentionCall, heads: tuple[int, ...], sinks: Tensor, seen: Seen | None, real: Tensor) -> None:
+    def note(
+        self, call: AttentionCall, heads: tuple[int, ...], sinks: Tensor, sums: Tensor | None, queries: int
+    ) -> None:
         """Add a call, unless it is a recomputation of gradient checkpointing.
 
         Args:
             call: The call.
             heads: Heads that were looked at.
             sinks: bool [B, h, n].
-            seen: What was looked at; None where sinks were kept from before.
-            real: Queries that are no padding, bool [B, Sq].
+            sums: Weight that each key got from these queries [B, h, n]; None where sinks were kept from before.
+            queries: Queries that are no padding, of all sequences.
         """
         if call.recomputed:
             return
-        count = sinks.sum((0, 2)).double()
-        passes = torch.full_like(count, sinks.shape[0])
-        mass, queries = torch.zeros_like(count), torch.zeros_like(count)
-        if seen is not None:
-            mass = torch.where(sinks, seen.sums[..., : sinks.shape[-1]], 0.0).sum((0, 2)).double()
-            queries = queries + real.sum()
-        new = torch.stack([passes, count, mass, queries])
+        count = sinks.sum((0, 2))
+        mass = None if sums is None else (sums * sinks).sum((0, 2))
         key = call.layer or 0, heads
         with self._lock:
             held = self._sums.get(key)
-            self._sums[key] = new if held is None else held + new.to(held.device)
+            if held is None:
+                held = self._sums[key] = _Sums(count)
+            held.passes += sinks.shape[0]
+            held.count += count.to(held.count.device)
+            if mass is not None:
+                held.queries += queries
+                held.mass += mass.to(held.mass.device)
 
     def heads(self) -> list[HeadSinks]:
         """What each head met, in the order of layers and heads."""
-        with self._lock:
-            held = dict(self._sums)
         found = []
-        for (layer, heads), sums in sorted(held.items(), key=lambda item: item[0]):
-            for head, (passes, sinks, mass, queries) in zip(heads, sums.T.tolist(), strict=True):
-                found.append(HeadSinks(layer, head, int(passes), sinks / passes, mass / max(queries, 1.0)))
+        with self._lock:
+            for (layer, heads), held in sorted(self._sums.items(), key=lambda item: item[0]):
+                for head, count, mass in zip(heads, held.count.tolist(), held.mass.tolist(), strict=True):
+                    mean, share = count / held.passes, mass / max(held.queries, 1)
+                    found.append(HeadSinks(layer, head, held.passes, mean, share))
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -29,8 +29,9 @@ def sink_values(hidden: Tensor, dims: Sequence[int], eps: float = 1e-6) -> Tenso
     """
     check_dims(tuple(dims), hidden.shape[-1])
     # Squares of massive values would leave the range of float16.
-    x = hidden.float()
-    return x[..., list(dims)].abs().amax(-1) * (x.square().mean(-1) + eps).rsqrt()
+    size = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+    large = hidden[..., list(dims)].float().abs().amax(-1)
+    return large * (size.square() / hidden.shape[-1] + eps).rsqrt()
 
 
 def sink_mask(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:

@@ -11,6 +11,8 @@ from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, P
 from torch import Tensor
 
 from eff_attention.passes import Keeper, Marks, checked_roles, spread
+from eff_attention.plain import answer_of_one, is_one, scores_of_one
+from eff_attention.visual_sinks.columns import Columns, is_worth_it
 from eff_attention.visual_sinks.config import VARConfig
 from eff_attention.visual_sinks.functional import image_centric_heads, redistribute_attention, sink_mask
 from eff_attention.visual_sinks.statistics import VARCounts
@@ -86,24 +88,40 @@ class VARRule:
         sinks = spread(state.sinks, roles.offset, call.num_keys)
         image = roles.keys.of(Role.PICTURE)
         rows = self._rows(roles, state.first)
+        if is_one(call, attend):
+            weights = scores_of_one(call).softmax(-1)[:, :, None]
+            return answer_of_one(call, self._moved(call, weights, rows, image, sinks)[:, :, 0])
         first = 0
         if call.num_queries > 1:
             found = rows.any(0).nonzero()[:, 0].tolist()
             if not found:
                 return attend(call)
             first = found[0]
+        if attend.alone and is_worth_it(call, image | sinks):
+            base = attend(call)
+            few = Columns.of(call, image | sinks, first)
+            moved = self._moved(call, few.weights, rows[:, first:], image[:, few.at], sinks[:, few.at])
+            return base.replace(out=few.changed(call, base.out, moved))
 
         def edit(block: Tensor, part: Part) -> Tensor:
-            asked = rows[:, None, part.rows].expand(block.shape[:3])
-            select = asked & image_centric_heads(
-                block, image, sinks, self.config.rho, self.config.min_image_mass, ratio=self.config.ratio
-            )
-            if not call.recomputed:
-                mass = torch.where(sinks[:, None, None], block.detach(), 0.0).sum(-1)
-                self.counts.note_rows(call.layer or 0, asked, select, torch.where(select, self.config.p * mass, 0.0))
-            return redistribute_attention(block, image, sinks, select, self.config.p)
+            return self._moved(call, block, rows[:, part.rows], image, sinks)
 
         return attend.with_weights(call, edit, rows=slice(first, call.num_queries))
+
+    def _moved(self, call: AttentionCall, block: Tensor, rows: Tensor, image: Tensor, sinks: Tensor) -> Tensor:
+        """Weights [B, H, q, Sk] of some queries, changed in those of ``rows`` [B, q]."""
+        select = self._select(call, block, rows, image, sinks)
+        return redistribute_attention(block, image, sinks, select, self.config.p)
+
+    def _select(self, call: AttentionCall, block: Tensor, rows: Tensor, image: Tensor, sinks: Tensor) -> Tensor:
+        """The pairs of head and query that are changed, bool [B, H, q]."""
+        config = self.config
+        asked = rows[:, None].expand(block.shape[:3])
+        select = asked & image_centric_heads(block, image, sinks, config.rho, config.min_image_mass, ratio=config.ratio)
+        if not call.recomputed:
+            mass = torch.where(sinks[:, None, None], block.detach(), 0.0).sum(-1)
+            self.counts.note_rows(call.layer or 0, asked, select, torch.where(select, config.p * mass, 0.0))
+        return select
 
     def _state(self, call: AttentionCall, roles: TokenRoles) -> SinkState | None:
         """The sinks of the prompt up to the last token of this pass."""

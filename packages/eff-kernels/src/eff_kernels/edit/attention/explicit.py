@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, EditBlock, Part, head_indices
+from eff_kernels.ops.attention_rows import row_scores, row_values
 
 _BLOCK = 2**24  # entries of a block of logits: 64 MiB in float32
 
@@ -46,13 +47,18 @@ def attend_explicit(
         call = call.edited(logits=edit_logits, weights=edit_weights)
     chosen = None if heads is None else head_indices(heads, call.num_heads)
     dtype = call.dtype  # read where autocast is still on
-    value = _of_heads(call.v.to(dtype).to(_precise(call)), chosen, call.num_heads)
+    value = _of_heads(call.v.to(dtype), chosen, call.num_heads)
+    alone = _one_batch(call) and len(range(call.num_queries)[rows or slice(None)]) == 1
+    value = value if alone else value.to(_precise(call))
     outs, maps, sums = [], [], []
     for part, block in logits(call, chosen, rows):
         prob = softmax(call, part, block)
         kept = F.dropout(prob, call.dropout) if call.dropout else prob
         with _no_autocast(call):
-            outs.append(_grouped(kept, value).to(dtype))
+            if alone:
+                outs.append(row_values(kept[:, :, 0], value, dtype)[:, :, None])
+            else:
+                outs.append(_grouped(kept, value).to(dtype))
         if weights:
             maps.append(prob)
         if lse:
@@ -70,17 +76,23 @@ def logits(
     width = call.num_heads if heads is None else len(heads)
     which = torch.arange(width, device=device) if heads is None else torch.tensor(heads, device=device)
     step = max(1, _BLOCK // max(1, call.k.shape[0] * width * call.num_keys))
-    query, key = (t.to(call.dtype).to(_precise(call)) for t in (call.q, call.k))
-    if heads is not None:
-        query = query[:, list(heads)]
-    key = _of_heads(key, heads, call.num_heads)
+    query = call.q if heads is None else call.q[:, list(heads)]
+    alone = len(index) == 1 and _one_batch(call)
+    key = _of_heads(call.k.to(call.dtype), heads, call.num_heads)
+    key = key if alone else key.to(_precise(call))
     sinks = _of_sinks(call, heads)
     for start in range(0, len(index), step):
         at = index[start : start + step]
         line = torch.tensor(at, device=device) if not isinstance(at, range) else torch.arange(*_ends(at), device=device)
         keep = call.keep_mask(line)
+        # Rows of a range are no copy, and only those that are asked for are made wide.
+        some = slice(at[0], at[-1] + 1, at.step) if isinstance(at, range) and at.step > 0 else line
+        asked = query[:, :, some].to(call.dtype)
         with _no_autocast(call):
-            block = _grouped(query[:, :, line], key.mT) * call.scale
+            if alone:
+                block = row_scores(asked[:, :, 0], key, call.scale)[:, :, None]
+            else:
+                block = _grouped(asked.to(_precise(call)), key.mT) * call.scale
             if call.softcap is not None:
                 block = call.softcap * torch.tanh(block / call.softcap)
             block = block + _pick(call.additive_mask(line), heads).to(block.dtype)
@@ -130,6 +142,11 @@ def _precise(call: AttentionCall) -> torch.dtype:
 
 def _no_autocast(call: AttentionCall) -> AbstractContextManager[object]:
     return torch.autocast(call.q.device.type, enabled=False)
+
+
+def _one_batch(call: AttentionCall) -> bool:
+    """Whether queries and keys have as many sequences, so that neither is repeated."""
+    return call.q.shape[0] == call.k.shape[0]
 
 
 def _ends(at: range) -> tuple[int, int, int]:

@@ -72,12 +72,14 @@ class Step:
         position: Place of the first token of this forward.
         offsets: For each layer the place of the first key that it gets.
         prompt_length: See `TokenRoles`.
+        known: Roles that layers of this forward got; most of them have the same keys.
     """
 
     history: History
     position: int
     offsets: tuple[int, ...]
     prompt_length: int | None = None
+    known: dict[tuple[int, int], TokenRoles] = field(default_factory=dict, compare=False, repr=False)
 
     def roles(self, call: AttentionCall) -> TokenRoles | None:
         """The roles of a layer's queries and keys, or None if its queries are not the tokens of this forward."""
@@ -85,8 +87,13 @@ class Step:
         if tokens.role.shape != (call.q.shape[0], self.position + call.num_queries):
             return None
         offset = self.offsets[call.layer] if call.layer is not None and call.layer < len(self.offsets) else 0
-        queries = tokens.slice(self.position, call.num_queries)
-        return TokenRoles(queries, tokens.slice(offset, call.num_keys), self.position, offset, self.prompt_length)
+        found = self.known.get((offset, call.num_keys))
+        if found is None:
+            queries = tokens.slice(self.position, call.num_queries)
+            keys = tokens.slice(offset, call.num_keys)
+            found = TokenRoles(queries, keys, self.position, offset, self.prompt_length)
+            self.known[offset, call.num_keys] = found
+        return found
 
 
 _seen: contextvars.ContextVar[tuple[_Seen, ...]] = contextvars.ContextVar("eff_model_arguments", default=())

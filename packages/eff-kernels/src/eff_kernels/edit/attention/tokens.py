@@ -78,7 +78,10 @@ class Tokens:
 
     def of(self, *roles: Role) -> Tensor:
         """Which tokens have one of the roles, bool [B, S]."""
-        return torch.stack([self.role == int(r) for r in roles]).any(0)
+        found = self.role == int(roles[0])
+        for role in roles[1:]:
+            found = found | (self.role == int(role))
+        return found
 
     def grid(self, row: int, picture: int, part: int = 0) -> tuple[int, int]:
         """Height and width in tokens of a part of a picture.
@@ -97,7 +100,7 @@ class Tokens:
 
         def cut(x: Tensor) -> Tensor:
             part = x[:, start : start + length]
-            return F.pad(part, (0, length - part.shape[1]), value=-1)
+            return part if part.shape[1] == length else F.pad(part, (0, length - part.shape[1]), value=-1)
 
         return Tokens(**{f.name: cut(getattr(self, f.name)) for f in fields(self)})
 

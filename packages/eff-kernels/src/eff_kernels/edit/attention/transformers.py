@@ -103,6 +103,9 @@ def attention(
         call = call.replace(roles=step.roles(call))
 
     def host(now: AttentionCall) -> AttentionOutput:
+        if now is call:
+            out, weights = function(module, query, key, value, attention_mask, **kwargs)[:2]
+            return AttentionOutput(out.transpose(1, 2), weights)
         changed = [n for n in _FIXED if getattr(now, n) is not getattr(call, n) and getattr(now, n) != getattr(call, n)]
         mask, masked = now.mask, now.mask is not call.mask
         if changed or (now.num_heads, now.num_kv_heads) != (call.num_heads, call.num_kv_heads):
