@@ -73,13 +73,14 @@ def likeness(picture: Tensor, name: str) -> float:
     return best
 
 
-def run(arm: str, steps: int, seeds: int, pictures: dict[str, list[Any]]) -> dict[str, Any]:
+def run(arm: str, steps: int, seeds: int, training: int, pictures: dict[str, list[Any]]) -> dict[str, Any]:
     """Train one way and measure its pictures."""
     pipe = load_collage_diffusion()
     places = [Placed(name=n, x=64 * i, y=32, size=64) for i, n in enumerate(NAMES)]
     collage = render(Layout(size=128, ground=Ground(kind="plain", first=(240, 240, 240)), objects=tuple(places)))
     trainer = AttenCraftTrainer(
-        pipe, encode_latents(pipe, collage.tensor()), CONCEPTS, AttenCraftConfig(steps=steps, **COMMON, **ARMS[arm]),
+        pipe, encode_latents(pipe, collage.tensor()), CONCEPTS,
+        AttenCraftConfig(steps=steps, seed=training, **COMMON, **ARMS[arm]),
         reader=reader_of_collages(pipe),
     )  # fmt: skip
     start = time.perf_counter()
@@ -97,7 +98,8 @@ def run(arm: str, steps: int, seeds: int, pictures: dict[str, list[Any]]) -> dic
         found[which] = [[likeness(one, name) for name in NAMES] for one in made]
     pictures["given"] = [collage.tensor()]
     return {
-        "arm": arm, "sprites": list(NAMES), "steps": steps, "seeds": seeds, "seconds": round(seconds, 1),
+        "arm": arm, "sprites": list(NAMES), "steps": steps, "seeds": seeds, "training_seed": training,
+        "seconds": round(seconds, 1),
         "mask_iou": [round(x, 3) for x in overlap],
         "last_losses": [
             round(float(np.mean([getattr(r, k) for r in reports[-20:]])), 4) for k in ("instance", "attention")
@@ -121,22 +123,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--training-seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pictures: dict[str, list[Any]] = {}
-    for arm in args.arms:
+    for training, arm in [(s, a) for s in args.training_seeds for a in args.arms]:
+        if arm == args.arms[0]:
+            pictures.clear()
         record = {
             "method": "attencraft",
-            **run(arm, args.steps, args.seeds, pictures),
+            **run(arm, args.steps, args.seeds, training, pictures),
             "dtype": "float32",
             **environment("cpu", SOURCES),
         }
         print(json.dumps(record), flush=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        draw([pictures[a] for a in args.arms if a in pictures], pictures["given"][0], args.images / "attencraft.png")
+        if training == 0:
+            rows = [pictures[a] for a in args.arms if a in pictures]
+            draw(rows, pictures["given"][0], args.images / "attencraft.png")
 
 
 def draw(rows: list[list[Tensor]], given: Tensor, path: Path) -> None:

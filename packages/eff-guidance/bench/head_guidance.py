@@ -1,8 +1,9 @@
 """What head guidance does on collage diffusion, and what a step costs beside diffusers' own.
 
-``python bench/head_guidance.py plant search knob speed picture`` appends one line a part to
-``bench/results/head_guidance.jsonl``. All scores are of pictures that no search has seen, with 95 % intervals by
-bootstrap over pictures; differences are paired by prompt and seed. CFG is off unless said.
+``python bench/head_guidance.py plant search chance knob speed picture`` appends one line a part to
+``bench/results/head_guidance.jsonl``; "plant:6" is "plant" with another draw of heads. All scores are of pictures that
+no search has seen, with 95 % intervals by bootstrap over pictures; differences are paired by prompt and seed. CFG is
+off unless said.
 """
 
 import itertools
@@ -103,7 +104,7 @@ class Bench:
         return made
 
 
-def plant():
+def plant(draw=5):
     """Handicap three heads by half a step to the identity: guidance away from the rest of the way undoes that.
 
     To first order in u, ``v(1/2) + w (v(1/2) - v(1))`` with w = 1 is v(0), for these heads and no other.
@@ -112,7 +113,7 @@ def plant():
 
     pipe, judge = world()
     heads = list_heads(pipe.transformer)
-    dice = np.random.default_rng(5)
+    dice = np.random.default_rng(draw)
     planted = [heads[i] for i in dice.choice(len(heads), 3, replace=False)]
     others = [h for h in heads if h not in planted]
     cases = pairs(8, seed=SEARCH_SEED)
@@ -151,6 +152,7 @@ def plant():
         rows.append(bench.row("guided by three others", config.guidance(wrong), hurt))
     clean_row = {"objects": interval(bench.base["objects"]), "placed": interval(bench.base["placed"])}
     return {
+        "draw": draw,
         "planted": [tuple(h) for h in planted],
         "found": [tuple(h) for h in found.best()],
         "hits": len(set(found.best()) & set(planted)),
@@ -188,6 +190,29 @@ def search():
         "search_scores": {"least": min(spread), "median": float(np.median(spread)), "most": max(spread)},
         "rows": rows,
     }
+
+
+def chance(draws=5):
+    """Six random heads, several draws: what the heads of a search have to beat, on the pictures they are scored on."""
+    from eff_guidance.head_guidance import HeadSet
+
+    pipe, judge = world()
+    heads, bench = list_heads(pipe.transformer), Bench(pipe, judge, 60)
+    found = HeadSet.load(RESULTS / "head_guidance_heads.json")
+    chosen = bench.scores(found.guidance(scale=1.0))
+    rows = [bench.row("found", found.guidance(scale=1.0), found=chosen)]
+    gains = {key: [] for key in ("objects", "placed")}
+    for draw in range(draws):
+        dice = np.random.default_rng(10 + draw)
+        config = SoftPAGConfig(heads=[heads[i] for i in dice.choice(len(heads), 6, replace=False)], scale=1.0)
+        made = bench.scores(config)
+        rows.append(
+            {**bench.row(f"random, draw {draw}", config, found=made), "which": [tuple(h) for h in config.heads]}
+        )
+        for key, values in gains.items():
+            values.append(np.subtract(chosen[key], made[key]))
+    over = {key: interval(np.mean(values, 0)) for key, values in gains.items()}
+    return {"fresh_pictures": 60, "draws": draws, "rows": rows, "found_over_mean_of_random": over}
 
 
 def knob():
@@ -246,9 +271,13 @@ def main():
     for part in sys.argv[1:]:
         start = time.process_time()
         with torch.no_grad():
-            found = {"plant": plant, "search": search, "knob": knob, "speed": speed, "picture": picture}[part]()
+            name, _, draw = part.partition(":")
+            parts = {
+                "plant": plant, "search": search, "chance": chance, "knob": knob, "speed": speed, "picture": picture,
+            }  # fmt: skip
+            found = parts[name](*([int(draw)] if draw else []))
         record = {
-            "part": part, "fresh_pictures": FRESH, **found, "steps": STEPS, "dtype": "float32",
+            "part": name, "fresh_pictures": FRESH, **found, "steps": STEPS, "dtype": "float32",
             "seconds": round(time.process_time() - start, 1), **environment("cpu", SOURCES),
         }  # fmt: skip
         with (RESULTS / "head_guidance.jsonl").open("a") as file:
