@@ -1,6 +1,7 @@
 """What each method that steers attention to pictures does to SmolLM2 with eyes.
 
     uvx nox -s bench -- attention steering [--pictures 24] [--methods none VAR ...] [--threads 1]
+    uvx nox -s bench -- attention steering --speed
     uvx nox -s bench -- attention steering --table
     uvx nox -s bench -- attention steering --draw docs/images/steering.png
 
@@ -8,7 +9,7 @@ Captions and yes/no questions about collages that no training saw, of two worlds
 partners as in the training, and "crowded contrary", four to six objects whose partners are always missing. Questions
 answered by no are about a missing partner of something that is there. One line a method and world goes to
 results/steering.jsonl: figures with 95 % bootstrap intervals over pictures, and the difference to the plain model on
-the same pictures.
+the same pictures. "--speed" has all methods caption the same four pictures in turn, in rounds.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from eff_attention.contrastive_focus import CarveConfig, carve_answer
+from eff_attention.contrastive_focus import CarveConfig, carve_answers
 from eff_attention.grounded_attention import PAIConfig, PAINTConfig, apply_paint
 from eff_attention.head_reinforcement import VHRConfig, apply_vhr
 from eff_attention.sink_calibration import ACTConfig, apply_act
@@ -46,7 +48,10 @@ METHODS = {
     "PAI": lambda model: apply_paint(model, PAIConfig()),
     "ACT": lambda model: apply_act(model, ACTConfig()),
     "CARVE": lambda model: contextlib.nullcontext(),
+    "CARVE, kept": lambda model: contextlib.nullcontext(),
 }
+# The model was trained on single whole pictures. "kept": no black, and the picture's own ratio of sides.
+LOOKS = {"CARVE": {}, "CARVE, kept": {"outside": "kept", "ratio": "picture"}}
 
 
 def asked(collages):
@@ -59,15 +64,16 @@ def asked(collages):
     return found
 
 
-def by_carve(model, processor, pairs, tokens):
+def by_carve(model, processor, pairs, tokens, method, batch=16):
     from PIL import Image
 
-    config = CarveConfig(suffix="", final="refined", max_new_tokens=tokens)
-    pictures = [Image.fromarray(collage.picture) for collage, _ in pairs]
-    return [
-        carve_answer(model, processor, picture, question, config).answer
-        for picture, (_, question) in zip(pictures, pairs, strict=True)
-    ]
+    config = CarveConfig(suffix="", final="refined", max_new_tokens=tokens, **LOOKS[method])
+    said = []
+    for first in range(0, len(pairs), batch):
+        some = pairs[first : first + batch]
+        pictures = [Image.fromarray(collage.picture) for collage, _ in some]
+        said += [out.answer for out in carve_answers(model, processor, pictures, [q for _, q in some], config)]
+    return said
 
 
 def run(model, processor, method, collages):
@@ -77,13 +83,13 @@ def run(model, processor, method, collages):
     pairs = [(collages[i], q.text) for i, q in questions]
     with METHODS[method](model):
         begin = time.process_time()
-        if method == "CARVE":
-            told = by_carve(model, processor, captions, TOKENS)
+        if method in LOOKS:
+            told = by_carve(model, processor, captions, TOKENS, method)
         else:
             told = answers(model, processor.tokenizer, captions, max_tokens=TOKENS)
         seconds = time.process_time() - begin
-        if method == "CARVE":
-            said = by_carve(model, processor, pairs, 4)
+        if method in LOOKS:
+            said = by_carve(model, processor, pairs, 4, method)
         else:
             said = answers(model, processor.tokenizer, pairs, max_tokens=4)
     return told, said, questions, seconds
@@ -126,19 +132,18 @@ def measure(args):
     torch.set_num_threads(args.threads)
     model, processor = load_smollm2_eyes(dtype=getattr(torch, args.dtype))
     kept = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-    plain = {r["world"]: r["by_picture"] for r in kept if r["method"] == "none"}
+    plain = {r["world"]: r["by_picture"] for r in kept if r["method"] == "none" and "world" in r}
     about = environment("cpu", (Path(__file__), Path(__file__).parents[1] / "src"))
     for method in args.methods:
         for world in args.worlds:
-            number = min(args.pictures, args.carve_pictures) if method == "CARVE" else args.pictures
-            collages = [sample(FIRST_SEED + i, WORLDS[world]) for i in range(number)]
+            collages = [sample(FIRST_SEED + i, WORLDS[world]) for i in range(args.pictures)]
             numbers, extra = counts(processor, collages, *run(model, processor, method, collages))
             if method == "none":
                 plain[world] = numbers
             record = {
                 "method": method,
                 "world": world,
-                "pictures": number,
+                "pictures": args.pictures,
                 "first_seed": FIRST_SEED,
                 **{name: ratio(*pair).to_dict() for name, pair in numbers.items()},
                 "to_none": {n: difference(numbers[n], plain[world][n]) for n in numbers} if world in plain else None,
@@ -153,25 +158,57 @@ def measure(args):
             print(method, world, {n: record[n] for n in ("chair_i", "recall", "yes_no")}, flush=True)
 
 
+def speed(args, rounds=3, pictures=4, tokens=16):
+    """Time of a caption of ``tokens`` tokens beside the plain model's in the same round."""
+    torch.set_num_threads(args.threads)
+    model, processor = load_smollm2_eyes(dtype=getattr(torch, args.dtype))
+    about = environment("cpu", (Path(__file__), Path(__file__).parents[1] / "src"))
+    pairs = [(sample(FIRST_SEED + i, WORLDS["crowded contrary"]), DESCRIBE) for i in range(pictures)]
+    model.generation_config.min_new_tokens = tokens  # all of one length
+    times = {method: [] for method in args.methods}
+    for number in range(rounds + 1):
+        for method in args.methods:
+            with METHODS[method](model):
+                begin = time.perf_counter()
+                if method in LOOKS:
+                    by_carve(model, processor, pairs, tokens, method)
+                else:
+                    answers(model, processor.tokenizer, pairs, max_tokens=tokens)
+                if number:  # the first round is for warming up
+                    times[method].append(time.perf_counter() - begin)
+    for method, seconds in times.items():
+        shares = [s / t for s, t in zip(seconds, times["none"], strict=True)]
+        record = {"part": "speed", "method": method, "pictures": pictures, "tokens": tokens, "rounds": rounds}
+        record |= {"seconds_a_caption": round(statistics.median(seconds) / pictures, 4)}
+        record |= {"to_none": round(statistics.median(shares), 3), "least": round(min(shares), 3)}
+        record |= {"most": round(max(shares), 3), "dtype": args.dtype} | about
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(method, record["to_none"], shares, flush=True)
+
+
 def table():
     """The table of docs/steering.md, from the last record of each method and world."""
-    last = {}
+    last, times = {}, {}
     for line in RESULTS.read_text().splitlines():
         record = json.loads(line)
-        last[record["world"], record["method"]] = record
+        if record.get("part") == "speed":
+            times[record["method"]] = record
+        else:
+            last[record["world"], record["method"]] = record
 
     def share(x):
         return f"{100 * x['value']:.0f} ({100 * x['low']:.0f} to {100 * x['high']:.0f})"
 
     for world in CHOSEN:
-        base = last[world, "none"]["seconds_a_token"]
-        print(f"\n{world}\n\n| method | CHAIR_i % | CHAIR_s % | recall % | words | yes/no right % | time a token | n |")
+        print(f"\n{world}\n\n| method | CHAIR_i % | CHAIR_s % | recall % | words | yes/no right % | time | n |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for method in METHODS:
             if (r := last.get((world, method))) is not None:
                 shares = [share(r[n]) for n in ("chair_i", "chair_s", "recall")]
                 words, answers_right = f"{r['words']['value']:.1f}", share(r["yes_no"])
-                cells = [method, *shares, words, answers_right, f"{r['seconds_a_token'] / base:.2f}", r["pictures"]]
+                took = f"{times[method]['to_none']:.2f}" if method in times else "-"
+                cells = [method, *shares, words, answers_right, took, r["pictures"]]
                 print("| " + " | ".join(map(str, cells)) + " |")
 
 
@@ -249,7 +286,7 @@ def draw(path, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=24, help="of each world")
-    parser.add_argument("--carve-pictures", type=int, default=8, help="most pictures of CARVE, which generates thrice")
+    parser.add_argument("--speed", action="store_true", help="measure the time of captions, and nothing else")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--worlds", nargs="+", default=list(CHOSEN), choices=list(CHOSEN), metavar="WORLD")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -260,6 +297,8 @@ def main():
     args = parser.parse_args()
     if args.table:
         table()
+    elif args.speed:
+        speed(args)
     elif args.draw:
         draw(args.draw, args.seed)
     else:

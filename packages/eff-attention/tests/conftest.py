@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -162,3 +163,40 @@ def zoo():
 def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES)
+
+
+class LargestTensors(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the most elements that an operation gives back, and how many large tensors have at once.
+
+    Args:
+        large: Elements from which on a tensor counts for ``alive``.
+    """
+
+    def __init__(self, large):
+        super().__init__()
+        self.large, self.largest, self.alive, self.most, self._known = large, 0, 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        elements, name = storage.nbytes() // 8, storage.data_ptr()
+        if elements >= self.large and name not in self._known:
+            self._known.add(name)
+            self.alive += elements
+            self.most = max(self.most, self.alive)
+            weakref.finalize(storage, self._gone, name, elements)
+
+    def _gone(self, name, elements):
+        self._known.discard(name)
+        self.alive -= elements
+
+
+@pytest.fixture
+def largest_tensors():
+    return LargestTensors

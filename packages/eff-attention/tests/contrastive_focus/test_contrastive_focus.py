@@ -6,11 +6,14 @@ from eff_attention.contrastive_focus import (
     attention_entropy,
     attention_regions,
     carve_answer,
+    carve_answers,
     colour_complexity,
     contrast_attention,
     fuse_attention,
     mask_crop_resize,
     record_image_attention,
+    record_image_attentions,
+    texture_complexity,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -204,3 +207,141 @@ def test_the_whole_way(final):
 def test_bad_input(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_crops_keep_their_surroundings_and_the_ratio_on_request():
+    pixels = torch.arange(20 * 30).remainder(251).byte().view(20, 30)
+    picture = Image.fromarray(pixels.numpy()).convert("RGB")
+    mask = torch.zeros(20, 30, dtype=torch.bool)
+    mask[2:5, 24:30] = True
+    mask[5, 24] = True
+    free, crop = mask_crop_resize(picture, mask)
+    assert crop == (24, 2, 30, 6)
+    assert free.size == (30, 20)  # 6 x 4 is in the ratio of 30 x 20
+    mask[5:14, 24] = True
+    kept, crop = mask_crop_resize(picture, mask, keep_outside=True, keep_ratio=True)
+    left, top, right, bottom = crop
+    assert (right - left) / (bottom - top) == pytest.approx(1.5)
+    assert left <= 24
+    assert right == 30
+    assert top <= 2
+    assert bottom >= 14
+    assert kept.size == (30, 20)
+    whole, crop = mask_crop_resize(picture, torch.ones(20, 30, dtype=torch.bool), keep_ratio=True)
+    assert crop == (0, 0, 30, 20)
+    assert whole.tobytes() == picture.tobytes()
+    corner = torch.zeros(20, 30, dtype=torch.bool)
+    corner[0, 0] = corner[19, 0] = True
+    assert mask_crop_resize(picture, corner, keep_ratio=True)[1] == (0, 0, 30, 20)
+
+
+@torch.no_grad()
+def test_several_prompts_are_recorded_as_each_alone(zoo, family):
+    """Grids of every family, left padding, a second picture, and answers that end at different steps."""
+    model, prompts = zoo(family), [(1, 5, "P", 6, 7, 8), (1, "P", 9, "P", 10, 11, 12, 13, 14)]
+    model.generation_config.suppress_tokens = [95, 96]
+    together = record_image_attentions(model, zoo.ask(family, *prompts), [1, 3], max_new_tokens=4)
+    model.generation_config.eos_token_id = int(together[0].ids[1])
+    together = record_image_attentions(model, zoo.ask(family, *prompts), [1, 3], max_new_tokens=4)
+    assert len(together[0].ids) <= 2
+    assert together[0].ids[-1] == model.generation_config.eos_token_id
+    for own, many in zip(zoo.each(family, prompts), together, strict=True):
+        alone = record_image_attention(model, own, [1, 3], max_new_tokens=4)
+        assert (alone.grid, alone.ids.tolist()) == (many.grid, many.ids.tolist())
+        torch.testing.assert_close(many.maps, alone.maps, atol=1e-5, rtol=1e-3)
+        assert alone.maps.shape == (len(alone.ids), 2, alone.grid[0] * alone.grid[1])
+        assert float(alone.maps.min()) > 0
+
+
+def test_scale_of_the_question_does_not_move_the_mask():
+    general, asked = (torch.rand(3, 2, 12, generator=torch.Generator().manual_seed(s)) + 0.01 for s in (0, 1))
+    scores = [fuse_attention(contrast_attention(a, general), (3, 4), (12, 16)) for a in (asked, 7 * asked)]
+    torch.testing.assert_close(scores[1], 7 * scores[0])
+    masks = [attention_regions(s) for s in scores]
+    assert torch.equal(*masks)
+    smaller = None
+    for p in (0.1, 0.3, 0.6, 1.0):  # monotone: what a smaller share keeps, a larger one keeps as well
+        mask = attention_regions(scores[0], p, 192)
+        assert smaller is None or bool((mask | ~smaller).all())
+        smaller = mask
+    picture = Image.effect_noise((16, 12), 80).convert("RGB")
+    refined, crop = mask_crop_resize(picture, smaller)
+    assert (refined.tobytes(), crop) == (picture.tobytes(), (0, 0, 16, 12))
+
+
+def test_a_plain_picture_has_no_texture():
+    pytest.importorskip("skimage")
+    assert texture_complexity(Image.new("RGB", (16, 16), (90, 90, 90))) == 0
+    assert 0 < texture_complexity(Image.effect_noise((64, 64), 80)) < 1
+
+
+def test_no_map_of_all_queries_is_made(largest_tensors):
+    """A prompt of 600 tokens with 4 heads: no [H, T, T], recorded layers included."""
+    model, inputs = llava(), question([7] * 582)
+    with largest_tensors(10**9) as seen:
+        record_image_attention(model, inputs, [1, 2], max_new_tokens=2)
+    assert seen.largest < 4 * 600 * 600
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "columns"),
+    [
+        ("Qwen2VL", (2, 3), range(3, 9)),
+        ("Qwen2_5_VL", (2, 3), range(3, 9)),
+        ("LlavaNext", (4, 4), range(2, 18)),
+        ("Idefics3", (2, 2), range(10, 14)),
+        ("Gemma3", (2, 2), range(2, 6)),
+    ],
+)
+def test_grids_are_rows_first_and_of_the_whole_picture(zoo, name, grid, columns):
+    """A landscape picture where the family keeps its ratio; of a picture in parts the small one of the whole."""
+    model, inputs = zoo(name), zoo.ask(name, (1, 5, "P", 6, 7))
+    seen = record_image_attention(model, inputs, max_new_tokens=1)
+    assert seen.grid == grid
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    wanted = torch.stack([attentions[i][0, :, -1, list(columns)].mean(0) for i in seen.layers])
+    torch.testing.assert_close(seen.maps[0], wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_portrait_and_landscape_crops_lie_in_the_picture():
+    model, config = llava(), CarveConfig(max_new_tokens=2, final="refined")
+    for size in ((40, 24), (24, 40)):
+        out = carve_answer(model, Processor(), Image.effect_noise(size, 80).convert("RGB"), "Where?", config)
+        assert out.score.shape == (size[1], size[0])
+        rows, columns = out.mask.any(1).nonzero()[:, 0], out.mask.any(0).nonzero()[:, 0]
+        assert out.crop == (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        left, top, right, bottom = out.crop
+        scale = max(size[0] / (right - left), size[1] / (bottom - top))
+        assert out.refined.size == (round((right - left) * scale), round((bottom - top) * scale))
+
+
+@torch.no_grad()
+def test_several_questions_are_answered_as_each_alone():
+    class Batches(Processor):
+        def __call__(self, *, images, text, return_tensors, padding=False, padding_side=None):
+            if not padding:
+                return super().__call__(images=images, text=text, return_tensors=return_tensors)
+            assert padding_side == "left"
+            each = [
+                super(Batches, self).__call__(images=i, text=t, return_tensors="pt")
+                for i, t in zip(images, text, strict=True)
+            ]
+            width = max(e["input_ids"].shape[1] for e in each)
+            found = {}
+            for k in ("input_ids", "attention_mask"):
+                found[k] = torch.cat([torch.nn.functional.pad(e[k], (width - e[k].shape[1], 0)) for e in each])
+            return {**found, "pixel_values": torch.cat([e["pixel_values"] for e in each])}
+
+    model, config = llava(), CarveConfig(max_new_tokens=3, suffix="")
+    pictures = [Image.effect_noise((40, 24), 80).convert("RGB"), Image.effect_noise((20, 20), 40).convert("RGB")]
+    pictures.append(pictures[0])
+    questions, cache = ["Where?", "Who", "What is it?"], PictureCache()
+    together = carve_answers(model, Batches(), pictures, questions, config, cache=cache)
+    for picture, asked, many in zip(pictures, questions, together, strict=True):
+        one = carve_answer(model, Batches(), picture, asked, config)
+        assert (one.original_answer, one.answer, one.crop) == (many.original_answer, many.answer, many.crop)
+        torch.testing.assert_close(one.score, many.score, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="one question for each"):
+        carve_answers(model, Batches(), pictures, questions[:1], config)

@@ -22,6 +22,9 @@ class CarveConfig(Settings):
         top_p: Share of pixels that pass the threshold.
         max_regions: Regions that are kept.
         rank: Order of the regions: by the sum of their score or by area.
+        outside: What becomes of pixels within the crop that no region holds: "black", or "kept" as they are.
+        ratio: "free" crops to the regions, whatever shape they have; "picture" grows the crop to the picture's ratio,
+            for models that squeeze all pictures into one shape.
         final: Whether the answer is asked about the refined picture, or about both, the original first.
     """
 
@@ -34,6 +37,8 @@ class CarveConfig(Settings):
     top_p: float = 0.2
     max_regions: int = 3
     rank: Literal["score", "area"] = "score"
+    outside: Literal["black", "kept"] = "black"
+    ratio: Literal["free", "picture"] = "free"
     final: Literal["refined", "both"] = "both"
 
     def check(self) -> None:

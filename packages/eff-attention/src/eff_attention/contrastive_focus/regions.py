@@ -57,7 +57,7 @@ def connected(mask: Tensor) -> Tensor:
 
 
 def mask_crop_resize(
-    picture: Any, mask: Tensor, *, fill: int = 0, pad: int = 0
+    picture: Any, mask: Tensor, *, fill: int = 0, pad: int = 0, keep_outside: bool = False, keep_ratio: bool = False
 ) -> tuple[Any, tuple[int, int, int, int]]:
     """Black out what is not in the mask, crop to the rest and enlarge it to the picture's larger ratio.
 
@@ -66,6 +66,8 @@ def mask_crop_resize(
         mask: bool [H, W] of its size; an empty one keeps the whole picture.
         fill: Value of what is blacked out.
         pad: Pixels of margin around the crop.
+        keep_outside: Black nothing out.
+        keep_ratio: Grow the crop to the picture's ratio of sides.
 
     Returns:
         The refined picture, and the crop (left, top, right, bottom), right and bottom exclusive.
@@ -83,8 +85,20 @@ def mask_crop_resize(
     rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
     left, right = max(0, int(columns[0]) - pad), min(width, int(columns[-1]) + 1 + pad)
     top, bottom = max(0, int(rows[0]) - pad), min(height, int(rows[-1]) + 1 + pad)
+    if keep_ratio:
+        share = max((right - left) / width, (bottom - top) / height)
+        left, right = _grown(left, right, round(share * width), width)
+        top, bottom = _grown(top, bottom, round(share * height), height)
     kept = Image.fromarray((mask.cpu().numpy() * 255).astype("uint8"))
-    masked = Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, (fill,) * 3), kept)
+    masked = picture.convert("RGB")
+    if not keep_outside:
+        masked = Image.composite(masked, Image.new("RGB", picture.size, (fill,) * 3), kept)
     scale = max(width / (right - left), height / (bottom - top))
     size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
     return masked.crop((left, top, right, bottom)).resize(size, Image.Resampling.LANCZOS), (left, top, right, bottom)
+
+
+def _grown(start: int, stop: int, size: int, limit: int) -> tuple[int, int]:
+    """A range of ``size`` around start..stop, inside of 0..limit."""
+    begin = min(max(0, (start + stop - size) // 2), limit - size)
+    return min(begin, start), max(begin + size, stop)
