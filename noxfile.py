@@ -174,6 +174,14 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def notebooks(session: nox.Session) -> None:
+    """Run the notebooks, one for each app; names after ``--`` choose some. What they show is not kept."""
+    sync(session, "--all-packages", "--all-extras", "--no-extra=replicas", "--group=notebooks")
+    for name in session.posargs or sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb")):
+        session.run("jupyter", "execute", str(ROOT / "notebooks" / f"{name}.ipynb"), env=CPU)
+
+
+@nox.session
 def clients(session: nox.Session) -> None:
     """Talk to a running server with real clients, each in an environment of its own; names after ``--`` choose some."""
     sync(session, *TARGETS["serve"].sync_args())
