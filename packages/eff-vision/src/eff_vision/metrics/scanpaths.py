@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,22 +89,29 @@ def scanpath_edit_distance(a: Path, b: Path) -> int:
 
 
 class MultiMatchScores(NamedTuple):
-    """Similarities of two paths of points, each from 0 to 1 (Jarodzka and others, 2010)."""
+    """Similarities of two paths of points, each from 0 to 1 (Jarodzka and others, 2010).
+
+    The last one, of the durations of fixations, is None where they were not given.
+    """
 
     shape: float
     direction: float
     length: float
     position: float
+    duration: float | None = None
 
 
-def multimatch(a: Tensor, b: Tensor, size: tuple[float, float]) -> MultiMatchScores:
+def multimatch(
+    a: Tensor, b: Tensor, size: tuple[float, float], *, durations: tuple[Tensor, Tensor] | None = None
+) -> MultiMatchScores:
     """Compare paths of points [N >= 2, 2] (x, y) on a picture of ``size`` (width, height), without simplification.
 
     Saccades are aligned by the cheapest way through the matrix of the lengths of their differences (steps right, down
-    and diagonal); the scores are medians over the aligned pairs, divided by their largest possible value.
+    and diagonal); the scores are medians over the aligned pairs, divided by their largest possible value. ``durations``
+    are those of the fixations, [N] of each path, above 0; the difference of a pair is divided by its longer one.
 
     Raises:
-        ValueError: a path has fewer than two points, or the size is not positive.
+        ValueError: a path has fewer than two points, the size is not positive, or durations do not fit.
     """
     for path in (a, b):
         if path.ndim != 2 or path.size(1) != 2 or path.size(0) < 2:
@@ -119,24 +128,40 @@ def multimatch(a: Tensor, b: Tensor, size: tuple[float, float]) -> MultiMatchSco
     turn = torch.minimum(turn, 2 * torch.pi - turn) / torch.pi
     length = (u[i].norm(dim=1) - v[j].norm(dim=1)).abs() / diagonal
     position = (a[i] - b[j]).norm(dim=1) / diagonal
-    return MultiMatchScores(*(1 - float(x.quantile(0.5)) for x in (shape, turn, length, position)))
+    differences = [shape, turn, length, position]
+    if durations is not None:
+        for path, given in zip((a, b), durations, strict=True):
+            if given.shape != path.shape[:1] or not bool((given > 0).all()):
+                raise ValueError(f"durations must be [{path.size(0)}] and above 0, got {given.tolist()}")
+        first, second = durations[0].double()[i], durations[1].double()[j]
+        differences.append((first - second).abs() / torch.maximum(first, second))
+    return MultiMatchScores(*(1 - float(x.quantile(0.5)) for x in differences))
 
 
 def _align(cost: Tensor) -> list[tuple[int, int]]:
-    """Cheapest path from the first to the last cell, every cell on it paid for once but the first."""
+    """Cheapest path from the first to the last cell, every cell on it paid for once but the first.
+
+    Of several cheapest paths, which are common where points lie on a grid, this is the one of the reference program
+    (multimatch-gaze): Dijkstra's, which among places equally far goes on from the one that comes last.
+    """
     n, m = cost.shape
     costs = cost.tolist()
-    best: dict[tuple[int, int], tuple[float, tuple[int, int] | None]] = {(0, 0): (0.0, None)}
-    for i in range(n):
-        for j in range(m):
-            if (i, j) == (0, 0):
-                continue
-            sources = [p for p in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if p in best]
-            source = min(sources, key=lambda p: best[p][0])
-            best[i, j] = (best[source][0] + costs[i][j], source)
+    far = {(0, 0): 0.0}
+    before: dict[tuple[int, int], tuple[int, int]] = {}
+    heap, done = [(0.0, 0, 0)], set[tuple[int, int]]()
+    while heap:
+        so_far, i, j = heapq.heappop(heap)
+        here = (-i, -j)
+        if here in done:
+            continue
+        done.add(here)
+        for there in ((1 - i, 1 - j), (1 - i, -j), (-i, 1 - j)):
+            if there[0] < n and there[1] < m and (new := so_far + costs[there[0]][there[1]]) < far.get(there, math.inf):
+                far[there], before[there] = new, here
+                heapq.heappush(heap, (new, -there[0], -there[1]))
     path = [(n - 1, m - 1)]
-    while (before := best[path[-1]][1]) is not None:
-        path.append(before)
+    while path[-1] in before:
+        path.append(before[path[-1]])
     return path[::-1]
 
 
