@@ -37,7 +37,7 @@ def facts(random):
     colours = random.choice(COLOURS, 4, replace=False)
     told = " ".join(f"{n} has a {c} {o}." for n, c, o in zip(names, colours, objects, strict=True))
     right = int(random.integers(4))
-    return f"{told}\nQuestion: What colour is {names[right]}'s {objects[right]}?\nAnswer:", list(colours), right
+    return f"{told} The colour of {names[right]}'s {objects[right]} is", list(colours), right
 
 
 def kinds(random):
