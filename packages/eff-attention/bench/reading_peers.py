@@ -46,7 +46,7 @@ def heads_there(model, ids):
     traced = nnsight.NNsight(model)
     with traced.trace(input_ids=ids, use_cache=False):
         found = nnsight.save([layer.self_attn.o_proj.input[:, -1] for layer in traced.model.layers])
-    return found
+    return found  # noqa: RET504 - nnsight takes the block above apart
 
 
 def rows_there(model, ids):
@@ -55,7 +55,7 @@ def rows_there(model, ids):
     traced = nnsight.NNsight(model)
     with traced.trace(input_ids=ids, use_cache=False):
         found = nnsight.save([traced.model.layers[i].self_attn.output[1][:, :, -1] for i in LAYERS])
-    return found
+    return found  # noqa: RET504 - nnsight takes the block above apart
 
 
 def main():
