@@ -56,7 +56,7 @@ class Plan:
         first: The first of them; None where there is none.
         local: Keys that alpha is for, bool [B, Sk].
         summary: Keys that beta is for, bool [B, Sk].
-        strength: How much a logit e of the first query is raised, in |e|, float32 [B, 1, Sk].
+        strength: How much a logit e of the first query is raised, in |e|, [B, 1, Sk], as wide as its scores.
         of: What it was made of.
     """
 
@@ -102,7 +102,7 @@ class PAINTRule:
         if is_one(call, attend):
             scores = scores_of_one(call)
             strength = plan.strength if gain is None else plan.strength * gain[..., None]
-            return answer_of_one(call, scores.addcmul(strength.to(scores), scores.abs()).softmax(-1))
+            return answer_of_one(call, scores.addcmul(strength, scores.abs()).softmax(-1))
 
         def edit(block: Tensor, part: Part) -> Tensor:
             own = None if gain is None else gain[..., part.heads]
@@ -122,7 +122,8 @@ class PAINTRule:
         first = next(iter(asked.any(0).nonzero()[:, 0].tolist()), None)
         local, summary = (spread(x, roles.offset, call.num_keys) for x in (state.local, state.summary))
         beta = config.beta if isinstance(config, PAINTConfig) else 0.0
-        strength = (config.alpha * local.float() + beta * summary.float())[:, None] * asked[:, None, :1]
+        wide = torch.float64 if call.dtype == torch.float64 else torch.float32
+        strength = (config.alpha * local.to(wide) + beta * summary.to(wide))[:, None] * asked[:, None, :1]
         # The tokens stay with the plan, so that no others get the ids that it is found by.
         found = notes[key] = Plan(asked, first, local, summary, strength, (state.local, state.summary))
         return found

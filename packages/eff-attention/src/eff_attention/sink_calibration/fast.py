@@ -70,7 +70,8 @@ def calibrated(
         mass = weights.sum(-1, keepdim=True)
         rest = 1.0 - mass
         # The factor multiplies what the host has rounded off, and 1 - M has lost digits where M is near 1.
-        poor = (rest < (0.25 if out.element_size() < 4 else 0.01))[..., 0].any(0).any(0).nonzero()[:, 0].tolist()
+        near = (rest < (0.25 if out.element_size() < 4 else 0.01))[..., 0].any(0)  # [h, q]
+        poor, of = near.any(0).nonzero()[:, 0].tolist(), near.any(1).nonzero()[:, 0].tolist()
         if len(poor) * _MOST_POOR > call.num_queries:
             return None
         factor = 1.0 + (1.0 - beta) * mass / rest.clamp(min=1e-6)
@@ -79,9 +80,12 @@ def calibrated(
         new = new.addcmul_(out[:, which, start:].to(dtype), factor)
         full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
         for first in range(0, len(poor), _ROWS):
-            some = poor[first : first + _ROWS]
-            attn = calibrate_attention(rows(call, [start + i for i in some], heads), full, beta).to(dtype)
-            new[:, :, some] = attn @ call.v[:, shared].to(call.dtype).to(dtype)
+            some = torch.tensor(poor[first : first + _ROWS], device=at.device)
+            attn = rows(call, start + some, [heads[i] for i in of])
+            attn = calibrate_attention(attn, full[:, of], beta).to(dtype)
+            whole = attn @ call.v[:, [shared[i] for i in of]].to(call.dtype).to(dtype)
+            # Other heads of these queries keep what the columns gave.
+            new[:, torch.tensor(of, device=at.device)[:, None], some] = whole
     result = out.clone()
     result[:, which, start:] = new.to(out.dtype)
     return result

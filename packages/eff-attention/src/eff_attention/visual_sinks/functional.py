@@ -29,9 +29,9 @@ def sink_values(hidden: Tensor, dims: Sequence[int], eps: float = 1e-6) -> Tenso
     """
     check_dims(tuple(dims), hidden.shape[-1])
     # Squares of massive values would leave the range of float16.
-    size = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
-    large = hidden[..., list(dims)].float().abs().amax(-1)
-    return large * (size.square() / hidden.shape[-1] + eps).rsqrt()
+    x = hidden.float()
+    size = torch.linalg.vector_norm(x, dim=-1)
+    return x[..., list(dims)].abs().amax(-1) * (size.square() / x.shape[-1] + eps).rsqrt()
 
 
 def sink_mask(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:

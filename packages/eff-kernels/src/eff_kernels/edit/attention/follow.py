@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from eff_kernels.edit.attention import pictures
-from eff_kernels.edit.attention.call import AttentionCall
 from eff_kernels.edit.attention.tokens import Role, TokenRoles, Tokens
 from eff_kernels.edit.attention.transformers import ROLES
 from eff_kernels.edit.caches import given_cache, returned_cache
@@ -81,18 +80,17 @@ class Step:
     prompt_length: int | None = None
     known: dict[tuple[int, int], TokenRoles] = field(default_factory=dict, compare=False, repr=False)
 
-    def roles(self, call: AttentionCall) -> TokenRoles | None:
+    def roles(self, layer: int | None, q: Tensor, k: Tensor) -> TokenRoles | None:
         """The roles of a layer's queries and keys, or None if its queries are not the tokens of this forward."""
-        tokens = self.history.tokens
-        if tokens.role.shape != (call.q.shape[0], self.position + call.num_queries):
+        tokens, queries, keys = self.history.tokens, q.shape[2], k.shape[2]
+        if tokens.role.shape != (q.shape[0], self.position + queries):
             return None
-        offset = self.offsets[call.layer] if call.layer is not None and call.layer < len(self.offsets) else 0
-        found = self.known.get((offset, call.num_keys))
+        offset = self.offsets[layer] if layer is not None and layer < len(self.offsets) else 0
+        found = self.known.get((offset, keys))
         if found is None:
-            queries = tokens.slice(self.position, call.num_queries)
-            keys = tokens.slice(offset, call.num_keys)
-            found = TokenRoles(queries, keys, self.position, offset, self.prompt_length)
-            self.known[offset, call.num_keys] = found
+            own, seen = tokens.slice(self.position, queries), tokens.slice(offset, keys)
+            found = TokenRoles(own, seen, self.position, offset, self.prompt_length)
+            self.known[offset, keys] = found
         return found
 
 
@@ -188,8 +186,15 @@ def _config(module: Any) -> Any:
 
 def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name."""
-    names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    if not args:
+        return dict(kwargs)
+    return {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    """Names of what a forward takes behind its module."""
+    return list(inspect.signature(inspect.unwrap(forward)).parameters)[1:]
 
 
 def _before_owner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ class Stack:
         self.name, self.layer = name, layer
         self.entries: tuple[Entry, ...] = ()
         self.host: Any = None
+        self.is_cross = False
 
     def add(self, entry: Entry) -> None:
         """Put a rule in.
@@ -95,6 +96,11 @@ class Attend:
     def alone(self) -> bool:
         """Whether the rule that holds this is the only one, so that nobody else looks on."""
         return len(self._entries) == 1
+
+    @property
+    def inside(self) -> bool:
+        """Whether another rule that changes attention stands inside, which only this call reaches."""
+        return any(not entry.observes for entry in self._entries[self._level :])
 
     def __call__(self, call: AttentionCall) -> AttentionOutput:
         """Answer a call, changed or not."""

@@ -11,7 +11,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from eff_kernels.edit.attention.explicit import dense
 from eff_kernels.edit.attention.masks import is_partial
 from eff_kernels.edit.attention.sdpa import recomputing
 from eff_kernels.edit.attention.stack import Stack, stack_of
+
+if TYPE_CHECKING:
+    from eff_kernels.edit.attention.follow import Step
 
 NAME = "eff_attention"
 ROLES = "eff_token_roles"
@@ -74,6 +77,7 @@ def attach(module: Any, stack: Stack) -> None:
     _register()
     stack.host = Host(type(module))
     stack.host.function(module.config._attn_implementation_internal)
+    stack.is_cross = named_cross(module, stack.name)
     module.config = view_of(module.config, _branches(_class(module)))
 
 
@@ -94,13 +98,12 @@ def attention(
     if kwargs.get("cache") is not None:
         raise NotImplementedError(f"{stack.name}: rules cannot see keys in a paged cache (continuous batching)")
     step = kwargs.pop(ROLES, None)
-    function = stack.host.function(module.config._attn_implementation_internal)
+    chosen = module.config._attn_implementation_internal
+    function = stack.host.function(chosen)
     if not stack.entries:
         return function(module, query, key, value, attention_mask, **kwargs)
-    flash = "flash" in str(module.config._attn_implementation_internal)
-    call = _call(stack.name, stack.layer, module, query, key, value, attention_mask, kwargs, flash=flash)
-    if step is not None and not call.is_cross:
-        call = call.replace(roles=step.roles(call))
+    flash = "flash" in str(chosen)
+    call = _call(stack, module, query, key, value, attention_mask, kwargs, chosen, step)
 
     def host(now: AttentionCall) -> AttentionOutput:
         if now is call:
@@ -130,35 +133,45 @@ _FIXED = ("causal", "offset", "softcap", "window", "sinks", "bias")
 
 
 def _call(
-    name: str, layer: int | None, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any], *,
-    flash: bool,
+    stack: Stack, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: dict[str, Any], chosen: str | None,
+    step: Step | None,
 ) -> AttentionCall:  # fmt: skip
-    eager = module.config._attn_implementation_internal in (None, "eager")
+    eager = chosen in (None, "eager")
     causal = given.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     scale = given.get("scaling")
-    sinks = given.get("s_aux", getattr(module, "sinks", None))
+    sinks = given["s_aux"] if "s_aux" in given else _held(module, "sinks")
+    is_cross = stack.is_cross
     return AttentionCall(
         module=module,
-        name=name,
-        layer=layer,
+        name=stack.name,
+        layer=stack.layer,
         q=q,
         k=k,
         v=v,
         mask=mask,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         causal=bool(causal) and not eager and is_partial(mask) and q.shape[2] > 1,
-        offset=k.shape[2] - q.shape[2] if flash else 0,
+        offset=k.shape[2] - q.shape[2] if "flash" in str(chosen) else 0,
         dropout=given.get("dropout") or 0.0,
         softcap=given.get("softcap"),
-        window=given.get("sliding_window", getattr(module, "sliding_window", None)),
+        window=given["sliding_window"] if "sliding_window" in given else _held(module, "sliding_window"),
         sinks=sinks if isinstance(sinks, Tensor) else None,
         bias=given.get("position_bias"),
-        is_cross=named_cross(module, name),
+        is_cross=is_cross,
+        roles=None if step is None or is_cross else step.roles(stack.layer, q, k),
         extra={n: x for n, x in given.items() if n not in _READ},
         recomputed=recomputing(),
         wants_weights=eager,
     )
+
+
+def _held(module: Any, name: str) -> Any:
+    """An attribute that most modules do not have, for which asking in the common way is slow."""
+    for held in (module.__dict__, module._parameters, module._buffers):
+        if name in held:
+            return held[name]
+    return getattr(type(module), name, None)
 
 
 _READ = ("scaling", "dropout", "softcap", "sliding_window", "s_aux", "position_bias", "is_causal")
