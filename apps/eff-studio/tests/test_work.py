@@ -22,6 +22,7 @@ BOX = {"prompt": "a dog", "box": [0, 0, 0.5, 1]}
             concepts="rex",
         ),
         Generate(prompt="x", heads=Heads(weights=((0, 1, 0.5), (3, 0, 1)), scale=-2, window=(0.1, 0.9))),
+        Generate(layers=(LayerBox(prompt="a", box=(0, 0, 1, 1)),), heads=Heads(weights=((0, 1, 0.5),))),
         Insert(subject="a", target="b", mask="c", strength=1.0),
         Segment(picture="a", phrase="the dog"),
     ],
@@ -58,7 +59,6 @@ def test_work_travels_as_json(work):
         ({"prompt": "x", "heads": {"weights": [[-1, 0, 1]]}}, "layer -1"),
         ({"prompt": "x", "heads": {"weights": [[0, 0, 2]]}}, "strength"),
         ({"prompt": "x", "heads": {"window": [0.9, 0.1]}}, "window"),
-        ({"prompt": "x", "heads": {"weights": [[0, 0, 1]]}, "layers": [BOX]}, "do not go together"),
         ({"prompt": "x", "style": {"name": "../secret"}}, "style"),
         ({"prompt": "x", "concepts": "a/b"}, "a/b"),
         ({"prompt": "x", "sampler": "best"}, "sampler"),
@@ -74,11 +74,6 @@ def test_what_does_not_work_is_refused(values, words):
 def test_other_types_are_refused(values):
     with pytest.raises(TypeError):
         read_work("generate", values)
-
-
-def test_heads_that_do_nothing_go_with_layers():
-    read_work("generate", {"layers": [BOX], "heads": {"weights": [[0, 0, 1]], "scale": 0}})
-    read_work("generate", {"layers": [BOX], "heads": {"weights": [[0, 0, 0]]}})
 
 
 def test_other_kinds():

@@ -126,9 +126,6 @@ class Generate(Settings):
         Style(name=self.concepts)
         if len(self.layers) > MAX_LAYERS:
             raise ValueError(f"{len(self.layers)} layers; at most {MAX_LAYERS} are drawn")
-        if self.layers and self.heads.acts:
-            # A layout evaluates the model with rows of its own; guidance would damage the wrong ones.
-            raise ValueError("layers and heads do not go together in one picture; use one of the two")
         if not self.prompt.strip() and not self.layers:
             raise ValueError("prompt is empty and there are no layers; say what to draw")
         for name in ("width", "height"):

@@ -1,6 +1,7 @@
 """The embedded model: seeds, sizes, methods around it, and that it is left as it was."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,13 @@ def test_a_layout_and_heads_change_the_picture_and_leave_the_model(draw, plain):
     layout = draw(Generate(prompt=PROMPT, layers=LAYERS, steps=4, seed=11))[0]
     heads = draw(Generate(prompt=PROMPT, heads=Heads(weights=((1, 0, 0.5), (4, 2, 1.0))), steps=4, seed=11))[0]
     off = draw(Generate(prompt=PROMPT, heads=Heads(weights=((1, 0, 0.5),), scale=0), steps=4, seed=11))[0]
+    some = Heads(weights=((1, 0, 0.5), (4, 2, 1.0)))
+    both = Generate(prompt=PROMPT, layers=LAYERS, heads=some, steps=4, seed=10, count=2)
+    none = Generate(prompt=PROMPT, layers=LAYERS, heads=replace(some, scale=0.0), steps=4, seed=11)
+    guided = draw(both)[1]
+    assert not any(np.array_equal(guided, other) for other in (plain, layout, heads))
+    assert np.array_equal(guided, draw(replace(both, seed=11, count=1))[0])
+    assert np.array_equal(draw(none)[0], layout)
     assert not np.array_equal(layout, plain)
     assert not np.array_equal(heads, plain)
     assert np.array_equal(off, plain)
@@ -62,7 +70,10 @@ def test_settings_reach_the_pipeline(draw, plain):
     assert not np.array_equal(draw(Generate(**layout))[0], draw(Generate(**layout, opacity=0.0))[0])
 
 
-@pytest.mark.parametrize("more", [{}, {"layers": LAYERS}, {"heads": Heads(weights=((1, 0, 0.5),))}])
+HEADS = {"heads": Heads(weights=((1, 0, 0.5),))}
+
+
+@pytest.mark.parametrize("more", [{}, {"layers": LAYERS}, HEADS, {"layers": LAYERS, **HEADS}])
 def test_cancelling_ends_after_the_step_and_leaves_the_model(draw, plain, more):
     asked = []
 
@@ -93,8 +104,6 @@ def test_what_does_not_fit_the_model(draw, plain, change, words):
 
 @pytest.mark.parametrize("with_", ["layers", "heads"])
 def test_concepts_go_with_layers_and_with_heads(collage, draw, plain, tmp_path, with_):
-    from dataclasses import replace
-
     from eff_studio.search import learn
 
     Image.fromarray(plain).save(tmp_path / "given.png")
@@ -113,8 +122,7 @@ def test_concepts_go_with_layers_and_with_heads(collage, draw, plain, tmp_path, 
 
 
 def test_methods_come_off_when_one_cannot_be_put_on(collage, draw, plain):
-    work = Generate(prompt=PROMPT, layers=LAYERS)
-    object.__setattr__(work, "heads", Heads(weights=((99, 0, 1.0),)))
+    work = Generate(prompt=PROMPT, layers=LAYERS, heads=Heads(weights=((99, 0, 1.0),)))
     with pytest.raises(ValueError, match="99"), contextlib.ExitStack() as stack:
         _dress(collage, work, stack)
     assert np.array_equal(draw(Generate(prompt=PROMPT, steps=4, seed=11))[0], plain)

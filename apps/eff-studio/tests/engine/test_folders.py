@@ -131,8 +131,11 @@ def test_pictures_of_other_sizes_and_seeds(model):
         draw(model, Generate(prompt="a dog", steps=2, width=92, height=SIDE))
 
 
+HEADS = {"heads": Heads(weights=((0, 1, 1.0), (2, 0, 0.5)))}
+
+
 @pytest.mark.parametrize(
-    "more", [{"layers": LAYERS}, {"heads": Heads(weights=((0, 1, 1.0), (2, 0, 0.5)))}], ids=["layers", "heads"]
+    "more", [{"layers": LAYERS}, HEADS, {"layers": LAYERS, **HEADS}], ids=["layers", "heads", "both"]
 )
 def test_methods_change_the_picture_and_come_off(model, more):
     first = plain(model)

@@ -9,7 +9,8 @@ from eff_studio.work import Generate, Heads, LayerBox, Style
 from PIL import Image
 
 LAYERS = (LayerBox(prompt="a dog", box=(0, 0.3, 0.5, 0.9)),)
-WITH = {"alone": {}, "layers": {"layers": LAYERS}, "heads": {"heads": Heads(weights=((1, 0, 0.5),))}}
+HEADS = {"heads": Heads(weights=((1, 0, 0.5),))}
+WITH = {"alone": {}, "layers": {"layers": LAYERS}, "heads": HEADS, "both": {"layers": LAYERS, **HEADS}}
 
 
 def draw(model, **settings):

@@ -68,6 +68,19 @@ def denoiser_of(pipe_or_model: Any) -> nn.Module:
     raise TypeError(f"wanted a transformer, a UNet, or a pipeline with one; got {type(pipe_or_model).__name__}")
 
 
+def check_whole(module: Any) -> None:
+    """Refuse attention that is split between processes, whose tokens or heads are not all here.
+
+    Raises:
+        RuntimeError: diffusers' context parallelism is on.
+    """
+    if getattr(getattr(module, "processor", None), "_parallel_config", None) is not None:
+        raise RuntimeError(
+            "the denoiser runs in context parallel (enable_parallelism), so that attention sees a part of its heads "
+            "or tokens; use methods that act inside of attention on one device, or with group offload"
+        )
+
+
 def watch_denoiser(model: nn.Module, handle: Handle, scheduler: Any = None) -> None:
     """Have `current_call` tell about calls of ``model`` until ``handle`` is removed."""
     model.forward = Watched(model, scheduler)

@@ -137,6 +137,8 @@ def test_ssim_is_that_of_scikit_image():
     for other in (one, 1 - one, torch.rand(16, 20, generator=draw).double()):
         wanted = metrics.structural_similarity(one.numpy(), other.numpy(), win_size=7, data_range=1.0)
         assert ssim(one, other) == pytest.approx(wanted, abs=1e-9)
+    flat = (0.5 + 1e-3 * torch.rand(2, 16, 20, generator=draw)).float()
+    assert ssim(*flat) == ssim(*flat.double())  # float32 would lose such variances
     with pytest.raises(ValueError, match="at least 7"):
         ssim(one[:6], one[:6])
 

@@ -121,6 +121,23 @@ def test_where_the_gradient_of_attention_goes(whole):
     assert all(p.grad is None for p in frozen)
 
 
+def test_the_attention_loss_draws_words_apart(whole):
+    """Twelve steps of training with it and without, all else the same: how much two words' maps share afterwards."""
+    shared = {}
+    for weight in (1.0, 0.0):
+        pipe = whole("sd15")
+        train = trainer(pipe, attention_weight=weight, refresh=1000, train=("k",))
+        for _ in range(12):
+            train.step()
+        reading = reader_of(pipe, latents())("a photo of <new1> and <new2>")
+        first, second = (places[0] for places in spans(reading.tokens, CONCEPTS))
+        with torch.no_grad(), AttentionStore(pipe.unet, [first, second], cross_size=(8, 8)) as store:
+            pipe.unet(latents(), torch.tensor([300]), **reading.arguments)
+            one, other = normalize_map(store.cross)
+        shared[weight] = float(torch.minimum(one, other).sum() / torch.maximum(one, other).sum())
+    assert shared[1.0] < 0.8 * shared[0.0], shared
+
+
 def test_values_get_none_in_a_model_of_one_layer(tiny, whole):
     pipe = whole("sd3")
     pipe.register_modules(transformer=tiny.model("sd3", layers=1))

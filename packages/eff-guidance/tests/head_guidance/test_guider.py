@@ -6,7 +6,13 @@ import json
 
 import pytest
 import torch
-from eff_guidance.head_guidance import SoftPAGConfig, apply_head_guidance, heads_of_layers, perturbed_heads
+from eff_guidance.head_guidance import (
+    SoftPAGConfig,
+    apply_head_guidance,
+    guide_with_cfg,
+    heads_of_layers,
+    perturbed_heads,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -254,4 +260,49 @@ def test_a_modular_pipeline_of_sd3(tiny, guidance):
     blocks.update_components(guider=guider, transformer=pipe.transformer, scheduler=pipe.scheduler)
     pipe.scheduler.set_timesteps(3)
     found = blocks(**given, latents=start, timesteps=pipe.scheduler.timesteps, num_inference_steps=3, output="latents")
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_modular_pipeline_of_sdxl(tiny, guidance):
+    """The denoising blocks of diffusers' modular SDXL with this guider against a loop by hand."""
+    from diffusers import EulerDiscreteScheduler
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState
+    from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLDenoiseStep
+
+    model, scheduler = tiny.model("sdxl"), EulerDiscreteScheduler()
+    settings = {"heads": [(0, 1), (2, 0)], "scale": 2.0, "strength": 0.7}
+    scheduler.set_timesteps(3)
+    gen = torch.Generator().manual_seed(0)
+    start = torch.randn(1, 4, 16, 16, generator=gen) * scheduler.init_noise_sigma
+    fields = {
+        f"{negative}{name}": torch.randn(1, *shape, generator=gen)
+        for negative in ("", "negative_")
+        for name, shape in (("prompt_embeds", (6, 32)), ("pooled_prompt_embeds", (32,)), ("add_time_ids", (6,)))
+    }
+
+    def predict(x, t, negative=""):
+        added = {
+            "text_embeds": fields[f"{negative}pooled_prompt_embeds"],
+            "time_ids": fields[f"{negative}add_time_ids"],
+        }
+        text = fields[f"{negative}prompt_embeds"]
+        return model(x, t, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+
+    want = start
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.scale_model_input(want, t)
+            with perturbed_heads(model, SoftPAGConfig(**settings)):
+                damaged = predict(x, t)
+            cond, uncond = predict(x, t), predict(x, t, "negative_")
+            pred = guide_with_cfg(cond, uncond, damaged, guidance_scale=4.0, scale=2.0)
+            want = scheduler.step(pred, t, want, return_dict=False)[0]
+    scheduler.set_timesteps(3)
+    pipe = StableDiffusionXLDenoiseStep().init_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.update_components(guider=guidance(guidance_scale=4.0, **settings), unet=model, scheduler=scheduler)
+    state = PipelineState()
+    for name, value in fields.items():
+        state.set(name, value, "denoiser_input_fields")
+    found = pipe(state, latents=start, timesteps=scheduler.timesteps, num_inference_steps=3, eta=0.0, output="latents")
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)

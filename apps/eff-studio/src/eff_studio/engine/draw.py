@@ -126,7 +126,10 @@ def _generate(
 
 
 def _dress(model: StudioModel, work: Generate, stack: contextlib.ExitStack) -> None:
-    """Put the asked methods around the pipeline until ``stack`` closes."""
+    """Put the asked methods around the pipeline until ``stack`` closes.
+
+    Heads are put on after the layout, whose layers they guide as well, and see attention outside of it.
+    """
     if work.concepts:
         from eff_guidance.attencraft import ConceptAdapter, apply_concepts
 
@@ -143,7 +146,7 @@ def _dress(model: StudioModel, work: Generate, stack: contextlib.ExitStack) -> N
 
         layers = tuple(Layer(prompt=layer.prompt, box=layer.box) for layer in work.layers)
         config = LayerBindConfig(eta1=0.25, opacity=work.opacity, hard_blocks=model.hard_blocks)
-        stack.enter_context(apply_layerbind(model.pipe, Layout(layers=layers), config, order=1))
+        stack.enter_context(apply_layerbind(model.pipe, Layout(layers=layers), config, order=2))
     if work.heads.acts:
         from eff_guidance.head_guidance import SoftPAGConfig, apply_head_guidance
 
@@ -154,7 +157,7 @@ def _dress(model: StudioModel, work: Generate, stack: contextlib.ExitStack) -> N
             start=work.heads.window[0],
             stop=work.heads.window[1],
         )
-        stack.enter_context(apply_head_guidance(model.pipe, heads, order=2))
+        stack.enter_context(apply_head_guidance(model.pipe, heads, order=1))
 
 
 def _folder(root: Any, name: str, what: str) -> Any:

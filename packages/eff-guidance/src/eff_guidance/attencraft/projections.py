@@ -72,7 +72,7 @@ def train_projections(model: nn.Module, which: Sequence[Projection] = ("k", "v")
         The handle that takes them back, with a report, and the new layers by their name in the model.
 
     Raises:
-        ValueError: the model has no attention to text, or a projection is no linear layer.
+        ValueError: the model has no attention to text, or a projection is no linear layer or one that is cast by layer.
     """
     names = text_attention(model)
     if not names:
@@ -86,6 +86,10 @@ def train_projections(model: nn.Module, which: Sequence[Projection] = ("k", "v")
                 base = model.get_submodule(full)
                 if not isinstance(base, nn.Linear):
                     raise ValueError(f"{full} is a {type(base).__name__}, not a plain linear layer")
+                if base.weight.dtype.itemsize == 1:
+                    raise ValueError(
+                        f"{full} stores its weight as {base.weight.dtype}; put what is learnt on first, then cast"
+                    )
                 new = ConceptLinear(base, still_first=kind in ("k", "v")).to(base.weight.device)
                 handle.replace(model, full, new)
                 handle.report.change(full)

@@ -12,6 +12,8 @@ from eff_kernels.edit import Handle, fits
 from eff_kernels.edit.attention import AttentionCall, columns, find_attention, joint_attention, observe_attention, rows
 from torch import Tensor, nn
 
+from eff_guidance.denoiser import check_whole
+
 
 class AttentionStore:
     """Collects maps for as long as it is entered: means over heads and layers, and over calls if there are several.
@@ -99,6 +101,7 @@ class AttentionStore:
     def _record(self, call: AttentionCall, output: Any) -> None:
         if threading.get_ident() != self._thread and not call.recomputed:
             return
+        check_whole(call.module)
         one = slice(self._sample, self._sample + 1)
         mine = call.replace(
             q=call.q[one],

@@ -18,7 +18,7 @@ from eff_guidance.context_brush.attention import (
 )
 from eff_guidance.context_brush.config import ContextBrushConfig
 from eff_guidance.context_brush.spans import CanvasSpans
-from eff_guidance.denoiser import current_call
+from eff_guidance.denoiser import check_whole, current_call
 
 _ROWS = 1024  # rows whose whole weights are held at once where fused kernels cannot serve
 
@@ -42,6 +42,7 @@ class BrushRule:
         shift, gain = self._strengths(call)
         if not (shift or gain) or not self._now():
             return answer
+        check_whole(call.module)
         text, image = self._streams(call)
         subject, query = (_moved(i, image.start) for i in (self._subject, self._query))
         groups: dict[str, Index] = {"text": text, "subject": subject, "query": query}

@@ -12,9 +12,11 @@ from eff_kernels import Handle
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, intercept_attention
 from torch import Tensor, nn
 
+from eff_guidance.denoiser import check_whole
 from eff_guidance.head_guidance.config import SoftPAGConfig, check_strength
 from eff_guidance.head_guidance.heads import Head, list_heads, locate, plain_name
 from eff_guidance.head_guidance.softpag import perturb
+from eff_guidance.together import current_rows, in_parts
 
 
 class Plan(NamedTuple):
@@ -50,6 +52,7 @@ class Damage:
         self, heads: tuple[Head, ...], plans: Mapping[str, Plan], target: str, path: str, always: bool
     ) -> None:
         self.heads, self.plans, self.target, self.path, self.always = heads, dict(plans), target, path, always
+        self.rowwise = target == "identity" and path == "linear"  # needs a row's output and value, and no map
         self.strengths = (0.0,) * len(heads)
         self.now = _Now()
 
@@ -76,9 +79,22 @@ class Damage:
     def __call__(self, call: AttentionCall, attend: Attend) -> AttentionOutput:
         """Answer a call."""
         first = 0 if self.always else self.now.first
-        # An image adapter attends from the same module to keys of its own: that map has no diagonal.
-        if first is None or call.num_queries != call.num_keys:
+        if first is None:
             return attend(call)
+        check_whole(call.module)
+        # An image adapter attends from the same module to keys of its own: that map has no diagonal.
+        if call.num_queries != call.num_keys:
+            if in_parts():
+                raise ValueError(
+                    f"{call.name}: a layout asks for attention in parts, whose maps have no diagonal; give the "
+                    "heads an order below the layout's"
+                )
+            return attend(call)
+        if not self.rowwise and (told := current_rows()) is not None and told.layout != "none":
+            raise ValueError(
+                f"target={self.target!r}, path={self.path!r}: with a layout each row sees keys of its own, so that "
+                "heads can only keep their own values; use target='identity' and path='linear'"
+            )
         plan = self.plans.get(plain_name(call.name))
         if plan is None:
             raise RuntimeError(f"{call.name} was first taken by a rule under another name than {sorted(self.plans)}")

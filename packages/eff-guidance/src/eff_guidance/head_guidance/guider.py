@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eff_guidance.head_guidance.algebra import guide, guide_with_cfg, in_window
 from eff_guidance.head_guidance.config import Path, SoftPAGConfig, Target
 from eff_guidance.head_guidance.damage import Damage, install
+from eff_guidance.together import ExtraPass, Rows, tell_extra, tell_rows
 
 _ORDER = itertools.count(1000)
 
@@ -44,6 +45,7 @@ class SoftPAGGuidance(BaseGuidance):  # type: ignore[misc]
         enabled: Whether it guides at all.
     """
 
+    tells_extra_passes: ClassVar = True  # layers of a layout follow it
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond", "pred_cond_perturbed"]
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -153,7 +155,7 @@ class SoftPAGGuidance(BaseGuidance):  # type: ignore[misc]
             return self._held[1]
         self.release()
         damage, handle = install(denoiser, self.settings, always=False, order=next(_ORDER))
-        forward: Any = ArmedForward(denoiser, damage)
+        forward: Any = ArmedForward(denoiser, damage, self.settings.scale)
         denoiser.forward = forward
         handle.on_remove(lambda: ArmedForward.restore(denoiser))
         self._held = (weakref.ref(denoiser), damage, _at_end(self, handle))
@@ -170,21 +172,22 @@ class SoftPAGGuidance(BaseGuidance):  # type: ignore[misc]
 class ArmedForward(Forward):
     """A denoiser's forward whose next pass in this thread is damaged if the guider asked for it, also if it raises."""
 
-    def __init__(self, module: nn.Module, damage: Damage) -> None:
+    def __init__(self, module: nn.Module, damage: Damage, scale: float) -> None:
         super().__init__(module)
         self.damage: Damage | None = damage
+        self.scale = scale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser."""
         if self.damage is None or not self.damage.now.armed:
             return self.plain(*args, **kwargs)
         self.damage.now.armed = False
-        with self.damage.active():
+        with self.damage.active(), tell_rows(Rows(0)), tell_extra(ExtraPass(self.scale)):
             return self.plain(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.damage = None  # a copy belongs to no guider
+        self.damage, self.scale = None, 0.0  # a copy belongs to no guider
 
 
 def _at_end(owner: object, handle: Handle) -> weakref.finalize[Any, Any]:

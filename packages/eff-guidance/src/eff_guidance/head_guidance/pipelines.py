@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from eff_kernels import Handle
-from eff_kernels.edit.attention.forward import Forward
 from torch import Tensor, nn
 
 from eff_guidance.denoiser import denoiser_of
 from eff_guidance.head_guidance.algebra import in_window
 from eff_guidance.head_guidance.config import SoftPAGConfig
 from eff_guidance.head_guidance.damage import Damage, install
+from eff_guidance.together import ExtraPass, ExtraPasses, Rows, tell_extra, tell_rows
 
 CONTEXT = "head_guidance"  # of diffusers' step caches: the damaged pass must not share what it keeps with the others
 
@@ -76,7 +76,8 @@ def apply_head_guidance(
         config: Heads, damage, scale and window.
         batched: Run the damaged pass in one batch with the others: faster where small batches leave a GPU idle, more
             memory, and the other predictions may differ by rounding. Steps caches of diffusers need False.
-        order: Place among other rules on the same modules, see `eff_kernels.edit.attention.intercept_attention`.
+        order: Place among other rules on the same modules, see `eff_kernels.edit.attention.intercept_attention`. With a
+            layout of LayerBind, which is put on first, below the layout's order; its layers are guided as the scene is.
 
     Returns:
         A handle; ``remove()`` gives the pipeline back bit for bit. Copies of the denoiser are not guided.
@@ -134,7 +135,7 @@ class _Last(threading.local):
         return held[2]
 
 
-class GuidedForward(Forward):
+class GuidedForward(ExtraPasses):
     """The forward of a pipeline's denoiser with ``w (cond - damaged)`` added to its predictions.
 
     Added to the predictions with and without prompt alike it comes through CFG as it is, whatever the scale.
@@ -173,14 +174,15 @@ class GuidedForward(Forward):
         handle = guide.handle
         if guide.batched:
             more = [_map(value, size, lambda x: torch.cat([x, x[first:]])) for value in (args, kwargs)]
-            with handle.damage.active(first=size):
+            told = tell_rows(Rows(first)), tell_extra(ExtraPass(handle.scale, joined=True))
+            with handle.damage.active(first=size), told[0], told[1]:
                 both = self.plain(*more[0], **more[1])
             sample, damaged = _sample(both).split([size, size - first])
             return _with_sample(both, sample), handle.scale * (sample[first:] - damaged)
         out = self.plain(*args, **kwargs)
         part = [_map(value, size, lambda x: x[first:]) for value in (args, kwargs)] if first else [args, kwargs]
         context = self.module.cache_context(CONTEXT) if hasattr(self.module, "cache_context") else nullcontext()  # type: ignore[operator]
-        with handle.damage.active(), context:
+        with handle.damage.active(), context, tell_rows(Rows(0)), tell_extra(ExtraPass(handle.scale)):
             damaged = _sample(self.plain(*part[0], **part[1]))
         return out, handle.scale * (_sample(out)[first:] - damaged)
 

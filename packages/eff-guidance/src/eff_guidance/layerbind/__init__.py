@@ -8,6 +8,8 @@ front, and for some steps more each region listens to its own words.
 ...     pipe("a bee in front of a mouse")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from eff_guidance.layerbind.alpha import Foreground, estimate_foreground_alpha, otsu_threshold, screened_poisson
 from eff_guidance.layerbind.apply import apply_layerbind
 from eff_guidance.layerbind.blend import Blended, blend_branches
@@ -24,6 +26,9 @@ from eff_guidance.layerbind.regions import (
     region_of,
     regions_of,
 )
+
+if TYPE_CHECKING:
+    from eff_guidance.layerbind.modular import layerbind_blocks
 
 __all__ = [
     "Blended",
@@ -44,6 +49,7 @@ __all__ = [
     "contextual_attention",
     "encode_layout",
     "estimate_foreground_alpha",
+    "layerbind_blocks",
     "layerbind_generate",
     "mask_to_token_indices",
     "otsu_threshold",
@@ -51,3 +57,12 @@ __all__ = [
     "regions_of",
     "screened_poisson",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`layerbind_blocks` imports diffusers, and only when it is asked for."""
+    if name == "layerbind_blocks":
+        from eff_guidance.layerbind.modular import layerbind_blocks
+
+        return layerbind_blocks
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from eff_guidance.layerbind.layout import Layout
 from eff_guidance.layerbind.passes import BlockHook, rule
 from eff_guidance.layerbind.prompts import LayoutPrompts, check_prompts, encode_layout
 from eff_guidance.layerbind.run import Binding, Cached, Run, current_run, inner
+from eff_guidance.together import ExtraPasses
 
 _ATTRIBUTE = "_eff_layerbind"
 _REFUSED = (
@@ -53,38 +54,54 @@ def apply_layerbind(
 
     Raises:
         TypeError: another pipeline or transformer.
-        ValueError: prompts do not fit the layout, the pipeline has a layout already, or a block does not exist.
+        ValueError: prompts do not fit the layout, the pipeline has a layout or is guided by heads already, or a block
+            does not exist.
     """
     _check_pipeline(pipe)
     model = inner(pipe.transformer)
-    host = Host.of(model)
     if getattr(pipe, _ATTRIBUTE, None) is not None:
         raise ValueError("this pipeline has a layout already; remove its handle first")
-    config = config or LayerBindConfig(eta1=0.2 if host.flux else 0.25)
-    blocks = host.blocks(model)
-    config.blocks_of(len(blocks), flux=host.flux)
-    prompts = check_prompts(encode_layout(pipe, layout) if prompts is None else prompts, layout)
+    binding = bind(pipe, layout, config, prompts)
     handle = Handle(Report("apply_layerbind"))
-    if not Binding(layout, config, prompts).works:
+    if not binding.works:
         return handle
     try:
-        inside = intercept_attention(model, rule, where=_blocks_attention, order=order, strict=True)
-        handle.on_remove(inside.remove)
-        for entry in inside.report.changed:
-            handle.report.change(entry.name)
-        for i, (_, block) in enumerate(blocks):
-            handle.on_remove(block.register_forward_pre_hook(BlockHook(i, after=False), with_kwargs=True).remove)
-            handle.on_remove(block.register_forward_hook(BlockHook(i, after=True), with_kwargs=True).remove)
-        model.forward = Evaluate(model)
-        handle.on_remove(functools.partial(Evaluate.restore, model))
+        install(model, handle, order)
         base: Any = type(pipe)
-        setattr(pipe, _ATTRIBUTE, Binding(layout, config, prompts))
+        setattr(pipe, _ATTRIBUTE, binding)
         pipe.__class__ = bound_class(base)
         handle.on_remove(functools.partial(_give_back, pipe, base))
     except Exception:
         handle.remove()
         raise
     return handle
+
+
+def bind(pipe: Any, layout: Layout, config: LayerBindConfig | None, prompts: LayoutPrompts | None) -> Binding:
+    """A layout with the settings for a pipeline's family, checked, and its encoded prompts.
+
+    Raises:
+        TypeError, ValueError: as `apply_layerbind`.
+    """
+    model = inner(pipe.transformer)
+    host = Host.of(model)
+    _check_forward(model)
+    config = config or LayerBindConfig(eta1=0.2 if host.flux else 0.25)
+    config.blocks_of(len(host.blocks(model)), flux=host.flux)
+    return Binding(layout, config, check_prompts(encode_layout(pipe, layout) if prompts is None else prompts, layout))
+
+
+def install(model: Any, handle: Handle, order: float | None) -> None:
+    """Let runs of this thread answer a transformer's calls, until the handle is removed."""
+    inside = intercept_attention(model, rule, where=_blocks_attention, order=order, strict=True)
+    handle.on_remove(inside.remove)
+    for entry in inside.report.changed:
+        handle.report.change(entry.name)
+    for i, (_, block) in enumerate(Host.of(model).blocks(model)):
+        handle.on_remove(block.register_forward_pre_hook(BlockHook(i, after=False), with_kwargs=True).remove)
+        handle.on_remove(block.register_forward_hook(BlockHook(i, after=True), with_kwargs=True).remove)
+    model.forward = Evaluate(model)
+    handle.on_remove(functools.partial(Evaluate.restore, model))
 
 
 def _give_back(pipe: Any, base: type) -> None:
@@ -138,7 +155,9 @@ def draw(
 ) -> tuple[Any, Run]:
     """Call a pipeline with a layout: what it returns, and the run."""
     named = _named_call(base, pipe, args, kwargs)
-    _check_call(pipe, binding, named)
+    if given := [name for name in _REFUSED if named.get(name) is not None]:
+        raise ValueError(f"{', '.join(given)}: does not go together with a layout")
+    check_parts(pipe, binding)
     run = Run(pipe, binding, functools.partial(_guidance, pipe, named), cached)
     own = named.get("callback_on_step_end")
     names = list(getattr(own, "tensor_inputs", None) or named.get("callback_on_step_end_tensor_inputs") or ["latents"])
@@ -187,11 +206,25 @@ def _check_pipeline(pipe: Any) -> None:
         )
 
 
-def _check_call(pipe: Any, binding: Binding, named: dict[str, Any]) -> None:
+def _check_forward(model: Any) -> None:
+    forward = model.__dict__.get("forward")
+    while isinstance(forward, Forward):
+        if isinstance(forward, ExtraPasses):
+            raise ValueError(
+                f"this transformer has {type(forward).__name__} already, which evaluates it more often; put the layout "
+                "on first, then the guidance, with an order below the layout's"
+            )
+        forward = forward.own
+
+
+def check_parts(pipe: Any, binding: Binding) -> None:
+    """Refuse schedulers and caches that branches do not go with.
+
+    Raises:
+        TypeError, ValueError: there is one.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if given := [name for name in _REFUSED if named.get(name) is not None]:
-        raise ValueError(f"{', '.join(given)}: does not go together with a layout")
     if getattr(inner(pipe.transformer), "is_cache_enabled", False):
         raise ValueError("the transformer has a cache (enable_cache); layers need every block: call disable_cache()")
     scheduler = pipe.scheduler

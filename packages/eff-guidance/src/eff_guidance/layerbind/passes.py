@@ -15,9 +15,11 @@ import torch
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput
 from torch import Tensor, nn
 
+from eff_guidance.denoiser import check_whole
 from eff_guidance.layerbind.hosts import Host, named_arguments
 from eff_guidance.layerbind.ops import composite_layers
 from eff_guidance.layerbind.regions import Grid, Region, groups_by_neighbours
+from eff_guidance.together import Rows, tell_parts, tell_rows
 
 _NOW: ContextVar[Pass | None] = ContextVar("eff_layerbind_pass", default=None)
 
@@ -50,9 +52,11 @@ def rule(call: AttentionCall, attend: Attend) -> AttentionOutput | Tensor:
     now = _NOW.get()
     if now is None:
         return attend(call)
+    check_whole(call.module)
     if call.mask is not None:
         raise ValueError(f"{call.name} got an attention mask; layers and a mask of one's own do not go together")
-    return now.attend(call, attend)
+    with tell_parts():
+        return now.attend(call, attend)
 
 
 class BlockHook:
@@ -126,7 +130,8 @@ class BranchPass(Pass):
         streams: The branches.
         hard: The hard-binding blocks.
         reverse: Whether the background sees branches there.
-        bound: First row of the batch that hard binding is for; those before it are without prompt.
+        bound: First row of the batch that hard binding is for; those before it are without prompt, all where it is
+            their number.
     """
 
     def __init__(
@@ -141,7 +146,9 @@ class BranchPass(Pass):
         bound: int = 0,
     ) -> None:
         self.host, self.model, self.args, self.streams = host, model, args, streams
-        self.hard, self.reverse, self.bound = hard, reverse, bound
+        rows = len(args["hidden_states"])
+        self.without = bound
+        self.hard, self.reverse, self.bound = frozenset() if bound == rows else hard, reverse, bound % rows
         self.grid: Grid = host.grid(model, args)
         self.last = len(host.blocks(model)) - 1
         self.block = -1
@@ -197,14 +204,16 @@ class BranchPass(Pass):
         extra = args.get("joint_attention_kwargs")
         for b in self.bundles:
             self.role = b, rows, hard
+            without = 0 if rows.start else self.without
             try:
-                text, hidden = block(
-                    hidden_states=b.rows(b.hidden, rows),
-                    encoder_hidden_states=b.rows(b.text, rows),
-                    temb=b.rows(b.temb, rows),
-                    joint_attention_kwargs=extra,
-                    **b.more,
-                )
+                with tell_rows(Rows(without, len(b.streams), "branch")):
+                    text, hidden = block(
+                        hidden_states=b.rows(b.hidden, rows),
+                        encoder_hidden_states=b.rows(b.text, rows),
+                        temb=b.rows(b.temb, rows),
+                        joint_attention_kwargs=extra,
+                        **b.more,
+                    )
             finally:
                 self.role = None
             b.hidden = b.put(b.hidden, rows, hidden)

@@ -51,16 +51,25 @@ def encode_layout(pipe: Any, layout: Layout, **options: Any) -> LayoutPrompts:
         raise ValueError(
             f"this {type(pipe).__name__} has no text encoder; pass prompts=LayoutPrompts(...) with encoded prompts"
         )
-    negatives = [layer.negative for layer in layout.layers]
-    texts = [layout.background, *(layer.prompt for layer in layout.layers), *(n for n in negatives if n is not None)]
     flux = "Flux" in type(pipe.transformer).__name__
     more = {} if flux else {"prompt_3": None, "do_classifier_free_guidance": False}
-    found = pipe.encode_prompt(prompt=texts, prompt_2=None, **more, **options)
-    tokens, pooled = found[0], found[1 if flux else 2]
+    found = pipe.encode_prompt(prompt=texts_of(layout), prompt_2=None, **more, **options)
+    return gather_prompts(layout, found[0], found[1 if flux else 2])
+
+
+def texts_of(layout: Layout) -> list[str]:
+    """All prompts of a layout in the order that `gather_prompts` takes: background, layers, their negatives."""
+    negatives = [layer.negative for layer in layout.layers if layer.negative is not None]
+    return [layout.background, *(layer.prompt for layer in layout.layers), *negatives]
+
+
+def gather_prompts(layout: Layout, tokens: Tensor, pooled: Tensor) -> LayoutPrompts:
+    """A layout's prompts from the encoded texts [N, T, D] and [N, P] of `texts_of`."""
     made = [Prompt(*each) for each in zip(tokens.detach(), pooled.detach(), strict=True)]
     count = len(layout.layers)
     rest = iter(made[1 + count :])
-    return LayoutPrompts(made[0], made[1 : 1 + count], [None if n is None else next(rest) for n in negatives])
+    negatives = [None if layer.negative is None else next(rest) for layer in layout.layers]
+    return LayoutPrompts(made[0], made[1 : 1 + count], negatives)
 
 
 def check_prompts(prompts: LayoutPrompts, layout: Layout) -> LayoutPrompts:

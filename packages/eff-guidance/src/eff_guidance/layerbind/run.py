@@ -18,6 +18,7 @@ from eff_guidance.layerbind.layout import Layout
 from eff_guidance.layerbind.passes import BranchPass, NursingPass, Stream
 from eff_guidance.layerbind.prompts import LayoutPrompts, Prompt
 from eff_guidance.layerbind.regions import Grid, Region, regions_of
+from eff_guidance.together import ExtraPass, Rows, current_extra, tell_rows
 
 _NOW: ContextVar[Run | None] = ContextVar("eff_layerbind_run", default=None)
 
@@ -80,6 +81,7 @@ class Run:
     regions: list[Region] = field(default_factory=list)
     branches: list[Tensor] = field(default_factory=list)
     found: dict[int, list[Tensor]] = field(default_factory=dict)
+    extra: dict[int, tuple[float, Tensor]] = field(default_factory=dict)  # of an extra pass: scale and velocity
     trajectory: list[Tensor] = field(default_factory=list)
     blended: Blended | None = None
     masks: list[Tensor] = field(default_factory=list)
@@ -104,14 +106,21 @@ class Run:
     def evaluate(self, model: Any, plain: Callable[..., Any], args: dict[str, Any]) -> Any:
         """Answer one call of the transformer; ``plain`` is its own forward."""
         _, way = self.guidance()
+        extra = current_extra()
+        if extra is not None and extra.joined:
+            raise ValueError("guidance in one batch with the other passes does not go with a layout; use batched=False")
         if self.grid is None:
             self._begin(model, args, way)
-        self.calls += 1
+        self.calls += extra is None
         if self.step < self.ends[0] and self.cached is not None:
             if all(b is not None for b in self.cached.branches):
                 return self._give(model, args, torch.zeros_like(args["hidden_states"]))
             now = self.cached.background[self.step].to(args["hidden_states"])
             args = {**args, "hidden_states": torch.cat([now] * (len(args["hidden_states"]) // len(now)))}
+        if extra is not None:  # with the prompt alone
+            if self.step < self.ends[0]:
+                return self._branches(model, plain, args, bound=0, extra=extra)
+            return self._nursing(model, plain, args, bound=0)
         if way != "batched":
             if self.calls > (2 if way == "separate" else 1):
                 raise RuntimeError("the transformer ran more often in one step than LayerBind knows a reason for")
@@ -157,7 +166,9 @@ class Run:
         self.branches = [tokens.index_select(1, r.idx) for r in self.regions]
         self.trajectory = [host.from_tokens(model, tokens, self.grid)]
 
-    def _branches(self, model: Any, plain: Callable[..., Any], args: dict[str, Any], *, bound: int) -> Any:
+    def _branches(
+        self, model: Any, plain: Callable[..., Any], args: dict[str, Any], *, bound: int, extra: ExtraPass | None = None
+    ) -> Any:
         """One evaluation in phase 1; rows before ``bound`` are without prompt."""
         host, config, prompts = Host.of(model), self.binding.config, self.binding.prompts
         rows = len(args["hidden_states"])
@@ -176,14 +187,17 @@ class Run:
             tokens = torch.cat([tokens] * (rows // len(tokens)))
             pooled = words.pooled if config.own_pooled else text.pooled
             streams[i] = Stream(self.regions[i], tokens, words.tokens, pooled)
-        hard = frozenset() if bound == rows else config.blocks_of(len(host.blocks(model)), flux=host.flux)
+        hard = config.blocks_of(len(host.blocks(model)), flux=host.flux)
         step = BranchPass(
-            host, model, args, list(streams.values()), hard=hard, reverse=config.reverse_adaptation, bound=bound % rows
+            host, model, args, list(streams.values()), hard=hard, reverse=config.reverse_adaptation, bound=bound
         )
-        with step.active():
+        with step.active(), tell_rows(Rows(bound, layout="scene")):
             out = plain(**{**args, "return_dict": False})
         for i, stream in streams.items():
             assert stream.velocity is not None  # the last block has run
+            if extra is not None:
+                self.extra[i] = extra.scale, stream.velocity
+                continue
             # with and without prompt
             self.found.setdefault(i, []).extend(v for v in stream.velocity.split([bound, rows - bound]) if len(v))
         return self._give(model, args, out[0])
@@ -196,7 +210,7 @@ class Run:
         text = torch.cat([*words, scene] if host.flux else [scene, *words], 1)
         lengths = [w.shape[1] for w in words]
         step = NursingPass(host, lengths, self.regions, self.masks, self.binding.config.opacity, bound)
-        with step.active():
+        with step.active(), tell_rows(Rows(bound, layout="scene")):
             return plain(**host.with_text(args, text, args["pooled_projections"]))
 
     # --- the steps --------------------------------------------------------------------------------------------------
@@ -217,13 +231,16 @@ class Run:
         sigmas = self.pipe.scheduler.sigmas
         change = (sigmas[self.step + 1] - sigmas[self.step]).to(latents.device)
         for i, parts in self.found.items():
-            velocity = parts[0]
+            velocity = cond = parts[0]
             if len(parts) == 2:
                 uncond, cond = parts if way == "batched" else parts[::-1]
                 velocity = uncond + scale * (cond - uncond)
+            if i in self.extra:  # the layers are guided as the scene is
+                factor, other = self.extra[i]
+                velocity = velocity + factor * (cond - other)
             moved = self.branches[i].float() + change * velocity
             self.branches[i] = moved.to(velocity.dtype)
-        self.found = {}
+        self.found, self.extra = {}, {}
         if self.cached is not None:
             latents = self.cached.background[self.step + 1].to(latents)
         self.trajectory.append(latents)

@@ -9,7 +9,7 @@ from eff_kernels.edit.attention import Attend, AttentionCall
 from eff_kernels.edit.attention.forward import Forward
 from torch import Tensor
 
-from eff_guidance.denoiser import Watched
+from eff_guidance.denoiser import Watched, check_whole
 from eff_guidance.pokefusion.adapter import StyleAdapter
 from eff_guidance.pokefusion.use import (
     StyleUse,
@@ -20,6 +20,7 @@ from eff_guidance.pokefusion.use import (
     set_use,
     style_attention,
 )
+from eff_guidance.together import current_rows
 
 # Processors that call scaled_dot_product_attention once, on all that the layer attends to.
 _ONE_CALL = (
@@ -57,10 +58,13 @@ class StyleRule:
         now = acting(self.adapter, self.name)
         if now is None:
             return answer
+        check_whole(call.module)
         if call.streams is None and getattr(call.module, "added_kv_proj_dim", None) is not None:
             raise ValueError(f"{call.name} ({type(call.module).__name__}): the order of its tokens is not known")
         image = slice(None) if call.streams is None else call.streams["image"]
         if self.adapter.config.fusion == "joint":
+            if (told := current_rows()) is not None and told.layout != "none":
+                raise ValueError("a style with fusion='joint' brings keys of its own, which a layout cannot place")
             more = self._joint(call, attend, answer.out, image, *now)
         else:
             query = _without_rotation(call)[:, :, image].to(call.dtype)
@@ -73,19 +77,21 @@ class StyleRule:
         self, call: AttentionCall, attend: Attend, plain: Tensor, image: slice, use: StyleUse, factor: float
     ) -> Tensor:
         """What the joint softmax changes: factor * gate * (attention to text and style together - to text alone)."""
-        first = use.first_row(call.q.shape[0])
-        rows = call.q.shape[0] - first
-        key, value = keys_and_values(self.adapter, self.name, call.module, use, call.num_heads, rows, call.dtype)
-        key, value = (t.to(call.q.device).expand(rows, -1, -1, -1) for t in (key, value))
-        k, v = (torch.cat([a[first:].to(b.dtype), b], 2) for a, b in ((call.k, key), (call.v, value)))
+        rows = use.rows(call.q.shape[0])
+        q = rows.prompted(call.q)
+        if not len(q):
+            return torch.zeros_like(plain[:, :, image])
+        key, value = keys_and_values(self.adapter, self.name, call.module, use, call.num_heads, len(q), call.dtype)
+        key, value = (t.to(call.q.device).expand(len(q), -1, -1, -1) for t in (key, value))
+        k, v = (torch.cat([rows.prompted(a).to(b.dtype), b], 2) for a, b in ((call.k, key), (call.v, value)))
         mask = call.mask
         if mask is not None:
             open_ = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
-            mask = mask[first:] if mask.shape[0] == call.q.shape[0] else mask
+            mask = rows.prompted(mask) if mask.shape[0] == call.q.shape[0] else mask
             mask = torch.cat([mask, open_.expand(*mask.shape[:-1], key.shape[2])], -1)
-        both = attend(call.replace(q=call.q[first:], k=k, v=v, mask=mask)).out[:, :, image]
-        more = (both - plain[first:, :, image]) * amount(self.adapter, self.name, use, factor, both)
-        return torch.nn.functional.pad(more, (0, 0, 0, 0, 0, 0, first, 0))
+        both = attend(call.replace(q=q, k=k, v=v, mask=mask)).out[:, :, image]
+        more = (both - rows.prompted(plain[:, :, image])) * amount(self.adapter, self.name, use, factor, both)
+        return rows.padded(more)
 
 
 class StyledAttention(Forward):

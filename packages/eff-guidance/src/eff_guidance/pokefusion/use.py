@@ -15,6 +15,7 @@ from torch import Tensor
 from eff_guidance.denoiser import current_call
 from eff_guidance.pokefusion.adapter import StyleAdapter
 from eff_guidance.pokefusion.layers import key_norm
+from eff_guidance.together import Rows, current_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +59,13 @@ class StyleUse:
             found *= call.inside(*self.steps)
         return found
 
-    def first_row(self, rows: int) -> int:
-        """Rows of a batch that come before those with style."""
+    def rows(self, count: int) -> Rows:
+        """Which rows of a batch of so many get no style."""
+        if (told := current_rows()) is not None:
+            return told
         if self.unconditional is not None:
-            return self.unconditional
-        return rows // 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 0
+            return Rows(self.unconditional)
+        return Rows(count // 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 0)
 
     def off(self) -> StyleUse:
         """The same without style."""
@@ -110,17 +113,21 @@ def keys_and_values(
             key = norm(key).to(dtype)
         if stored is not None:
             stored[name] = (made_of, (key, value))
-    return _spread(key, rows, name), _spread(value, rows, name)
+    told = current_rows()
+    groups = 1 if told is None else told.groups
+    return _spread(key, rows, name, groups), _spread(value, rows, name, groups)
 
 
 def style_attention(adapter: StyleAdapter, name: str, module: Any, q: Tensor, use: StyleUse, factor: float) -> Tensor:
     """Attention of queries [B, H, S, D] to style times factor and gate, for the rows that get it; 0 for others."""
-    first = use.first_row(q.shape[0])
-    query = q[first:]
+    rows = use.rows(q.shape[0])
+    query = rows.prompted(q)
+    if not len(query):
+        return torch.zeros_like(q)
     key, value = keys_and_values(adapter, name, module, use, q.shape[1], query.shape[0], q.dtype)
     key, value = (t.to(q.device).expand(query.shape[0], -1, -1, -1) for t in (key, value))
     out = F.scaled_dot_product_attention(query, key, value)
-    return F.pad(out * amount(adapter, name, use, factor, out), (0, 0, 0, 0, 0, 0, first, 0))
+    return rows.padded(out * amount(adapter, name, use, factor, out))
 
 
 def amount(adapter: StyleAdapter, name: str, use: StyleUse, factor: float, out: Tensor) -> Tensor:
@@ -129,6 +136,8 @@ def amount(adapter: StyleAdapter, name: str, use: StyleUse, factor: float, out: 
     if use.keep is not None:
         found = found * _rows(use.keep, out.shape[0]).to(out.device)[:, None, None, None]
     if use.mask is not None:
+        if (told := current_rows()) is not None and told.layout == "branch":
+            raise ValueError("a style's mask is for the whole picture, which a layout's branches are not; use eta1=0")
         found = found * mask_on_tokens(use.mask.to(out.device), out.shape[2]).to(out.dtype)[:, None]
     return found
 
@@ -146,13 +155,14 @@ def mask_on_tokens(mask: Tensor, tokens: int) -> Tensor:
     return F.interpolate(mask[None, None].float(), (rows, tokens // rows), mode="area").flatten()
 
 
-def _spread(x: Tensor, rows: int, name: str) -> Tensor:
-    """Styles of a call's prompts for all its rows: the pictures of a prompt follow each other."""
-    if x.shape[0] == 1 or x.shape[0] == rows:
+def _spread(x: Tensor, rows: int, name: str, groups: int) -> Tensor:
+    """Styles of a call's prompts for all its rows: in each group the pictures of a prompt follow each other."""
+    each = rows // groups
+    if x.shape[0] == 1 or x.shape[0] == each == rows:
         return x
-    if rows % x.shape[0]:
-        raise ValueError(f"{name}: {x.shape[0]} styles for {rows} rows with style; wanted one for each, or one for all")
-    return x.repeat_interleave(rows // x.shape[0], 0)
+    if each % x.shape[0]:
+        raise ValueError(f"{name}: {x.shape[0]} styles for {each} rows with style; wanted one for each, or one for all")
+    return x.repeat_interleave(each // x.shape[0], 0).repeat(groups, 1, 1, 1)
 
 
 def _rows(keep: Tensor, rows: int) -> Tensor:

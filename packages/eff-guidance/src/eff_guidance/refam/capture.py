@@ -13,6 +13,7 @@ from eff_kernels.edit.attention import AttentionCall, columns, joint_attention, 
 from eff_kernels.edit.attention.diffusers import leaves_padding
 from torch import Tensor, nn
 
+from eff_guidance.denoiser import check_whole
 from eff_guidance.refam.config import Direction, Normalize
 
 _ENTRIES = 2**24  # of a block of logits
@@ -134,7 +135,10 @@ class JointAttention:
         return torch.stack([*self.maps.values()]).mean(0), torch.stack([*self.text_to_text.values()]).mean(0)
 
     def _record(self, call: AttentionCall, output: Any) -> None:
-        if threading.get_ident() != self._thread or call.streams is None:
+        if threading.get_ident() != self._thread:
+            return
+        check_whole(call.module)
+        if call.streams is None:
             return
         if not leaves_padding(call.module):
             self._add(call.name, *self._measure(call, self._valid))
