@@ -45,11 +45,11 @@ def packages(page: Path) -> str:
 
 def methods(page: Path) -> str:
     """Methods with what they do and what was found."""
-    lines = ["| method | where | what it does | what we found |", "| --- | --- | --- | --- |"]
+    lines = ["| method | what it does | what we found |", "| --- | --- | --- |"]
     for module, entries in table().items():
         for folder, entry in entries.items():
             name = link(page, entry["name"], ROOT / "docs" / "methods" / f"{entry['page']}.md")
-            lines.append(f"| {name} | `{module}.{folder}` | {does(module, folder)} | {entry['found']} |")
+            lines.append(f"| {name}<br>`{module}.{folder}` | {does(module, folder)} | {entry['found']} |")
     return "\n".join(lines)
 
 
@@ -73,11 +73,19 @@ def link(page: Path, text: str, target: Path) -> str:
     return f"[{text}]({os.path.relpath(folder, page.parent)})"
 
 
+def minute(page: Path) -> str:
+    """The site's first page shows what README.md shows."""
+    text = (ROOT / "README.md").read_text()
+    return text.split("## In one minute\n\n")[1].split("\n\n## Methods")[0].replace("](docs/", "](")
+
+
 def filled(page: Path) -> str:
     """The page with its tables as they are now."""
     text = page.read_text()
-    for name, make in (("packages", packages), ("methods", methods)):
+    for name, make in (("packages", packages), ("methods", methods), ("minute", minute)):
         start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
+        if start not in text:
+            continue
         before, rest = text.split(start)
         text = f"{before}{start}{make(page)}\n{end}{rest.split(end)[1]}"
     return text
