@@ -30,7 +30,10 @@ def test_steering_reaches_the_engine(chat, complete, engine, given, wanted):
         ({"act": {"betta": 0.4}}, "eff.act", "betta"),
         ({"paint": True, "pai": True}, "eff", "give one of them"),
         ({"act": "yes"}, "eff.act", ""),
-        ({"carve": True}, "eff.carve", ""),
+        ({"carve": True}, "eff.carve", "'carve' is nothing that this model takes; it takes no steering"),
+        ({"carve": {"top_p": 0}}, "eff.carve", "top_p must be"),
+        ({"carve": True, "act": True}, "eff", "leave out act"),
+        ({"opera": True}, "eff.opera", ""),
     ],
 )
 def test_what_is_wrong_is_named(chat, engine, given, param, text):

@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import torch
+from eff_attention.contrastive_focus import record_image_attention
 from eff_attention.grounded_attention import PAIConfig, PAINTConfig, apply_paint
 from eff_attention.head_reinforcement import VHRConfig, apply_vhr
 from eff_attention.sink_calibration import ACTConfig, apply_act
@@ -13,6 +14,7 @@ from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.hf import HFDecoder
 from eff_serve.engine.steering import Steering
 from eff_serve.engine.types import Sampling
+from eff_serve.engine.watch import PictureWatch
 from eff_serve.pictures.eyes import TowerSaliency
 from eff_serve.pictures.prompt import LowRank, PromptPictures
 
@@ -75,7 +77,7 @@ def make_decoder(tiny_model):
     return make
 
 
-def ask(engine, requests, tokens=30):
+def ask(engine, requests, tokens=30, watches=None):
     async def read(stream):
         return [(step.token, step.score.logprob) async for step in stream]
 
@@ -83,10 +85,12 @@ def ask(engine, requests, tokens=30):
         streams = [
             engine.submit(
                 list(prompt),
-                Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True, logprobs=0, steering=steering),
+                Sampling(
+                    max_tokens=tokens, temperature=0.0, ignore_eos=True, logprobs=0, steering=steering, watch=watch
+                ),
                 seen,
             )
-            for prompt, steering, seen in requests
+            for (prompt, steering, seen), watch in zip(requests, watches or [None] * len(requests), strict=True)
         ]
         return await asyncio.wait_for(asyncio.gather(*map(read, streams)), 120)
 
@@ -179,6 +183,43 @@ def test_models_of_transformers_take_calibration(make_engine, tmp_path):
     assert len({str(answer) for answer in found}) == 3
     with pytest.raises(ValueError, match="'pai' is nothing that this model takes; it takes 'act'"):
         ask(engine, [(TEXT, Steering(pai=PAIConfig()), None)])
+
+
+ONE = [5, 6, 7, *[16] * 9, 8, 9, 10]
+
+
+@pytest.mark.parametrize("layers", [None, (0, -1)])
+def test_where_an_answer_looks_is_what_the_model_in_transformers_looks_at(make_decoder, make_engine, llava, layers):
+    """Recorded alone, and beside others in too few pages, where sequences are sent back and begin anew."""
+    model, pixels, seen = llava
+    seen = PromptPictures(PLACES[:9], seen.embeddings[:9], seen.saliency)
+    ids = torch.tensor([ONE])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels[:1]}
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    wanted = record_image_attention(model, inputs, layers, max_new_tokens=2 * PAGE)
+    request = [(ONE, None, seen)]
+    engine = make_engine(make_decoder(), chunk=7)
+    watch = PictureWatch(layers)
+    (alone,) = ask(engine, request, 2 * PAGE, watches=[watch])
+    assert [token for token, _ in alone] == wanted.ids.tolist()
+    assert watch.maps.shape == wanted.maps.shape
+    torch.testing.assert_close(watch.maps, wanted.maps, rtol=1e-3, atol=1e-5)
+    assert ask(engine, request, 2 * PAGE) == [alone]  # watched or not
+    tight = make_engine(make_decoder(num_pages=8), chunk=7, max_batch=4, max_model_len=4 * PAGE)
+    watches = [PictureWatch(layers) for _ in range(2)]
+    requests = [*request, (PROMPT, CASES["pai"], llava[2]), *request, (TEXT, None, None)]
+    answers = ask(tight, requests, 2 * PAGE, watches=[watches[0], None, watches[1], None])
+    assert answers[0] == answers[2]
+    for one in watches:
+        torch.testing.assert_close(one.maps, watch.maps, rtol=1e-4, atol=1e-6)
+
+
+def test_prompts_that_cannot_be_watched_are_refused(make_decoder, make_engine, llava):
+    engine = make_engine(make_decoder())
+    with pytest.raises(ValueError, match="needs a picture"):
+        ask(engine, [(TEXT, None, None)], watches=[PictureWatch()])
+    with pytest.raises(ValueError, match=r"layers \[5\] cannot be watched"):
+        ask(engine, [(PROMPT, None, llava[2])], watches=[PictureWatch((5,))])
 
 
 def test_dimensions_of_sinks_are_found(make_decoder):

@@ -79,3 +79,36 @@ def test_requests_of_both_kinds_at_once_are_answered_as_alone(seeing, say):
             return [answer.choices[0].message.content for answer in await asyncio.gather(*calls)]
 
     assert asyncio.run(together()) == alone
+
+
+def test_a_second_look_gives_the_answer_of_the_method_in_python(seeing, say):
+    """CARVE by the field ``eff``, alone and beside others, and what /v1/models says of it."""
+    import io
+
+    import torch
+    from eff_attention.contrastive_focus import CarveConfig, carve_answer
+    from eff_embedded.eyes import load_smollm2_eyes
+    from PIL import Image
+
+    config = CarveConfig(suffix="", final="refined", max_new_tokens=12)
+    picture = Image.open(io.BytesIO(base64.b64decode(PICTURE.partition(",")[2]))).convert("RGB")
+    torch.set_num_threads(1)
+    wanted = carve_answer(*load_smollm2_eyes(), picture, "Is there a dog in the picture?", config).answer
+    eff = {"carve": {"suffix": "", "final": "refined", "max_new_tokens": 12}}
+
+    async def together():
+        async with openai.AsyncOpenAI(base_url=f"{seeing.address}/v1", api_key="none", timeout=120) as client:
+            assert "carve" in (await client.models.list()).data[0].steering
+            common = {"model": "smollm2-eyes", "temperature": 0, "max_tokens": 12}
+
+            def ask(**more):
+                return client.chat.completions.create(
+                    **common, messages=about("Is there a dog in the picture?"), extra_body=more
+                )
+
+            alone = await ask(eff=eff)
+            several = await asyncio.gather(ask(eff=eff), ask(), ask(eff={"pai": True}), ask(eff=eff))
+            return [a.choices[0].message.content for a in (alone, several[0], several[3])]
+
+    answers = asyncio.run(together())
+    assert answers == [wanted] * 3

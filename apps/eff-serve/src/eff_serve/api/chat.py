@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from eff_http import JsonRoute, bad_request
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from eff_serve.api import pictures
+from eff_serve.api import pictures, second_look
 from eff_serve.api.answer import Answer, Frame, assembler_for, includes_usage, respond
 from eff_serve.api.documented import json_or_events
 from eff_serve.api.generation import Generation, Job, Piece
@@ -83,6 +84,8 @@ async def begin(body: ChatRequest, request: Request, prefix: str) -> Begun:
     if n > serving.settings.max_sequences:
         raise bad_request(f"n={n} is more than the {serving.settings.max_sequences} that this server allows", "n")
     pictures.check(body.messages, serving.eyes)
+    carve = second_look.check(body, serving)
+    asked, body = body, body if carve is None else second_look.shown_again(body, carve)
     plan = await asyncio.to_thread(plan_for, body, tokenizer.dialect)
     prompt = await asyncio.to_thread(chat_prompt, tokenizer, body)
     limit = token_limit(len(prompt), body.limit, engine.max_model_len, "messages")
@@ -100,7 +103,11 @@ async def begin(body: ChatRequest, request: Request, prefix: str) -> Begun:
         sampling = replace(sampling, grammar=grammar)
     special = shows_special(plan, tokenizer, thinks=thoughts)
     frame = Frame.of(request, serving, prefix, body.request_id, adapter)
-    seen = await pictures.look(body.messages, prompt, serving.eyes)
+    if carve is None:
+        seen = await pictures.look(body.messages, prompt, serving.eyes)
+    else:
+        encode = partial(chat_prompt, tokenizer)
+        seen = await second_look.look(asked, encode, serving, carve, prompt, sampling)
     jobs = [
         Job(prompt, for_choice(sampling, i), assembler_for(tokenizer, body, keep_special=special), seen)
         for i in range(n)

@@ -39,6 +39,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """
     serving: Serving = request.app.state.serving
     adapter = serving.check_model(body.model)
+    if body.eff is not None and body.eff.second_look is not None:
+        raise bad_request("eff.carve looks twice at a picture, and only conversations hold pictures", "eff.carve")
     n = body.n or 1
     sequences = n * len(body.prompt)
     most = serving.settings.max_sequences

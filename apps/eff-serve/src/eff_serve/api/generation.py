@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,11 +81,7 @@ class Choice:
 
     def _take(self, step: Step) -> str:
         """Text that a step makes visible; sets ``finish_reason``."""
-        if step.finish_reason == "error":
-            log.error("the engine failed: %s", step.error)
-            raise internal_error(f"generation failed: {step.error}")
-        if step.finish_reason == "cancelled":
-            raise retry_later(503, "generation was cancelled because the server is shutting down", "draining", 5)
+        told_of_end(step)
         assembler = self.job.text
         text = ""
         if step.token is not None:
@@ -96,8 +93,47 @@ class Choice:
             self.finish_reason = "stop"
         elif step.finish_reason is not None:
             text += assembler.finish()
-            self.finish_reason = "stop" if assembler.stopped else step.finish_reason
+            self.finish_reason = "stop" if assembler.stopped or step.finish_reason == "stop" else "length"
         return text
+
+
+def told_of_end(step: Step) -> None:
+    """Say why a sequence ended that did not come to its own end.
+
+    Raises:
+        ApiError: 500 where the engine failed, 503 where it is shut down.
+    """
+    if step.finish_reason == "error":
+        log.error("the engine failed: %s", step.error)
+        raise internal_error(f"generation failed: {step.error}")
+    if step.finish_reason == "cancelled":
+        raise retry_later(503, "generation was cancelled because the server is shutting down", "draining", 5)
+
+
+@contextmanager
+def in_line(serving: Serving) -> Iterator[None]:
+    """What the engine refuses while sequences are put in line, as answers to the client.
+
+    Raises:
+        ApiError: 400, 429 or 503.
+    """
+    try:
+        yield
+    except QueueFullError as error:
+        serving.metrics.rejected("queue_full")
+        raise queue_full(error) from None
+    except DrainingError as error:
+        serving.metrics.rejected("draining")
+        raise draining(error) from None
+    except ValueError as error:
+        raise bad_request(f"the model cannot take this request: {error}") from None
+
+
+def deadline_passed(seconds: float) -> ApiError:
+    """504 for an answer that took too long."""
+    message = f"the answer was not complete after {seconds:g} s; ask for fewer tokens or try again later"
+    headers = {"x-should-retry": "false"}
+    return ApiError(504, message, kind="timeout_error", code="deadline_exceeded", headers=headers)
 
 
 class Generation:
@@ -138,21 +174,11 @@ class Generation:
         self._closed = False
         self.choices: list[Choice] = []
         try:
-            for index, job in enumerate(jobs):
-                stream = serving.engine.submit(job.prompt, job.sampling, job.pictures)
-                metrics = serving.metrics.sequence(arrival, len(job.prompt))
-                self.choices.append(Choice(index, job, stream, metrics))
-        except QueueFullError as error:
-            self.close()
-            serving.metrics.rejected("queue_full")
-            raise queue_full(error) from None
-        except DrainingError as error:
-            self.close()
-            serving.metrics.rejected("draining")
-            raise draining(error) from None
-        except ValueError as error:
-            self.close()
-            raise bad_request(f"the model cannot take this request: {error}") from None
+            with in_line(serving):
+                for index, job in enumerate(jobs):
+                    stream = serving.engine.submit(job.prompt, job.sampling, job.pictures)
+                    metrics = serving.metrics.sequence(arrival, len(job.prompt))
+                    self.choices.append(Choice(index, job, stream, metrics))
         except BaseException:
             self.close()
             raise
@@ -169,9 +195,7 @@ class Generation:
                 await self._run_all(emit)
         except TimeoutError:
             self._outcome = "error"
-            message = f"the answer was not complete after {seconds:g} s; ask for fewer tokens or try again later"
-            headers = {"x-should-retry": "false"}
-            raise ApiError(504, message, kind="timeout_error", code="deadline_exceeded", headers=headers) from None
+            raise deadline_passed(seconds) from None
         except Exception:
             self._outcome = "error"
             raise

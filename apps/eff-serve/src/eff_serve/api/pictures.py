@@ -64,16 +64,21 @@ async def look(messages: Sequence[Message], prompt: Sequence[int], eyes: Eyes | 
     found = placed(messages)
     if not found or eyes is None:
         return None
-    return await asyncio.to_thread(_look, found, prompt, eyes)
+    return await asyncio.to_thread(lambda: eyes.look(prompt, read(messages)))
 
 
-def _look(found: Sequence[tuple[str, ImagePart]], prompt: Sequence[int], eyes: Eyes) -> Any:
+def read(messages: Sequence[Message]) -> list[Any]:
+    """The pictures of a conversation, decoded.
+
+    Raises:
+        ApiError: 400 for what is no picture, with the path of the part.
+    """
     from eff_serve.pictures import PictureError, read_picture
 
     pictures = []
-    for path, part in found:
+    for path, part in placed(messages):
         try:
             pictures.append(read_picture(part.image_url.url))
         except PictureError as error:
             raise bad_request(str(error), f"{path}.image_url.url") from None
-    return eyes.look(prompt, pictures)
+    return pictures

@@ -7,6 +7,7 @@ from typing import Literal
 
 from eff_http import ApiError, retry_later
 
+from eff_serve.api.general import GeneralRequests
 from eff_serve.api.metrics import Metrics
 from eff_serve.api.pictures import Eyes
 from eff_serve.api.settings import Settings
@@ -27,6 +28,7 @@ class Serving:
         self.metrics = Metrics(settings.model_id, self._stats)
         self.state: State = "loading"
         self.one_embedding = asyncio.Semaphore(1)
+        self.general_requests = GeneralRequests()
         self._engine: Engine | None = None
         self._tokenizer: Tokenizer | None = None
         if engine is not None and tokenizer is not None:

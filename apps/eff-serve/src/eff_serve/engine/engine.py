@@ -114,10 +114,10 @@ class BatchEngine:
             if not 0 <= pictures.first <= int(pictures.places[-1]) < len(prompt):
                 raise ValueError(f"pictures must stand inside the prompt of {len(prompt)} tokens")
         adapter = None if sampling.adapter is None else self._shelf().get(sampling.adapter)
-        if sampling.steering is not None:
+        if sampling.ruled:
             if (steerer := getattr(self.decoder, "steerer", None)) is None:
                 raise ValueError("this model takes no steering")
-            steerer.check(sampling.steering, pictures)
+            steerer.check(sampling.steering, pictures, sampling.watch)
         eos = self.decoder.config.eos_token_ids
         grammar = None
         if sampling.grammar is not None:
@@ -276,11 +276,11 @@ class BatchEngine:
         wants_scores = sequence.sampling.prompt_logprobs is not None and not sequence.output
         tokens = torch.tensor(sequence.tokens[start : start + count])
         seen = self._seen(sequence)
-        if sequence.sampling.steering is not None:
+        if sequence.sampling.ruled:
             if start == 0:
-                prompt = torch.tensor(sequence.prompt)
+                prompt, sampling = torch.tensor(sequence.prompt), sequence.sampling
                 sequence.steered = self.decoder.steerer.begin(
-                    sequence.sampling.steering, prompt, sequence.pictures, self._number(sequence)
+                    sampling.steering, prompt, sequence.pictures, self._number(sequence), sampling.watch
                 )
             seen["steered"] = sequence.steered
         logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores, **seen)
@@ -301,7 +301,7 @@ class BatchEngine:
 
     def _piece(self, sequence: Sequence) -> int:
         """Tokens of the next step of a sequence that is behind. Rules want a prompt whole, and an answer bit by bit."""
-        if sequence.sampling.steering is None:
+        if not sequence.sampling.ruled:
             return min(self._chunk, sequence.pending)
         return max(1, sequence.prompt_length - sequence.cached)
 

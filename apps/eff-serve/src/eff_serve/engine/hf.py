@@ -19,6 +19,7 @@ from eff_kernels.edit.caches import cache_name
 from torch import Tensor
 
 from eff_serve.engine.steering import Steering, check_takes
+from eff_serve.engine.watch import PictureWatch
 from eff_serve.models.files import read_json
 from eff_serve.pictures.prompt import PromptPictures
 
@@ -130,17 +131,28 @@ class HFSteerer:
         except (NotImplementedError, ValueError):  # no decoder on transformers' interface, or no full attention
             self.takes = ()
 
-    def check(self, steering: Steering, pictures: PromptPictures | None) -> None:
+    def check(
+        self, steering: Steering | None, pictures: PromptPictures | None, watch: PictureWatch | None = None
+    ) -> None:
         """See `Steerer.check`."""
+        if watch is not None:
+            raise ValueError("this model reads text only, and where an answer looks in a picture cannot be watched")
+        if steering is None:
+            return
         check_takes(steering, self.takes)
         if steering.act is not None:
             treated_heads(self._model, steering.act)
 
     def begin(
-        self, steering: Steering, prompt: Tensor, pictures: PromptPictures | None, adapter: int = -1
+        self,
+        steering: Steering | None,
+        prompt: Tensor,
+        pictures: PromptPictures | None,
+        adapter: int = -1,
+        watch: PictureWatch | None = None,
     ) -> ACTConfig | None:
         """See `Steerer.begin`."""
-        return steering.act
+        return None if steering is None else steering.act
 
     def use(self, config: ACTConfig | None) -> None:
         """Calibrate by these settings from now on, or not at all."""

@@ -58,7 +58,7 @@ class Guesser:
 def guess_for(sequence: Sequence, most: int) -> list[int]:
     """Tokens that may follow those of a sequence, at most ``most`` and fewer than it has yet to generate."""
     room = min(most, sequence.sampling.max_tokens - len(sequence.output) - 1)
-    if room < 1 or sequence.sampling.steering is not None:  # rules of attention want an answer token by token
+    if room < 1 or sequence.sampling.ruled:  # rules of attention want an answer token by token
         return []
     if sequence.guesser is None:
         sequence.guesser = Guesser(sequence.tokens)

@@ -30,7 +30,7 @@ class Sharing:
             sequence: The sequence.
             adapter: Number of its adapter; -1 for none.
         """
-        if not self._on or sequence.sampling.steering is not None:
+        if not self._on or sequence.sampling.ruled:
             return  # rules of attention know what they have read themselves, and no more
         if sequence.chain is None:
             root = root_of(sequence.sampling, adapter)

@@ -26,6 +26,8 @@ from eff_kernels.edit.attention import AttentionCall, AttentionOutput, Role, Tok
 from eff_kernels.edit.attention.stack import Entry, Stack
 from torch import Tensor, nn
 
+from eff_serve.engine.watch import PictureWatch
+
 _NOWHERE = nn.Identity()  # calls name their module; the rules do not ask it anything
 _VAR = Keeper.named("visual_sinks", None)
 
@@ -92,6 +94,13 @@ class Steered:
         self._states[keeper.argument] = {}
         self._notes[keeper.argument] = lambda start, end: {"chosen": among[:, :, start:end]}
         self._add(PAINTRule(keeper, gains), layers)
+        self._readers |= set(layers)
+
+    def add_watch(self, watch: PictureWatch, layers: tuple[int, ...], places: Tensor) -> None:
+        """Note what these layers attend to in the picture at ``places``."""
+        watch.begin(layers, places)
+        for layer in layers:
+            self._stacks[layer].add(Entry(watch.note, observes=True))
         self._readers |= set(layers)
 
     def _add(self, rule: Any, layers: Iterable[int]) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from eff_attention.contrastive_focus.record import default_layers
 from eff_attention.grounded_attention import PAIConfig, PAINTConfig
 from eff_attention.head_reinforcement import VHRConfig
 from eff_attention.sink_calibration import ACTConfig
@@ -25,6 +26,7 @@ from eff_serve.engine.steered import Steered
 
 if TYPE_CHECKING:
     from eff_serve.engine.decoder import Decoder
+    from eff_serve.engine.watch import PictureWatch
     from eff_serve.pictures.prompt import PromptPictures
 
 METHODS: dict[str, type[Settings]] = {
@@ -36,6 +38,9 @@ METHODS: dict[str, type[Settings]] = {
 }
 OF_TEXT = ("act",)
 OF_PICTURES = ("var", "vhr", "paint", "pai")
+CARVE = "carve"
+"""A second look at a picture: answers that are watched, and no rule in this one; see `PictureWatch`."""
+
 # The first sees the host's call first and its result last: heads are scaled at the end, logits raised before weights
 # are moved, and calibration sees the weights that the others leave.
 _ORDER = ("vhr", "paint", "pai", "var", "act")
@@ -91,14 +96,20 @@ class Steerer:
         """Methods that a request may ask for."""
         if self._decoder.reuse is not None:  # its layers see a part of the keys, which rules would not know
             return ()
-        return OF_TEXT if self._decoder.behind_pictures is None else (*OF_TEXT, *OF_PICTURES)
+        return OF_TEXT if self._decoder.behind_pictures is None else (*OF_TEXT, *OF_PICTURES, CARVE)
 
-    def check(self, steering: Steering, pictures: PromptPictures | None) -> None:
+    def check(
+        self, steering: Steering | None, pictures: PromptPictures | None, watch: PictureWatch | None = None
+    ) -> None:
         """Refuse what cannot be done for a prompt.
 
         Raises:
             ValueError: the model or the prompt has no such part, or a setting does not fit the model.
         """
+        if watch is not None:
+            self._check_watch(watch, pictures)
+        if steering is None:
+            return
         c = self._decoder.config
         check_takes(steering, self.takes)
         for name in steering.names:
@@ -118,7 +129,21 @@ class Steerer:
         if steering.paint is not None and (pictures is None or pictures.saliency is None):
             raise ValueError("steering by 'paint' needs a vision tower that tells what it attends to; use 'pai'")
 
-    def begin(self, steering: Steering, prompt: Tensor, pictures: PromptPictures | None, adapter: int = -1) -> Steered:
+    def _check_watch(self, watch: PictureWatch, pictures: PromptPictures | None) -> None:
+        count = self._decoder.config.num_layers
+        if CARVE not in self.takes or pictures is None:
+            raise ValueError("watching where an answer looks needs a picture, and a model whose attention is in reach")
+        if wrong := [i for i in watch.layers or () if not -count <= i < count]:
+            raise ValueError(f"layers {wrong} cannot be watched; the model has 0..{count - 1}")
+
+    def begin(
+        self,
+        steering: Steering | None,
+        prompt: Tensor,
+        pictures: PromptPictures | None,
+        adapter: int = -1,
+        watch: PictureWatch | None = None,
+    ) -> Steered:
         """The rules of one sequence, before its first token is read.
 
         Args:
@@ -126,13 +151,18 @@ class Steerer:
             prompt: Its prompt, int64 [T].
             pictures: The prompt's pictures.
             adapter: Number of its adapter.
+            watch: Notes where it looks, after `check`.
         """
         c = self._decoder.config
         places = None if pictures is None else pictures.places
         steered = Steered(c.num_layers, prompt.numel(), places)
-        for name in _ORDER:
+        if watch is not None:
+            assert places is not None
+            chosen = default_layers(c.num_layers) if watch.layers is None else watch.layers
+            steered.add_watch(watch, tuple(i % c.num_layers for i in chosen), places)
+        for name in _ORDER if steering is not None else ():
             config = getattr(steering, name)
-            if name == "vhr" and config is not None:
+            if name == "vhr" and config is not None and steering is not None:
                 steered.add_vhr(config, self._without_pictures(steering.act, prompt, places, adapter))
             elif name in ("paint", "pai") and config is not None:
                 saliency = None if pictures is None else pictures.saliency

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from eff_serve.engine.steering import Steering
+    from eff_serve.engine.watch import PictureWatch
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -33,6 +34,7 @@ class Sampling:
         adapter: Name of a LoRA adapter that the engine holds; None is the base model.
         priority: Place in the waiting line: smaller numbers first, equal ones in the order in which they came.
         steering: Rules of attention, which the engine checks; None changes nothing.
+        watch: Notes where the sequence looks in its picture.
     """
 
     max_tokens: int
@@ -54,6 +56,12 @@ class Sampling:
     adapter: str | None = None
     priority: int = 0
     steering: Steering | None = None
+    watch: PictureWatch | None = None
+
+    @property
+    def ruled(self) -> bool:
+        """Whether something acts on or looks at its attention, for which its prompt is read in one piece."""
+        return self.steering is not None or self.watch is not None
 
 
 @dataclass(frozen=True, slots=True)
