@@ -2,9 +2,7 @@
 
 import triton
 import triton.language as tl
-from eff_kernels.autotune import AotCase, autotune
-
-CONFIGS = [triton.Config({"BM": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=2)]
+from eff_kernels.aot import AotCase
 
 
 @triton.jit
@@ -13,7 +11,6 @@ def _scale_kernel(x_ptr, out_ptr, n, factor, BLOCK: tl.constexpr):
     tl.store(out_ptr + offset, tl.load(x_ptr + offset, mask=offset < n) * factor, mask=offset < n)
 
 
-@autotune(CONFIGS, key=["K"])
 @triton.jit
 def _matmul_kernel(a_ptr, b_ptr, out_ptr, K, stride_a, stride_b, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
@@ -67,7 +64,6 @@ GOOD = [
     scale("scale", targets=("sm_80", "sm_90", "sm_100", "gfx942")),
     matmul("fp16", 64),
     matmul("int8", 64, dtype="i8", targets=("sm_80", "gfx942"), mma="int8"),
-    *matmul("configs", 32, targets=("sm_90",)).with_configs(CONFIGS),
 ]
 BAD = [
     matmul("spills", 128, targets=("sm_80", "gfx942"), warps=1, stages=1),

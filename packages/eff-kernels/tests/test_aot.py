@@ -8,8 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from eff_kernels import autotune as tuning  # noqa: E402
-from eff_kernels.autotune import AotCase  # noqa: E402
+from eff_kernels.aot import AotCase  # noqa: E402
 from eff_kernels.testing import aot  # noqa: E402
 
 SAMPLES = Path(__file__).with_name("aot_samples.py")
@@ -132,26 +131,3 @@ def test_a_kernel_without_a_case_is_named(samples):
     module.AOT_CASES = [samples.matmul("one", 64)]
     with pytest.raises(ValueError, match="AOT_CASES has no case of _broken_kernel, _scale_kernel"):
         aot.aot_cases(module)
-
-
-def test_autotune_keeps_one_config_under_the_interpreter(monkeypatch, samples):
-    configs = [triton.Config({"BLOCK": 16}, num_warps=w) for w in (1, 2, 4)]
-    hip = [triton.Config({"BLOCK": 32}, num_warps=1)]
-    kernel = samples.GOOD[0].kernel
-    monkeypatch.setattr(tuning, "INTERPRET", True)
-    assert tuning.autotune(configs, key=["n"], hip=hip)(kernel).configs == configs[:1]
-    monkeypatch.setattr(tuning, "INTERPRET", False)
-    assert tuning.autotune(configs, key=["n"], hip=hip)(kernel).configs == configs
-    monkeypatch.setattr(tuning, "on_hip", lambda: True)
-    assert tuning.autotune(configs, key=["n"], hip=hip)(kernel).configs == hip
-    assert tuning.autotune(configs, key=["n"])(kernel).configs == configs
-
-
-def test_cases_follow_configs():
-    config = triton.Config({"BM": 16, "BN": 32}, num_warps=2, num_stages=5)
-    case = AotCase(name="gemm", kernel=None, signature={}, constexprs={"FLAG": True}, options={"maxnreg": 128})
-    (made,) = case.with_configs([config], ("sm_90",))
-    assert made.name == "gemm-16-32-w2-s5"
-    assert made.constexprs == {"FLAG": True, "BM": 16, "BN": 32}
-    assert made.options == {"maxnreg": 128, "num_warps": 2, "num_stages": 5}
-    assert made.targets == ("sm_90",)

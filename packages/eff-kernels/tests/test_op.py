@@ -3,7 +3,9 @@ import types
 
 import pytest
 import torch
+from eff_kernels import block_map, explain, rms_norm, scored_decode_attention
 from eff_kernels.op import Backend, BackendError, Op, triton_backend
+from eff_kernels.ops.rms_norm import api as rms_api
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -93,6 +95,31 @@ def test_explain_gives_each_reason(plain):
         "  even: needs an even length, got 3",
         "  reference: runs",
     ]
+
+
+def test_explain_takes_a_public_function_and_its_arguments():
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    explanation = explain(rms_norm, x, torch.ones(3), eps=1e-3)
+    assert (explanation.op, explanation.chosen) == ("rms_norm", "reference")
+    assert "torch.float64" in explanation.reasons["cpu"]
+    assert explanation.reasons["reference"] is None
+    assert explain(scored_decode_attention, *decode(), score_block=2).op == "scored_decode_attention"
+
+
+def decode():
+    return torch.ones(1, 2, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.tensor([3], dtype=torch.int32)
+
+
+def test_explain_computes_nothing_and_refuses_what_a_call_refuses(monkeypatch):
+    def fail(*args):
+        raise AssertionError("a backend ran")
+
+    monkeypatch.setattr(rms_api.OP, "backends", tuple(Backend(b.name, fail, b.reject) for b in rms_api.OP.backends))
+    assert explain(rms_norm, torch.ones(3), torch.ones(3)).reasons["reference"] is None
+    with pytest.raises(ValueError, match=r"weight must have shape \[3\]"):
+        explain(rms_norm, torch.ones(3), torch.ones(4))
+    with pytest.raises(TypeError, match="block_map runs no op"):
+        explain(block_map, torch.ones(3))
 
 
 def test_auto_without_any_backend_raises_with_all_reasons():

@@ -143,6 +143,23 @@ def test_table_with_a_provider_missing_in_a_row():
     assert table.splitlines()[3].split("|")[4:7] == [" " * 7, " 2.0         ", "          "]
 
 
+def test_a_column_of_rooflines_that_nobody_counted_is_left_out():
+    records = [made("eager", 8.0, roofline=None), made("eff", 2.0, roofline=None)]
+    assert ratio_table(records).splitlines()[0].split() == [
+        "|",
+        "spec",
+        "|",
+        "mode",
+        "|",
+        "threads",
+        "|",
+        "eager",
+        "|",
+        "eff",
+        "|",
+    ]
+
+
 def test_rotating_sets_do_not_fit_the_cache():
     size = last_level_cache_bytes() // 3
     sets = rotating(lambda: object(), size)

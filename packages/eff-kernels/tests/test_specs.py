@@ -1,6 +1,6 @@
 import pytest
 import torch
-from eff_kernels.testing import NON_CONTIGUOUS, Spec, padded_rows, strided_columns, swapped_dims, tagged
+from eff_kernels.testing import NON_CONTIGUOUS, Spec, padded_rows, strided_columns, swapped_dims
 
 SPEC = Spec("one", lambda draw: (draw.normal(3, 4), draw.uniform(5, low=2, high=3), draw.integers(6, low=0, high=9)))
 
@@ -26,13 +26,6 @@ def test_ranges_and_dtypes():
     assert ((u >= 2) & (u <= 3)).all()
     assert ((i >= 0) & (i < 9)).all()
     assert SPEC.args(torch.float32, "meta")[0].device.type == "meta"
-
-
-def test_tagged():
-    specs = [Spec(n, SPEC.make, tags=frozenset(n)) for n in ("a", "ab", "b")]
-    assert [s.name for s in tagged(specs, "a")] == ["a", "ab"]
-    assert [s.name for s in tagged(specs, "a", without=["b"])] == ["a"]
-    assert len(tagged(specs)) == 3
 
 
 @pytest.mark.parametrize("name", NON_CONTIGUOUS)

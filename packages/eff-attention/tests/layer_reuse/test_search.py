@@ -188,7 +188,7 @@ def test_a_profile_travels_and_merges(tmp_path):
     assert merged.overlap[0] == pytest.approx(WORKED * (3 + 0.5) / 4)
     assert len(merged.ratio90) == 4
     np.savez(tmp_path / "q.npz", overlap=one.overlap)
-    with pytest.raises(ValueError, match="holds no ReuseProfile"):
+    with pytest.raises(ValueError, match="is not a ReuseProfile file"):
         ReuseProfile.load(tmp_path / "q.npz")
     with pytest.raises(ValueError, match="one shape"):
         ReuseProfile.merge([one, profile(WORKED[:3, :3])])

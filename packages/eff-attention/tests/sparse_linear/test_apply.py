@@ -194,7 +194,7 @@ def test_what_is_saved_loads_bit_for_bit(net, x, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no SLAWeights"):
+    with pytest.raises(ValueError, match="is not a SLAWeights file"):
         load_sla(net, tmp_path / "other.safetensors")
 
 

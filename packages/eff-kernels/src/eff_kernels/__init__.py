@@ -6,7 +6,7 @@ Ops dispatch by themselves (`eff_kernels.op`); `eff_kernels.edit` changes models
 from importlib.metadata import version
 
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
-from eff_kernels.op import Backend, BackendError, Explanation, Op, triton_backend
+from eff_kernels.op import Backend, BackendError, Explanation, Op, explain, triton_backend
 from eff_kernels.ops.attention_columns import AttentionColumns, attention_columns
 from eff_kernels.ops.attention_rows import row_scores, row_values
 from eff_kernels.ops.block_sparse_attention import BlockSparseAttention, block_sparse_attention
@@ -58,6 +58,7 @@ __all__ = [
     "block_map",
     "block_sparse_attention",
     "decode_attention",
+    "explain",
     "fits",
     "fp4_dequantize",
     "fp4_linear",

@@ -2,7 +2,7 @@
 
 An `Op` holds backends in order of preference. Each backend is a function plus one predicate, ``reject(*args)``: None
 means that the backend runs this call, a text says why it does not. The same predicate answers three questions: which
-backend ``"auto"`` takes, why a backend that was asked for by name cannot run, and what `Op.explain` prints.
+backend ``"auto"`` takes, why a backend that was asked for by name cannot run, and what `explain` prints.
 
 Every op is also registered with torch.library (schema, fake kernel, autograd), which is the way taken under
 torch.compile, with tensor subclasses and when a gradient is wanted. A plain inference call skips that boundary, which
@@ -16,8 +16,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import re
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -34,8 +36,12 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_compiling = torch.compiler.is_compiling
 _autocasts = torch._C._is_any_autocast_enabled
-_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})  # isinstance(a, Tensor) is dear
+_PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype})  # isinstance(a, Tensor) is slow
 _TENSORS = frozenset({Tensor, Parameter})
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", torch.dtype: "ScalarType", str: "str", float: "float",
+    bool: "bool", Sequence[bool]: "bool[]", int: "int", int | None: "int?", Sequence[int]: "int[]",
+}  # fmt: skip
 
 
 class BackendError(RuntimeError):
@@ -57,7 +63,7 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `Op.explain` found: the backend that ``auto`` takes and the reason of each backend that refuses."""
+    """What `explain` found: the backend that ``auto`` takes and the reason of each backend that refuses."""
 
     op: str
     chosen: str | None
@@ -67,6 +73,17 @@ class Explanation:
         lines = [f"{self.op}: auto takes {self.chosen or 'nothing'}"]
         lines += [f"  {name}: {'runs' if reason is None else reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
+
+
+class _Answer(Exception):
+    """Carries what `explain` asked for out of a public function."""
+
+
+class _Name(str):
+    __slots__ = ()
+
+
+_ASK = _Name("auto")  # known by its identity; to all else it is a valid name of a backend
 
 
 class Op:
@@ -124,12 +141,14 @@ class Op:
             ValueError: tensors on different devices; or as `select_backend`.
             BackendError: as `select_backend`.
         """
+        if backend is _ASK:
+            raise _Answer(self.explain(*args))
         if _is_compiling() or _needs_torch_dispatch(args):
             if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
                 raise NotImplementedError(f"{self.name} has no forward-mode derivative; use reverse mode")
             return self._registered(*args, backend)
         self._check_devices(args)
-        if backend == "auto":  # as in `select_backend`, without the calls that are dear beside a small kernel
+        if backend == "auto":  # as in `select_backend`, without the calls, whose cost shows in small kernels
             for candidate in self.backends:
                 if candidate.reject(*args) is None:
                     return _without_autocast(candidate.run, args) if _autocasts() else candidate.run(*args)
@@ -196,6 +215,44 @@ def _without_autocast(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
     with torch.autocast(device, enabled=False):
         return run(*args)
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> Explanation:
+    """Say which backend a function of eff_kernels takes for a call, and why each of the others would refuse it.
+
+    The arguments are checked as in a call; nothing is computed by a backend. A function that runs several ops answers
+    for the first.
+
+    Args:
+        function: A public function with an argument ``backend``, such as `eff_kernels.rms_norm`.
+        *args: Its positional arguments.
+        **options: Its keyword arguments, without ``backend``.
+
+    Raises:
+        TypeError: ``function`` runs no op.
+        ValueError, TypeError: as ``function`` itself, for arguments that do not fit.
+
+    Example:
+        >>> import torch, eff_kernels
+        >>> print(explain(eff_kernels.rms_norm, torch.ones(2, 3, dtype=torch.float64), torch.ones(3)))
+        rms_norm: auto takes reference
+          cpu: takes float32, bfloat16 and float16, got torch.float64
+          triton: needs a CUDA or ROCm tensor, got one on cpu
+          reference: runs
+    """
+    if "backend" in inspect.signature(function).parameters:
+        try:
+            function(*args, **options, backend=_ASK)
+        except _Answer as answer:
+            explanation: Explanation = answer.args[0]
+            return explanation
+    raise TypeError(f"{getattr(function, '__name__', function)} runs no op of eff_kernels, so it has no backends")
+
+
+def schema_of(arguments: type[tuple[Any, ...]], returns: str) -> str:
+    """The torch.library schema of a NamedTuple of arguments, ``returns`` being "Tensor" or "(Tensor, Tensor)"."""
+    kinds = typing.get_type_hints(arguments)
+    return f"({', '.join(f'{_SCHEMA_TYPES[kind]} {name}' for name, kind in kinds.items())}) -> {returns}"
 
 
 def triton_backend(module: str, *, run: str = "run", reject: str = "reject") -> Backend:

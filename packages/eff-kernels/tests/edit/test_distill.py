@@ -129,13 +129,13 @@ def test_weight_by_progress_and_other_errors(pair):
 
 def test_modules_match_by_name_or_by_order(pair):
     student, other = pair[0], Net(("c", "d"))
-    with pytest.raises(ValueError, match="in one model only"):
+    with pytest.raises(ValueError, match="only one of the models has"):
         Distiller(student, other, lambda n, m: isinstance(m, Attention))
     with Distiller(student, other, lambda n, m: isinstance(m, Attention), match="order") as distiller:
         both(student, other)
         distiller.loss()
     assert distiller.layers == ("a", "b")
-    with pytest.raises(ValueError, match="takes in 0 modules of the student"):
+    with pytest.raises(ValueError, match="selects 0 modules of the student"):
         Distiller(student, pair[1], "x")
     with pytest.raises(ValueError, match="the student has 2 such modules, the teacher 1"):
         Distiller(student, Net(("c",)), lambda n, m: isinstance(m, Attention), match="order")

@@ -81,7 +81,7 @@ def test_a_file_that_was_cut_is_refused(tmp_path, length):
     path = tmp_path / "p"
     profile().save(path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match="p holds no Profile"):
+    with pytest.raises(ValueError, match="p is not a Profile file"):
         Profile.load(path)
 
 
@@ -89,10 +89,10 @@ def test_a_cut_or_foreign_json_is_refused(tmp_path):
     path = tmp_path / "p.json"
     Words(("full",)).save(path)
     path.write_text(path.read_text()[:30])
-    with pytest.raises(ValueError, match=r"p.json holds no whole Words: Expecting value"):
+    with pytest.raises(ValueError, match=r"p.json is not a complete Words file: Expecting value"):
         Words.load(path)
     path.write_text('{"model": 3, "and more": 4}')
-    with pytest.raises(ValueError, match=r"p.json holds no whole Words: Words has no \['and more', 'model'\]"):
+    with pytest.raises(ValueError, match=r"p.json is not a complete Words file: Words has no \['and more', 'model'\]"):
         Words.load(path)
 
 
@@ -100,7 +100,7 @@ def test_other_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match="holds no Profile: it is a safetensors file of something else"):
+    with pytest.raises(ValueError, match="is not a Profile file: it is a safetensors file of something else"):
         Profile.load(tmp_path / "weights")
     profile().save(tmp_path / "p")
     with pytest.raises(ValueError, match="record='Profile'; Words reads 'Words'"):

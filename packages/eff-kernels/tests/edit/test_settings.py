@@ -138,7 +138,7 @@ def test_required_values_are_named():
 
 
 def test_what_json_cannot_hold_is_refused():
-    with pytest.raises(TypeError, match="function is a builtin_function_or_method, which JSON does not hold"):
+    with pytest.raises(TypeError, match="function is a builtin_function_or_method, which JSON cannot represent"):
         Outer(function=abs).to_dict()
 
 

@@ -189,7 +189,7 @@ def test_nan_in_a_key_reaches_its_output(backend):
             "sequence 1 names pages outside 0..1",
         ),
         ({"v": torch.ones(2, 2, 5, 16).half()}, TypeError, "float16"),
-        ({"run": 2}, ValueError, "goes with a block_table"),
+        ({"run": 2}, ValueError, "needs a block_table"),
         (
             {"run": 4, "block_table": torch.tensor([[0, 0], [1, 5]], dtype=torch.int32)},
             ValueError,

@@ -188,7 +188,7 @@ def test_the_other_half_of_a_matrix_is_not_read():
         ({"packed": torch.ones(3, 16)}, TypeError, "packed.*float32"),
         ({"scale": torch.ones(3, 2)}, TypeError, "float8_e4m3fn.*float32"),
         ({"scale": torch.ones(3, 1).to(torch.float8_e4m3fn)}, ValueError, r"\[3, 1\]"),
-        ({"global_scale": None}, ValueError, "needs its global scale"),
+        ({"global_scale": None}, ValueError, "needs a global_scale"),
         ({"bias": torch.ones(2)}, ValueError, r"\[3\], got \[2\]"),
         ({"format": "fp4"}, ValueError, "'fp4'"),
         ({"activations": "static"}, ValueError, "'static'"),

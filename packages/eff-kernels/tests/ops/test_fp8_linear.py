@@ -4,7 +4,7 @@ import pytest
 import torch
 from eff_kernels import native
 from eff_kernels.op import triton_interprets
-from eff_kernels.ops.fp8_linear import api, backward, cpu, fp8_linear, reference
+from eff_kernels.ops.fp8_linear import api, autograd, cpu, fp8_linear, reference
 from eff_kernels.ops.fp8_linear.specs import SPECS
 from eff_kernels.ops.fp8_quantize import fp8_quantize
 from eff_kernels.testing.aot import assert_compiles
@@ -77,7 +77,7 @@ def test_every_code_is_decoded_exactly(backend, dtype, rows):
     finite = codes.float().isfinite()
     assert torch.equal(y[:, finite], codes.float()[finite].expand(rows, -1))
     assert not y[:, ~finite].isfinite().any()
-    assert torch.equal(backward.decode(codes).nan_to_num(1e9), codes.float().nan_to_num(1e9))
+    assert torch.equal(autograd.decode(codes).nan_to_num(1e9), codes.float().nan_to_num(1e9))
 
 
 def test_dynamic_is_the_product_of_rounded_rows(backend, dtype):

@@ -127,6 +127,14 @@ def test_nan_and_infinity_spoil_their_row_alone(bad):
         assert y[[0, 1, 2, 4]].isfinite().all()
 
 
+def test_gradient_of_a_bias_of_more_digits():
+    """The sum over rows keeps the digits that the bias has, whatever the outputs have."""
+    weight = GroupWeight.pack(torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 1), bits=4, offset=8)
+    bias, grad = torch.zeros(16, requires_grad=True), draw(300, 16).bfloat16()
+    group_linear(draw(300, 32, seed=1).bfloat16(), weight, bias).backward(grad)
+    torch.testing.assert_close(bias.grad, grad.double().sum(0).float(), rtol=1e-6, atol=1e-5)
+
+
 def test_zeros_and_tiny_activations_give_the_bias():
     weight, bias = weight_of(20, 64, bits=8, minima=True, wide=False), draw(20)
     for value in (0.0, 1e-38, 1e-44):

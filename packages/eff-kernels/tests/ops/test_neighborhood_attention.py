@@ -328,7 +328,7 @@ Q = torch.zeros(1, 6, 8, 4, 16)
         ({"value": Q.half()}, TypeError, "float16"),
         ({"query": Q[0, 0]}, ValueError, r"\[8, 4, 16\]"),
         ({"value": Q.to_sparse()}, TypeError, "sparse"),
-        ({"additional_keys": Q[:, 0]}, ValueError, "go together"),
+        ({"additional_keys": Q[:, 0]}, ValueError, "given together"),
         (
             {"additional_keys": Q[:, 0, :, :3], "additional_values": Q[:, 0]},
             ValueError,

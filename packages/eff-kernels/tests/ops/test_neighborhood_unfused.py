@@ -3,7 +3,7 @@ import torch
 from eff_kernels import native
 from eff_kernels.ops.neighborhood_attention import reference, unfused
 from eff_kernels.ops.neighborhood_attention import unfused_cpu as cpu
-from eff_kernels.ops.neighborhood_attention.reference import window_index
+from eff_kernels.ops.neighborhood_attention.common import window_index
 from eff_kernels.ops.neighborhood_attention.unfused import AV_OP, INVERSE_OP, QK_OP
 
 WINDOWS = {

@@ -115,6 +115,27 @@ def test_gradient_when_only_one_result_is_used(backend, used):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_with_gaps(backend):
+    x, weight, grad = torch.randn(5, 24), torch.rand(48)[::2], torch.randn(5, 24)
+    args = (grad, x, weight, 1e-6, None)
+    actual = autograd.BACKWARD_OP(*args, backend=backend)
+    assert_within_budget(actual, reference.rms_norm_backward, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_changes_nothing(backend):
+    args = (torch.randn(40, 24), torch.randn(40, 24), torch.rand(24), 1e-6, None)
+    wanted = autograd.BACKWARD_OP(*args, backend=backend)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+    try:
+        found = autograd.BACKWARD_OP(*args, backend=backend)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_frozen_weight():
     x, weight = torch.randn(3, 16, requires_grad=True), torch.rand(16)
     rms_norm(x, weight).sum().backward()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from eff_kernels import BlockMap, native
-from eff_kernels.ops.sparse_linear_attention import cpu, linear, reference
+from eff_kernels.ops.sparse_linear_attention import common, cpu, linear, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ def assert_near(found, q, k, v, blocks, feature_map, scope):
     st.tuples(*[st.integers(1, 40)] * 2),
     st.sampled_from([(1, 1), (2, 1), (4, 2)]),
     st.sampled_from(["softmax", "elu"]),  # of relu the weight may be one tiny product, without any bound on the error
-    st.sampled_from(reference.LINEAR_SCOPES),
+    st.sampled_from(common.LINEAR_SCOPES),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.integers(0, 999),
 )
@@ -65,7 +65,7 @@ def test_any_shape(run, lengths, blocks, features, heads, feature_map, scope, dt
 
 def test_relu(forward):
     q, k, v = tensors((4, 70, 24), (2, 50, 24), (2, 50, 24))
-    for scope in reference.LINEAR_SCOPES:
+    for scope in common.LINEAR_SCOPES:
         call = q, k, v, random_map(q, k, 16, 8), "relu", scope
         assert_near(forward(*call[:3], *call[3], *call[4:]), *call)
 
@@ -76,7 +76,7 @@ def test_weights_of_zero_give_zero(forward):
     assert torch.equal(forward(-q.abs(), k, v, *blocks, "relu", "marginal"), torch.zeros_like(v))
 
 
-@pytest.mark.parametrize("feature_map", reference.FEATURE_MAPS)
+@pytest.mark.parametrize("feature_map", common.FEATURE_MAPS)
 def test_extreme_inputs_stay_finite(feature_map, forward):
     q, k, v = (300 * t for t in tensors((1, 32, 16), (1, 32, 16), (1, 32, 16)))
     blocks = BlockMap(torch.zeros(1, 1, 2, 2, dtype=torch.int8), 16, 16)
@@ -84,7 +84,7 @@ def test_extreme_inputs_stay_finite(feature_map, forward):
     torch.testing.assert_close(found.double(), exact(q, k, v, blocks, feature_map, "marginal"), rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("feature_map", reference.FEATURE_MAPS)
+@pytest.mark.parametrize("feature_map", common.FEATURE_MAPS)
 def test_nan_is_not_lost(feature_map, forward):
     q, k, v = tensors((1, 32, 16), (1, 32, 16), (1, 32, 16))
     blocks = BlockMap(torch.tensor([[[[0, -1], [-1, 0]]]], dtype=torch.int8), 16, 16)
@@ -123,7 +123,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         pytest.skip(native.unavailable())
     q, k, v = tensors((4, 200, 32), (2, 200, 32), (2, 200, 32), batch=2)
     blocks, before = random_map(q, k, 16, 16), torch.get_num_threads()
-    for scope in reference.LINEAR_SCOPES:
+    for scope in common.LINEAR_SCOPES:
         one = cpu._linear(q, k, v, *blocks, "softmax", scope)
         torch.set_num_threads(3)
         assert torch.equal(cpu._linear(q, k, v, *blocks, "softmax", scope), one)
@@ -138,7 +138,7 @@ def test_code_for_other_processors(define, monkeypatch):
     monkeypatch.setattr(cpu.native, "library", lambda build=native.library: build(define))
     cpu._kernel.cache_clear()
     try:
-        for feature_map, scope in itertools.product(reference.FEATURE_MAPS, reference.LINEAR_SCOPES):
+        for feature_map, scope in itertools.product(common.FEATURE_MAPS, common.LINEAR_SCOPES):
             call = q, k, v, random_map(q, k, 16, 8), feature_map, scope
             assert_near(cpu._linear(*call[:3], *call[3], *call[4:]), *call)
     finally:

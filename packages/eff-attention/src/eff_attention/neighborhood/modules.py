@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
-from eff_kernels.ops.neighborhood_attention.api import check_windows, each_axis
+from eff_kernels.ops.neighborhood_attention.args import check_windows, each_axis
 from torch import Tensor, nn
 
 from eff_attention.neighborhood.functional import neighborhood_attention

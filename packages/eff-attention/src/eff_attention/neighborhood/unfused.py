@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from eff_kernels.ops.neighborhood_attention.api import check_windows, each_axis
-from eff_kernels.ops.neighborhood_attention.reference import window_index
+from eff_kernels.ops.neighborhood_attention.args import check_windows, each_axis
+from eff_kernels.ops.neighborhood_attention.common import window_index
 from eff_kernels.ops.neighborhood_attention.unfused import AV_OP, QK_OP
 from torch import Tensor
 

@@ -29,7 +29,7 @@ class Distiller(Handle):
         error: Of a module's output against the teacher's, both float32; the mean squared error by default.
 
     Raises:
-        ValueError: ``where`` takes in nothing, or the modules do not match.
+        ValueError: ``where`` selects nothing, or the modules do not match.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Distiller(Handle):
         if torch.is_grad_enabled() and not found.requires_grad:
             raise RuntimeError(
                 "the student's outputs carry no gradient: it ran under torch.no_grad, is frozen, or checkpoints its "
-                "layers reentrantly (use_reentrant=False is wanted); take loss() under torch.no_grad to measure alone"
+                "layers reentrantly (use use_reentrant=False); to measure only, call loss() under torch.no_grad"
             )
         return found * (self.weight(progress) if callable(self.weight) else self.weight)
 
@@ -93,16 +93,18 @@ def match_modules(
     """Pairs of modules of two models, by the student's names.
 
     Raises:
-        ValueError: ``where`` takes in nothing, or the modules do not match.
+        ValueError: ``where`` selects nothing, or the modules do not match.
     """
     if match not in ("name", "order"):
         raise ValueError(f"match={match!r}; use 'name' or 'order'")
     ours: dict[str, nn.Module] = dict(select(student, where))
     theirs: dict[str, nn.Module] = dict(select(teacher, where))
     if not ours or not theirs:
-        raise ValueError(f"where={where!r} takes in {len(ours)} modules of the student, {len(theirs)} of the teacher")
+        raise ValueError(f"where={where!r} selects {len(ours)} modules of the student, {len(theirs)} of the teacher")
     if match == "name" and ours.keys() != theirs.keys():
-        raise ValueError(f"modules in one model only: {sorted(ours.keys() ^ theirs.keys())}; match='order' may help")
+        raise ValueError(
+            f"modules that only one of the models has: {sorted(ours.keys() ^ theirs.keys())}; match='order' may help"
+        )
     if len(ours) != len(theirs):
         raise ValueError(f"the student has {len(ours)} such modules, the teacher {len(theirs)}")
     others = theirs if match == "name" else dict(zip(ours, theirs.values(), strict=True))

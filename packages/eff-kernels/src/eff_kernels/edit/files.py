@@ -39,7 +39,7 @@ class Record(Settings):
             if type(value).__module__ == "numpy":
                 value = torch.from_numpy(value)
             if not isinstance(value, Tensor):
-                raise TypeError(f"{name} is a {type(value).__name__}, which no file of ours holds")
+                raise TypeError(f"{name} is a {type(value).__name__}, which cannot be saved")
             # A copy: safetensors refuses tensors that share memory, such as views of one buffer.
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             return {_TENSOR: name}
@@ -71,7 +71,7 @@ class Record(Settings):
         try:
             return cls.from_dict(resolve(json.loads(text)))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} holds no whole {cls.__name__}: {error}") from error
+            raise ValueError(f"{path} is not a complete {cls.__name__} file: {error}") from error
 
 
 def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
@@ -101,7 +101,7 @@ def _read(path: Path, wanted: str) -> tuple[str, dict[str, Tensor]]:
     # A safetensors file begins with the length of its header; text read as such a number is longer than any file.
     if len(start) < 8 or int.from_bytes(start, "little") > path.stat().st_size:
         if start[:1] != b"{":
-            raise ValueError(f"{path} holds no {wanted}: it is empty, cut short, or of another format")
+            raise ValueError(f"{path} is not a {wanted} file: it is empty, truncated, or of another format")
         return path.read_text(encoding="utf-8"), {}
     from safetensors import SafetensorError, safe_open
 
@@ -109,7 +109,7 @@ def _read(path: Path, wanted: str) -> tuple[str, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as held:
             text = (held.metadata() or {}).get(_KEY)
             if text is None:
-                raise ValueError(f"{path} holds no {wanted}: it is a safetensors file of something else")
+                raise ValueError(f"{path} is not a {wanted} file: it is a safetensors file of something else")
             return text, {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} holds no {wanted}, or was cut short: {error}") from error
+        raise ValueError(f"{path} is not a {wanted} file, or is truncated: {error}") from error

@@ -28,14 +28,14 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def fits(where: Where, name: str, module: nn.Module) -> bool:
-    """Whether ``where`` (a pattern, several, or ``predicate(name, module)``) takes in this module."""
+    """Whether ``where`` (a pattern, several, or ``predicate(name, module)``) selects this module."""
     if callable(where):
         return where(name, module)
     return any(matches(name, p) for p in ([where] if isinstance(where, str) else where))
 
 
 def select(model: nn.Module, where: Where = "*", kind: type[M] = nn.Module) -> Iterator[tuple[str, M]]:  # type: ignore[assignment]
-    """Yield ``(name, module)`` for each module of class ``kind`` that ``where`` takes in, in the model's order.
+    """Yield ``(name, module)`` for each module of class ``kind`` that ``where`` selects, in the model's order.
 
     A module that is reached by several names is yielded once, under the first that fits.
     """

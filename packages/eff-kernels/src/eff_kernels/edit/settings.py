@@ -69,7 +69,9 @@ class Settings:
         version = left.pop("version", cls.version)
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= cls.version:
             known = "version 1" if cls.version == 1 else f"versions 1 to {cls.version}"
-            raise ValueError(f"{cls.__name__} of version {version!r}; this release reads {known}, a newer one may help")
+            raise ValueError(
+                f"{cls.__name__} of version {version!r}; this release reads {known}; a newer release may read it"
+            )
         if version < cls.version:
             left = cls.upgrade(left, version)
         return make(cls, left)
@@ -120,7 +122,7 @@ def _plain(value: Any, name: str, leaf: Callable[[Any, str], Any] | None) -> Any
     if isinstance(value, Real):  # a number of NumPy
         return int(value) if isinstance(value, Integral) else float(value)
     if leaf is None:
-        raise TypeError(f"{name} is a {type(value).__name__}, which JSON does not hold")
+        raise TypeError(f"{name} is a {type(value).__name__}, which JSON cannot represent")
     return leaf(value, name)
 
 

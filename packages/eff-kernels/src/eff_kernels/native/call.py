@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from eff_kernels.native.build import NativeBuildError, library
+from eff_kernels.native.build import NativeBuildError, library, unavailable
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of ``eff_dtype`` in eff.h."""
@@ -30,13 +31,14 @@ class _Tape:
 tape = _Tape()
 
 
-def unfit(x: Tensor, out_dtype: torch.dtype) -> str | None:
-    """Why compiled code cannot read ``x`` and give ``out_dtype``; None if it can."""
+def unfit(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why compiled code cannot take ``x``, with other tensors or results of these dtypes; None if it can."""
     if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
-    return None
+        return f"needs CPU tensors, got one on {x.device}"
+    for dtype in (x.dtype, *dtypes):
+        if dtype not in DTYPE_CODES:
+            return f"takes float32, bfloat16 and float16, got {dtype}"
+    return unavailable()
 
 
 def threads_for(work: int) -> int:
@@ -79,6 +81,20 @@ def struct_kernel(name: str, fields: struct.Struct) -> Callable[[bytes], None]:
     kernel.restype = None
     run: Callable[[bytes], None] = _noted(kernel, fallible=False)
     return run
+
+
+def loader(name: str, fields: struct.Struct, *, may_fail: bool = True) -> Callable[[], Callable[[bytes], int]]:
+    """A function that loads a kernel when it is first called, and returns it."""
+    return functools.cache(lambda: _load(name, fields, may_fail))
+
+
+def loader_by_name(fields: struct.Struct, *, may_fail: bool = True) -> Callable[[str], Callable[[bytes], int]]:
+    """The same for several kernels that read one struct; it takes the kernel's name."""
+    return functools.cache(lambda name: _load(name, fields, may_fail))
+
+
+def _load(name: str, fields: struct.Struct, may_fail: bool) -> Any:
+    return (fallible if may_fail else struct_kernel)(name, fields)
 
 
 def _noted(kernel: Any, *, fallible: bool) -> Any:

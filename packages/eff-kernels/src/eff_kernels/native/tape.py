@@ -95,7 +95,9 @@ class _Keep(TorchFunctionMode):
                 out.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() for a in given
             )
             if name not in _ALLOCATIONS and not view:
-                raise NotRecordableError(f"{resolve_name(func) or name} computes between the kernels")
+                raise NotRecordableError(
+                    f"{resolve_name(func) or name} runs between the compiled kernels, and a tape records only those"
+                )
             self.tensors.append(out)
         elif name == "__setitem__":
             raise NotRecordableError("a tensor is written to between the kernels")

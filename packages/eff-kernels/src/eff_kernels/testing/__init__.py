@@ -7,19 +7,16 @@ from eff_kernels.testing.budget import assert_within_budget, compare, to_float64
 from eff_kernels.testing.records import Provider, Record, Recorder, environment, load_records, measure, rotating, same
 from eff_kernels.testing.specs import (
     NON_CONTIGUOUS,
-    ODD_SIZES,
     Draw,
     Spec,
     padded_rows,
     strided_columns,
     swapped_dims,
-    tagged,
 )
 from eff_kernels.testing.tables import ratio_table
 
 __all__ = [
     "NON_CONTIGUOUS",
-    "ODD_SIZES",
     "Draw",
     "Provider",
     "Record",
@@ -36,7 +33,6 @@ __all__ = [
     "same",
     "strided_columns",
     "swapped_dims",
-    "tagged",
     "to_float64",
     "within_budget",
 ]

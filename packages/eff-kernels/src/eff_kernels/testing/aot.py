@@ -3,7 +3,7 @@
 It needs no GPU: Triton's compiler makes cubin and hsaco files for GPUs that are not there. What it shows is that the
 code compiles and what it uses; not that it ran.
 
-Convention. A module ``ops/<op>/triton.py`` may have a list ``AOT_CASES`` of `eff_kernels.autotune.AotCase`: each names
+Convention. A module ``ops/<op>/triton.py`` may have a list ``AOT_CASES`` of `eff_kernels.aot.AotCase`: each names
 a kernel, the types of its run-time arguments, the values of its constexprs, and the launch options::
 
     AOT_CASES = [
@@ -14,12 +14,11 @@ a kernel, the types of its run-time arguments, the values of its constexprs, and
             constexprs={"BLOCK": 4096, "INTERPRET": False},
             options={"num_warps": 8},
         ),
-        *AotCase(name="gemm", kernel=..., signature=..., constexprs=..., mma="int8").with_configs(CONFIGS),
     ]
 
 `assert_compiles("eff_kernels.ops.rms_norm.triton")` compiles every case for each of its targets and raises with the
 whole list of what is wrong. Under ``TRITON_INTERPRET=1`` kernels are no compilable objects, so the module is imported
-anew in one child process without that variable, which compiles all its cases. Triton's cache (``TRITON_CACHE_DIR``)
+again in one child process without that variable, which compiles all its cases. Triton's cache (``TRITON_CACHE_DIR``)
 makes the second time quick.
 """
 
@@ -41,7 +40,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from eff_kernels.autotune import AotCase
+from eff_kernels.aot import AotCase
 from eff_kernels.op import triton_interprets
 
 
@@ -147,7 +146,7 @@ def compile_for(
     while not isinstance(kernel, JITFunction):
         if type(kernel).__name__ == "InterpretedFunction" or not hasattr(kernel, "fn"):
             raise RuntimeError(
-                f"{kernel!r} cannot be compiled: triton.jit made it under TRITON_INTERPRET=1, or it is no kernel; "
+                f"{kernel!r} cannot be compiled: triton.jit made it under TRITON_INTERPRET=1, or it is not a kernel; "
                 "compile_module compiles in a child process without that variable"
             )
         kernel = kernel.fn

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-
-ODD_SIZES = (1, 2, 3, 7, 17, 31, 33, 63, 65, 100, 127, 129, 255, 257)
-"""Sizes around the vector widths, block sizes and unroll factors of kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +59,6 @@ class Spec:
         """The positional arguments: the same values on every call with the same dtype and seed."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + seed)
         return self.make(Draw(generator, dtype, torch.device(device)))
-
-
-def tagged(specs: Iterable[Spec], *tags: str, without: Iterable[str] = ()) -> list[Spec]:
-    """Those specs that have all of ``tags`` and none of ``without``."""
-    unwanted = set(without)
-    return [s for s in specs if set(tags) <= s.tags and not unwanted & s.tags]
 
 
 def padded_rows(x: Tensor, margin: int = 3) -> Tensor:

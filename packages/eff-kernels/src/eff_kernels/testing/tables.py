@@ -27,6 +27,8 @@ def ratio_table(records: Sequence[Record], baseline: str | None = None, *, provi
         last = found.get(names[-1])
         part = "" if last is None or last.roofline is None else f"{last.roofline:.2f}"
         lines.append([spec, mode, str(threads), *cells, part])
+    if not any(line[-1] for line in lines[1:]):
+        lines = [line[:-1] for line in lines]  # nobody counted bytes or operations
     if provider_rows:
         lines = [list(column) for column in zip(*lines, strict=True) if any(column[1:])]
     return markdown(lines)

@@ -93,7 +93,7 @@ static void load_rows(const job *j, const void *src, int64_t at, int64_t stride,
 }
 
 typedef struct {
-  at_v top[AT_V], sum[AT_V];
+  at_v m[AT_V], l[AT_V]; /* the largest score so far, and the sum of the exponentials */
 } running;
 
 /* One block of keys into the running softmax of a tile. */
@@ -106,16 +106,16 @@ static void attend(const job *j, key_block x, const float *qt, float *s, float *
     float *column = s + u * AT_W;
     at_v some[4]; /* chains that do not wait for one another */
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) some[c] = r->top[u];
+    for (int c = 0; c < 4; c++) some[c] = r->m[u];
     for (int i = 0; i < n; i += 4)
 #pragma GCC unroll 4
       for (int c = 0; c < 4; c++) some[c] = at_max(at_load(column + (i + c) * AT_LANES), some[c]);
     const at_v best = at_max(at_max(some[0], some[1]), at_max(some[2], some[3]));
     const at_v base = at_select((at_i)(best == at_splat(-INFINITY)), at_splat(0.0f), best);
-    const at_v shrink = at_exp(r->top[u] - base);
-    r->sum[u] *= shrink;
+    const at_v alpha = at_exp(r->m[u] - base);
+    r->l[u] *= alpha;
     for (int64_t c = 0; c < j->dvp; c++)
-      at_store(acc + c * AT_LANES + u * AT_W, at_load(acc + c * AT_LANES + u * AT_W) * shrink);
+      at_store(acc + c * AT_LANES + u * AT_W, at_load(acc + c * AT_LANES + u * AT_W) * alpha);
     at_v total[4] = {{0}};
     for (int i = 0; i < n; i += 4)
 #pragma GCC unroll 4
@@ -124,25 +124,25 @@ static void attend(const job *j, key_block x, const float *qt, float *s, float *
         at_store(column + (i + c) * AT_LANES, e);
         total[c] += e;
       }
-    r->top[u] = best, r->sum[u] += (total[0] + total[1]) + (total[2] + total[3]);
+    r->m[u] = best, r->l[u] += (total[0] + total[1]) + (total[2] + total[3]);
   }
   at_values(s, x.v, x.v_stride, j->dvp, n, acc);
 }
 
 static void store_tile(const job *j, const running *r, float *acc, float *rows, int64_t at, int64_t n) {
   const args *a = j->a;
-  float top[AT_LANES], sum[AT_LANES];
+  float m[AT_LANES], l[AT_LANES];
   for (int u = 0; u < AT_V; u++) {
-    at_store(top + u * AT_W, r->top[u]), at_store(sum + u * AT_W, r->sum[u]);
+    at_store(m + u * AT_W, r->m[u]), at_store(l + u * AT_W, r->l[u]);
     /* A query without keys has the output 0 and the lse -inf. */
-    const at_v inverse = at_select((at_i)(r->sum[u] == at_splat(0.0f)), at_splat(0.0f), 1.0f / r->sum[u]);
+    const at_v inverse = at_select((at_i)(r->l[u] == at_splat(0.0f)), at_splat(0.0f), 1.0f / r->l[u]);
     for (int64_t c = 0; c < j->dvp; c++)
       at_store(acc + c * AT_LANES + u * AT_W, at_load(acc + c * AT_LANES + u * AT_W) * inverse);
   }
   at_transpose(acc, AT_LANES, rows, j->dvp, j->dvp, AT_LANES);
   for (int64_t lane = 0; lane < n; lane++) {
     eff_store_row(j->dtype, rows + lane * j->dvp, eff_at_mut(a->out, j->dtype, (at + lane) * a->dv), a->dv);
-    a->lse[at + lane] = top[lane] + logf(sum[lane]);
+    a->lse[at + lane] = m[lane] + logf(l[lane]);
   }
 }
 
@@ -165,7 +165,7 @@ static void forward_item(void *ctx, int64_t item) {
     load_rows(j, a->q, b * a->q_stride[0] + h * a->q_stride[1] + i * a->q_stride[2], a->q_stride[2],
               MIN(AT_LANES, queries - t * AT_LANES), a->d, j->dp, (float)a->scale, rows);
     at_transpose(rows, j->dp, qt + t * AT_LANES * j->dp, AT_LANES, AT_LANES, j->dp);
-    for (int u = 0; u < AT_V; u++) state[t].top[u] = at_splat(-INFINITY), state[t].sum[u] = (at_v){0};
+    for (int u = 0; u < AT_V; u++) state[t].m[u] = at_splat(-INFINITY), state[t].l[u] = (at_v){0};
   }
   memset(acc, 0, (size_t)(tiles * AT_LANES * j->dvp) * 4);
   const int8_t *map = a->map + item * j->tn;

@@ -2,7 +2,7 @@
  *
  * An item of work is one key-value head of one sequence, and one split of its keys: all query heads of the group pass over a
  * block of keys while it is in cache, so the cache is read from memory once and heads are never copied. Each item leaves an
- * unnormalised sum with its maximum and weight; the splits of a head are then merged. */
+ * unnormalised sum with its maximum m and weight l; the splits of a head are then merged. */
 #include "decode_block.h"
 
 #define SPLIT 256 /* keys per split */
@@ -30,7 +30,7 @@ typedef struct {
 
 /* One block of keys for NH query heads: scores, running maximum and weight, values; its own weight is added to `record`. */
 INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q, const char *key, const char *value, const char *next, int keys,
-                     float *sum, float *top, float *weight, float *record) {
+                     float *sum, float *m, float *l, float *record) {
   float scores[4 * DB_KEYS];
   const int64_t bytes = j->key_stride * (int64_t)eff_size(dtype), dp = j->dp;
   const int rounded = (keys + AT_W - 1) / AT_W * AT_W;
@@ -38,7 +38,7 @@ INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q
   for (int h = 0; h < NH; h++) {
     float *s = scores + h * DB_KEYS;
     for (int i = keys; i < rounded; i++) s[i] = -INFINITY;
-    const float best = db_top(s, rounded, top[h]), shrink = top[h] == best ? 1.0f : expf(top[h] - best);
+    const float best = db_top(s, rounded, m[h]), alpha = m[h] == best ? 1.0f : expf(m[h] - best);
     at_v total = {0};
     for (int i = 0; i < rounded; i += AT_W) {
       const at_v e = at_exp(at_load(s + i) - best);
@@ -46,24 +46,24 @@ INLINE void block_of(eff_dtype dtype, const int NH, const job *j, const float *q
       total += e;
     }
     float own = 0.0f;
-    for (int l = 0; l < AT_W; l++) own += total[l];
-    top[h] = best;
-    weight[h] = weight[h] * shrink + own;
+    for (int i = 0; i < AT_W; i++) own += total[i];
+    m[h] = best;
+    l[h] = l[h] * alpha + own;
     if (record) {
       float *r = record + 2 * h;
       r[0] = (r[0] == 0.0f ? 0.0f : r[0] * expf(r[1] - best)) + own, r[1] = best;
     }
-    if (shrink != 1.0f)
-      for (int64_t c = 0; c < dp; c++) sum[h * dp + c] *= shrink;
+    if (alpha != 1.0f)
+      for (int64_t c = 0; c < dp; c++) sum[h * dp + c] *= alpha;
   }
   db_values(dtype, NH, scores, value, bytes, j->d, keys, next, sum);
 }
 
 #define BLOCK(DTYPE, NH)                                                                                                           \
   static __attribute__((noinline)) void block_##DTYPE##_##NH(const job *j, const float *q, const char *key, const char *value,     \
-                                                             const char *next, int keys, float *sum, float *top, float *weight,    \
+                                                             const char *next, int keys, float *sum, float *m, float *l,           \
                                                              float *record) {                                                      \
-    block_of(DTYPE, NH, j, q, key, value, next, keys, sum, top, weight, record);                                                   \
+    block_of(DTYPE, NH, j, q, key, value, next, keys, sum, m, l, record);                                                          \
   }
 #define BLOCKS(DTYPE) BLOCK(DTYPE, 1) BLOCK(DTYPE, 2) BLOCK(DTYPE, 3) BLOCK(DTYPE, 4)
 BLOCKS(EFF_F32) BLOCKS(EFF_BF16) BLOCKS(EFF_F16)
@@ -84,9 +84,9 @@ static void attend(void *ctx, int64_t item) {
   const int64_t group = j->heads / j->kv_heads, b = item % j->batch, kv = item / j->batch % j->kv_heads;
   const int64_t split = item / j->batch / j->kv_heads, row = j->dp + 2;
   float *partial = j->partial + ((b * j->kv_heads + kv) * j->splits + split) * group * row;
-  float *sum = partial, *top = partial + group * j->dp, *weight = top + group;
+  float *sum = partial, *m = partial + group * j->dp, *l = m + group;
   for (int64_t i = 0; i < group * j->dp; i++) sum[i] = 0.0f;
-  for (int64_t h = 0; h < group; h++) top[h] = -INFINITY, weight[h] = 0.0f;
+  for (int64_t h = 0; h < group; h++) m[h] = -INFINITY, l[h] = 0.0f;
   const int64_t end = MIN(j->lengths[b], (split + 1) * SPLIT);
   for (int64_t key = split * SPLIT; key < end;) {
     const int keys = (int)MIN(MIN(j->piece - key % j->piece, end - key), j->page - key % j->page);
@@ -97,39 +97,39 @@ static void attend(void *ctx, int64_t item) {
     float *record = j->records ? j->records + ((b * j->kv_heads + kv) * j->pieces + key / j->piece) * group * 2 : NULL;
     for (int64_t h = 0; h < group; h += 4) {
       const int nh = (int)MIN(4, group - h);
-      blocks[j->dtype][nh - 1](j, j->q + (b * j->heads + kv * group + h) * j->dp, k, v, next, keys, sum + h * j->dp, top + h, weight + h,
+      blocks[j->dtype][nh - 1](j, j->q + (b * j->heads + kv * group + h) * j->dp, k, v, next, keys, sum + h * j->dp, m + h, l + h,
                                record ? record + 2 * h : NULL);
     }
     key += keys;
   }
 }
 
-/* Merge the splits of each head of a sequence: sum_s e^(top_s - top) sum_s / sum_s e^(top_s - top) weight_s. */
+/* Merge the splits of each head of a sequence: sum_s e^(m_s - m) sum_s / sum_s e^(m_s - m) l_s. */
 static void merge(void *ctx, int64_t b) {
   const job *j = ctx;
   const int64_t group = j->heads / j->kv_heads, row = j->dp + 2, dp = j->dp;
   float *sum = j->merged + b * (dp + j->d), *out = sum + dp;
   for (int64_t head = b * j->heads; head < (b + 1) * j->heads; head++) {
     const int64_t h = head % group, first = head / group * j->splits;
-    float top = -INFINITY, weight = 0.0f;
+    float m = -INFINITY, l = 0.0f;
     memset(sum, 0, (size_t)dp * 4);
     for (int64_t s = 0; s < j->splits; s++) {
       const float t = j->partial[(first + s) * group * row + group * dp + h];
-      top = t > top ? t : top;
+      m = t > m ? t : m;
     }
     for (int64_t s = 0; s < j->splits; s++) {
       const float *partial = j->partial + (first + s) * group * row, w = partial[group * dp + group + h];
       if (w == 0.0f) continue; /* a split without keys; NaN is not 0 */
-      const float e = expf(partial[group * dp + h] - top);
-      weight += w * e;
+      const float e = expf(partial[group * dp + h] - m);
+      l += w * e;
       for (int64_t c = 0; c < dp; c++) sum[c] += e * partial[h * dp + c];
     }
-    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+    const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
     for (int64_t c = 0; c < j->d; c++) out[c] = sum[db_order(j->dtype, c)] * inverse;
     if (j->records)
       for (int64_t p = 0, kv = head / group; p < j->pieces; p++) {
         const float *r = j->records + ((kv * j->pieces + p) * group + h) * 2;
-        if (r[0] != 0.0f) j->mass[kv * j->mass_blocks + p * j->piece / j->mass_block] += r[0] * inverse * expf(r[1] - top);
+        if (r[0] != 0.0f) j->mass[kv * j->mass_blocks + p * j->piece / j->mass_block] += r[0] * inverse * expf(r[1] - m);
       }
     eff_store_row(j->out_dtype, out, eff_at_mut(j->out, j->out_dtype, head * j->d), j->d);
   }

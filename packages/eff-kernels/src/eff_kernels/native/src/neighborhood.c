@@ -6,8 +6,8 @@
 static void tile_forward(na_tile *t) {
   const na_plan *p = t->p;
   const na_args *a = p->a;
-  at_v top[AT_V], sum[AT_V];
-  for (int u = 0; u < AT_V; u++) top[u] = at_splat(-INFINITY), sum[u] = (at_v){0};
+  at_v m[AT_V], l[AT_V]; /* the largest score so far, and the sum of the exponentials */
+  for (int u = 0; u < AT_V; u++) m[u] = at_splat(-INFINITY), l[u] = (at_v){0};
   memset(t->acc, 0, (size_t)(p->dvp * AT_LANES) * 4);
   na_lanes_load(t, a->q, 1, a->d, p->dp, (float)a->scale, t->qr);
   at_transpose(t->qr, p->dp, t->qt, AT_LANES, AT_LANES, p->dp);
@@ -16,7 +16,7 @@ static void tile_forward(na_tile *t) {
     at_scores(t->k, p->dp, t->qt, a->d, n, t->s);
     for (int u = 0; u < AT_V; u++) {
       float *s = t->s + u * AT_W;
-      at_v best = top[u];
+      at_v best = m[u];
       for (int i = 0; i < n; i++) {
         const at_v x = at_keep(t->mask[i], u, at_load(s + i * AT_LANES), at_splat(-INFINITY));
         at_store(s + i * AT_LANES, x);
@@ -25,10 +25,10 @@ static void tile_forward(na_tile *t) {
       /* A lane that has seen no key yet: anything finite will do. */
       const at_v base = at_select((at_i)(best == at_splat(-INFINITY)), at_splat(0.0f), best);
       if (!first) {
-        const at_v shrink = at_exp(top[u] - base);
-        sum[u] *= shrink;
+        const at_v alpha = at_exp(m[u] - base);
+        l[u] *= alpha;
         for (int64_t c = 0; c < p->dvp; c++)
-          at_store(t->acc + c * AT_LANES + u * AT_W, at_load(t->acc + c * AT_LANES + u * AT_W) * shrink);
+          at_store(t->acc + c * AT_LANES + u * AT_W, at_load(t->acc + c * AT_LANES + u * AT_W) * alpha);
       }
       at_v total = {0};
       for (int i = 0; i < n; i++) {
@@ -36,14 +36,14 @@ static void tile_forward(na_tile *t) {
         at_store(s + i * AT_LANES, e);
         total += e;
       }
-      top[u] = best, sum[u] += total;
+      m[u] = best, l[u] += total;
     }
     at_values(t->s, t->v, p->dvp, p->dvp, n, t->acc);
   }
   float lse[AT_LANES], weight[AT_LANES];
   for (int u = 0; u < AT_V; u++) {
-    at_store(weight + u * AT_W, sum[u]), at_store(lse + u * AT_W, top[u]);
-    const at_v inverse = 1.0f / sum[u];
+    at_store(weight + u * AT_W, l[u]), at_store(lse + u * AT_W, m[u]);
+    const at_v inverse = 1.0f / l[u];
     for (int64_t c = 0; c < p->dvp; c++)
       at_store(t->acc + c * AT_LANES + u * AT_W, at_load(t->acc + c * AT_LANES + u * AT_W) * inverse);
   }

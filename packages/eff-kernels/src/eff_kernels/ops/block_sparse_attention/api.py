@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.block_sparse_attention import cpu, reference
+from eff_kernels.ops.block_sparse_attention.args import Args, check
 from eff_kernels.ops.block_sparse_attention.autograd import backward, setup_context
 
 
@@ -33,7 +34,7 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 OP = Op(
     "block_sparse_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor block_map, int block_q, int block_k, float scale) -> (Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.block_sparse_attention, cpu.reject),
         triton_backend("eff_kernels.ops.block_sparse_attention.triton"),
@@ -76,30 +77,7 @@ def block_sparse_attention(
         ValueError: shapes do not fit.
         TypeError: dtypes differ, or the map is not int8.
     """
-    _check(q, k, v, block_map, block_q, block_k)
+    check(q, k, v, block_map, block_q, block_k)
     if scale is None:
         scale = 1 / math.sqrt(q.size(-1)) if q.size(-1) else 1.0
     return BlockSparseAttention(*OP(q, k, v, block_map, block_q, block_k, scale, backend=backend))
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v must be [B, H, L, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
-    if q.size(0) != k.size(0) or k.shape[:3] != v.shape[:3] or q.size(-1) != k.size(-1):
-        raise ValueError(
-            "q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] do not fit: "
-            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if k.size(1) == 0 or q.size(1) % k.size(1):
-        raise ValueError(f"the number of query heads, {q.size(1)}, must be a multiple of the key heads, {k.size(1)}")
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"q, k, v must have one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if block_q < 1 or block_k < 1:
-        raise ValueError(f"blocks must hold at least one token, got block_q={block_q}, block_k={block_k}")
-    if block_map.dtype != torch.int8:
-        raise TypeError(f"block_map must be int8, got {block_map.dtype}")
-    wanted = (q.size(0), q.size(1), -(-q.size(2) // block_q), -(-k.size(2) // block_k))
-    if tuple(block_map.shape) != wanted:
-        raise ValueError(f"block_map must be {list(wanted)} for these blocks, got {list(block_map.shape)}")
-    if any(t.device != q.device for t in (k, v, block_map)):
-        raise ValueError(f"all tensors must be on one device, got {[str(t.device) for t in (q, k, v, block_map)]}")

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.block_sparse_attention import cpu, reference
+from eff_kernels.ops.block_sparse_attention.args import BackwardArgs
 
 
 def _allocate(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -16,8 +17,7 @@ def _allocate(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *
 
 BACKWARD_OP = Op(
     "block_sparse_attention_backward",
-    "(Tensor grad, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor block_map, Tensor out, Tensor lse, "
-    "int block_q, int block_k, float scale) -> (Tensor, Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", cpu.block_sparse_attention_backward, cpu.reject_backward),
         triton_backend("eff_kernels.ops.block_sparse_attention.triton_backward"),

@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.block_sparse_attention.args import Args, BackwardArgs
 
 _ARGS = struct.Struct("9q4P9qd2q7P")  # the fields of args in block_sparse.c
+_kernel = native.loader_by_name(_ARGS)
 
 
-def reject(q: Tensor, *args: object) -> str | None:
+def reject(q: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not q.is_cpu:
-        return f"needs CPU tensors, got q on {q.device}"
-    if q.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {q.dtype}"
-    return native.unavailable()
+    return native.unfit(q)
 
 
-def reject_backward(grad: Tensor, grad_lse: Tensor, q: Tensor, *args: object) -> str | None:
+def reject_backward(grad: Tensor, grad_lse: Tensor, q: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return reject(q)
+    return native.unfit(q)
 
 
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    q, k, v, block_map, block_q, block_k, scale = args
     out = q.new_empty(*q.shape[:-1], v.size(-1))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     _call("eff_block_sparse", (q, k, v), block_map, block_q, block_k, scale, [out, lse], [])
     return out, lse
 
 
-def block_sparse_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_map: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def block_sparse_attention_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference; the sums have a fixed order, whatever the number of threads."""
+    grad, grad_lse, q, k, v, block_map, out, lse, block_q, block_k, scale = args
     gradients = [t.new_empty(t.shape) for t in (q, k, v)]
     given = [out.contiguous(), lse.contiguous(), grad.to(q.dtype).contiguous(), grad_lse.float().contiguous()]
     _call("eff_block_sparse_backward", (q, k, v), block_map, block_q, block_k, scale, given, gradients)
@@ -81,8 +66,3 @@ def _call(
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"block_sparse_attention could not allocate scratch memory for q {list(q.shape)}")
-
-
-@functools.cache
-def _kernel(name: str) -> Callable[[bytes], int]:
-    return native.fallible(name, _ARGS)

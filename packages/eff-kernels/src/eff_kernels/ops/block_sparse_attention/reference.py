@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.block_sparse_attention.args import Args, BackwardArgs
+
 
 def expand_map(block_map: Tensor, block_q: int, block_k: int, queries: int, keys: int) -> Tensor:
     """Which key each query sees, bool [B, H, queries, keys]: where its block of the map is positive."""
@@ -12,10 +14,9 @@ def expand_map(block_map: Tensor, block_q: int, block_k: int, queries: int, keys
     return seen[..., :queries, :keys]
 
 
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(*args: *Args) -> tuple[Tensor, Tensor]:
     """Softmax over the keys of chosen blocks; 0 and minus infinity for a query without any."""
+    q, k, v, block_map, block_q, block_k, scale = args
     groups = k.size(1)
     wide = torch.promote_types(q.dtype, torch.float32)
     seen = expand_map(block_map, block_q, block_k, q.size(2), k.size(2)).unflatten(1, (groups, -1))
@@ -33,23 +34,12 @@ def _product_of_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen[..., None], weights[..., None] * values[..., None, :, :], 0.0).sum(-2)
 
 
-def block_sparse_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_map: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def block_sparse_attention_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q, k and v.
 
     With P the weights: dV = P^T dO, dS = P (dO V^T - rowsum(dO O) + dLSE), dQ = scale dS K, dK = scale dS^T Q.
     """
+    grad, grad_lse, q, k, v, block_map, out, lse, block_q, block_k, scale = args
     groups = k.size(1)
     wide = torch.promote_types(q.dtype, torch.float32)
     qg, og, gg = (t.to(wide).unflatten(1, (groups, -1)) for t in (q, out, grad))

@@ -4,6 +4,7 @@ A program takes queries of one block and head and walks over the list of its blo
 
 M: queries of a tile, N: keys of a tile; a block is one or several tiles.
 D, E: features of keys and of values, padded to powers of two.
+m, l, alpha, p: running maximum and sum of the online softmax, the factor of what came before, and the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET, AotCase
+from eff_kernels.aot import INTERPRET, AotCase
+from eff_kernels.ops.block_sparse_attention.args import Args
 
 _LONGEST_HEAD = 128
 _LOG2E = 1.4426950408889634
@@ -42,15 +44,15 @@ def _forward_kernel(
     QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    m, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv = head // heads * groups + head % heads // (heads // groups)
-    q_MD = load_rows(q_ptr + head * queries * d, m * BM, d, queries, d, BM, BD, WIDEN)
+    q_MD = load_rows(q_ptr + head * queries * d, tile * BM, d, queries, d, BM, BD, WIDEN)
     k_ptr += kv * keys * d
     v_ptr += kv * keys * e
-    row_of_map = head * tm + m * BM // QB
+    row_of_map = head * tm + tile * BM // QB
     list_ptr += row_of_map * tn
-    top_M = tl.full([BM], float("-inf"), tl.float32)
-    sum_M = tl.zeros([BM], tl.float32)
+    m_M = tl.full([BM], float("-inf"), tl.float32)
+    l_M = tl.zeros([BM], tl.float32)
     out_ME = tl.zeros([BM, BE], tl.float32)
     PARTS: tl.constexpr = KB // BN
     for i in range(tl.load(count_ptr + row_of_map) * PARTS):
@@ -59,27 +61,28 @@ def _forward_kernel(
         v_NE = load_rows(v_ptr, first, e, keys, e, BN, BE, WIDEN)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale  # in units of log 2
         score_MN = tl.where((first + tl.arange(0, BN) < keys)[None, :], score_MN, float("-inf"))
-        new_M = tl.maximum(top_M, tl.max(score_MN, 1))
-        base_M = tl.where(new_M == float("-inf"), 0.0, new_M)
-        weight_MN = tl.exp2(score_MN - base_M[:, None])
-        shrink_M = tl.exp2(top_M - base_M)
-        sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
-        out_ME = tl.dot(weight_MN.to(v_NE.dtype), v_NE, out_ME * shrink_M[:, None], input_precision="ieee")
-        top_M = new_M
-    empty_M = sum_M == 0.0
-    total_M = tl.where(empty_M, 1.0, sum_M)
-    out_ME /= total_M[:, None]
-    row, column = m * BM + tl.arange(0, BM), tl.arange(0, BE)
+        m_new_M = tl.maximum(m_M, tl.max(score_MN, 1))
+        m_safe_M = tl.where(m_new_M == float("-inf"), 0.0, m_new_M)
+        p_MN = tl.exp2(score_MN - m_safe_M[:, None])
+        alpha_M = tl.exp2(m_M - m_safe_M)
+        l_M = l_M * alpha_M + tl.sum(p_MN, 1)
+        out_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, out_ME * alpha_M[:, None], input_precision="ieee")
+        m_M = m_new_M
+    empty_M = l_M == 0.0
+    l_safe_M = tl.where(empty_M, 1.0, l_M)
+    out_ME /= l_safe_M[:, None]
+    row, column = tile * BM + tl.arange(0, BM), tl.arange(0, BE)
     at_M = head * queries + row
     tl.store(
         out_ptr + at_M[:, None] * e + column[None, :], out_ME.to(out_ptr.dtype.element_ty),
         (row < queries)[:, None] & (column < e)[None, :],
     )  # fmt: skip
-    lse_M = tl.where(empty_M, float("-inf"), (top_M + tl.log2(total_M)) * 0.6931471805599453)
+    lse_M = tl.where(empty_M, float("-inf"), (m_M + tl.log2(l_safe_M)) * 0.6931471805599453)
     tl.store(lse_ptr + at_M, lse_M, row < queries)
 
 
-def reject(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int, scale: float) -> str | None:
+def reject(*args: *Args) -> str | None:
+    q, _, v, _, block_q, block_k, *_ = args
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, got {q.dtype}"
     if max(q.size(-1), v.size(-1)) > _LONGEST_HEAD:
@@ -111,10 +114,9 @@ def blocks(dtype: torch.dtype, block_q: int, block_k: int, d: int, e: int) -> di
     }
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def run(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    q, k, v, block_map, block_q, block_k, scale = args
     out = q.new_empty(*q.shape[:-1], v.size(-1))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET
+from eff_kernels.aot import INTERPRET
 from eff_kernels.ops.block_sparse_attention import triton as forward
+from eff_kernels.ops.block_sparse_attention.args import BackwardArgs
 from eff_kernels.ops.block_sparse_attention.triton import load_rows
 
 _LOG2E = 1.4426950408889634
@@ -108,25 +109,14 @@ def blocks(dtype: torch.dtype, block_q: int, block_k: int, d: int, e: int) -> di
     return {**forward.blocks(dtype, block_q, block_k, d, e), **tiles}
 
 
-def reject(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, out: Tensor, lse: Tensor,
-           block_q: int, block_k: int, scale: float) -> str | None:  # fmt: skip
+def reject(*args: *BackwardArgs) -> str | None:
+    _, _, q, k, v, block_map, *_, block_q, block_k, scale = args
     return forward.reject(q, k, v, block_map, block_q, block_k, scale)
 
 
-def run(
-    grad: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_map: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    grad, grad_lse, q, k, v, block_map, out, lse, block_q, block_k, scale = args
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = (grad.float() * out.float()).sum(-1) - grad_lse.float()
     q, k, v, grad, lse, delta = (t.contiguous() for t in (q, k, v, grad.to(q.dtype), lse, delta))

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.decode_attention import cpu, reference
+from eff_kernels.ops.decode_attention.args import Args, ScoredArgs, check
+from eff_kernels.ops.decode_attention.common import num_blocks
 
 
 class ScoredAttention(NamedTuple):
@@ -25,7 +27,7 @@ class ScoredAttention(NamedTuple):
 
 OP = Op(
     "decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? block_table, int run, float scale) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.decode_attention, cpu.reject),
         triton_backend("eff_kernels.ops.decode_attention.triton"),
@@ -35,25 +37,16 @@ OP = Op(
 )
 
 
-def _allocate_scored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    run: int,
-    score_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    blocks = reference.num_blocks(k, block_table, run, score_block)
+def _allocate_scored(*args: *ScoredArgs) -> tuple[Tensor, Tensor]:
+    q, k, _, _, block_table, run, score_block, *_ = args
+    blocks = num_blocks(k, block_table, run, score_block)
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.size(0), k.size(1), blocks, dtype=wide)
 
 
 SCORED = Op(
     "scored_decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? block_table, int run, int score_block, float scale)"
-    " -> (Tensor, Tensor)",
+    schema_of(ScoredArgs, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.scored_decode_attention, cpu.reject),
         triton_backend("eff_kernels.ops.decode_attention.triton", run="run_scored", reject="reject_scored"),
@@ -100,7 +93,7 @@ def decode_attention(
         TypeError: a dtype is not as stated.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    _check(q, k, v, lengths, block_table, run)
+    check(q, k, v, lengths, block_table, run)
     return OP(q, k, v, lengths, block_table, run or 0, _scale(q, scale), backend=backend)
 
 
@@ -135,7 +128,7 @@ def scored_decode_attention(
     Raises:
         ValueError, TypeError, BackendError: as `decode_attention`, or ``score_block`` is less than 1.
     """
-    _check(q, k, v, lengths, block_table, run)
+    check(q, k, v, lengths, block_table, run)
     if score_block < 1:
         raise ValueError(f"score_block must be 1 or more, got {score_block}")
     return ScoredAttention(
@@ -145,27 +138,3 @@ def scored_decode_attention(
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.size(-1) ** -0.5 if scale is None else float(scale)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int | None) -> None:
-    if q.dim() != 3 or k.dim() != 4 or k.shape != v.shape or k.size(3) != q.size(2):
-        raise ValueError(
-            f"q [B, H, D], k and v [B, KV, S, D] do not fit: got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
-    batch, heads, _ = q.shape
-    if k.size(1) == 0 or heads % k.size(1):
-        raise ValueError(f"the number of query heads, {heads}, must be a multiple of the key-value heads, {k.size(1)}")
-    if not (q.is_floating_point() and k.is_floating_point()) or k.dtype != v.dtype:
-        raise TypeError(f"q, k and v must have float dtypes, k and v the same; got {q.dtype}, {k.dtype} and {v.dtype}")
-    if lengths.dtype != torch.int32 or (block_table is not None and block_table.dtype != torch.int32):
-        seen = lengths.dtype if block_table is None else f"{lengths.dtype} and {block_table.dtype}"
-        raise TypeError(f"lengths and block_table must be int32, got {seen}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths must have shape [{batch}], got {list(lengths.shape)}")
-    if run is not None and (run < 1 or block_table is None):
-        raise ValueError(f"run must be 1 or more and goes with a block_table, got run={run}")
-    if (block_table is None or run) and k.size(0) != batch:
-        raise ValueError(f"k and v must hold {batch} sequences, as q does, got {k.size(0)}")
-    if block_table is not None and block_table.shape[:-1] not in ((batch,), (batch, k.size(1))):
-        wanted = f"[{batch}, max_pages] or [{batch}, {k.size(1)}, max_pages]"
-        raise ValueError(f"block_table must have shape {wanted}, got {list(block_table.shape)}")

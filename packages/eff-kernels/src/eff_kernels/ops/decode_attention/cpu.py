@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.ops.decode_attention.reference import check_cache, num_blocks
+from eff_kernels.ops.decode_attention.args import Args, ScoredArgs
+from eff_kernels.ops.decode_attention.common import check_cache, num_blocks
 
 _ARGS = struct.Struct("PqqPPqqqqqqqqqqPqqqPdPPqqq")  # the fields of args in decode_attention.c
+_kernel = native.loader("eff_decode_attention", _ARGS)
 
 
 def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, *options: float) -> str | None:
@@ -30,24 +30,15 @@ def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor
     return native.unavailable()
 
 
-def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float
-) -> Tensor:
+def decode_attention(*args: *Args) -> Tensor:
     """As the reference."""
+    q, k, v, lengths, block_table, run, scale = args
     return _attend(q, k, v, lengths, block_table, run, scale, None, 1)
 
 
-def scored_decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    run: int,
-    score_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def scored_decode_attention(*args: *ScoredArgs) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    q, k, v, lengths, block_table, run, score_block, scale = args
     mass = torch.zeros(q.size(0), k.size(1), num_blocks(k, block_table, run, score_block))
     return _attend(q, k, v, lengths, block_table, run, scale, mass, score_block), mass
 
@@ -78,8 +69,3 @@ def _attend(
     if failed:
         raise MemoryError(f"decode_attention could not allocate scratch memory for q {list(q.shape)}")
     return out
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_decode_attention", _ARGS)

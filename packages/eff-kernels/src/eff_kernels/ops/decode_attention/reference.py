@@ -5,25 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.decode_attention.args import Args, ScoredArgs
+from eff_kernels.ops.decode_attention.common import check_cache, num_blocks
 
-def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float
-) -> Tensor:
+
+def decode_attention(*args: *Args) -> Tensor:
     """Output [B, H, D], sequence by sequence."""
+    q, k, v, lengths, block_table, run, scale = args
     return scored_decode_attention(q, k, v, lengths, block_table, run, 1, scale)[0]
 
 
-def scored_decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    run: int,
-    score_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def scored_decode_attention(*args: *ScoredArgs) -> tuple[Tensor, Tensor]:
     """The same, and the weights summed over a group's queries and over blocks of keys, float32 [B, KV, blocks]."""
+    q, k, v, lengths, block_table, run, score_block, scale = args
     check_cache(k, lengths, block_table, run)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -38,41 +32,6 @@ def scored_decode_attention(
             block_S = torch.arange(length, device=q.device) // score_block
             mass[b].index_add_(1, block_S, weights_KGS.sum(1))
     return out, mass
-
-
-def room(k: Tensor, block_table: Tensor | None, run: int) -> int:
-    """Most keys that a sequence can have."""
-    return k.size(2) if block_table is None else (run or k.size(2)) * block_table.size(-1)
-
-
-def num_blocks(k: Tensor, block_table: Tensor | None, run: int, score_block: int) -> int:
-    """Blocks of ``score_block`` keys that a sequence can have."""
-    return -(-room(k, block_table, run) // score_block)
-
-
-def check_cache(k: Tensor, lengths: Tensor, block_table: Tensor | None, run: int) -> None:
-    """Refuse what would read outside the cache.
-
-    Raises:
-        ValueError: a length, a page number or the first row of a run lies outside.
-    """
-    counts, most = lengths.tolist(), room(k, block_table, run)
-    for b, length in enumerate(counts):
-        if not 0 <= length <= most:
-            raise ValueError(f"lengths must lie between 0 and {most}, got {length} for sequence {b}")
-    if block_table is None:
-        return
-    keys = run or k.size(2)
-    for b, (length, entries) in enumerate(zip(counts, block_table.tolist(), strict=True)):
-        for row in entries if block_table.dim() == 3 else [entries]:
-            used = row[: -(-length // keys)]
-            sizes = [min(keys, length - i * keys) for i in range(len(used))]
-            if run and any(not 0 <= e <= k.size(2) - n for e, n in zip(used, sizes, strict=True)):
-                raise ValueError(
-                    f"block_table of sequence {b} has runs outside the {k.size(2)} rows of its cache: {used}"
-                )
-            if not run and used and (min(used) < 0 or max(used) >= k.size(0)):
-                raise ValueError(f"block_table of sequence {b} names pages outside 0..{k.size(0) - 1}: {used}")
 
 
 def _first(cache: Tensor, sequence: int, length: int, block_table: Tensor | None, run: int) -> Tensor:

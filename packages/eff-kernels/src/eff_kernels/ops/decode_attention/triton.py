@@ -6,6 +6,8 @@ depends on the room of the cache alone: its result does not depend on the rest o
 
 G: query heads of a key-value head, padded to what the matrix units take. S: keys of a block. D: features, padded to a
 power of two. C: chunks.
+
+m, l, alpha, p: running maximum and sum of the online softmax, the factor of what came before, and the weights.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET, AotCase
-from eff_kernels.ops.decode_attention.reference import check_cache, num_blocks, room
+from eff_kernels.aot import INTERPRET, AotCase
+from eff_kernels.ops.decode_attention.args import Args, ScoredArgs
+from eff_kernels.ops.decode_attention.common import check_cache, max_keys, num_blocks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LONGEST_HEAD = 256
@@ -28,7 +31,7 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit
 def _decode_chunk_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, table_stride, table_head, parts_ptr, tops_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, table_stride, table_head, parts_ptr, m_ptr, l_ptr,
     weights_ptr, blocks, scale, group, d, chunk,
     page, sequence_stride, entry_stride, head_stride, key_stride,
     PAGED: tl.constexpr, SCORED: tl.constexpr, NARROW: tl.constexpr,
@@ -44,8 +47,8 @@ def _decode_chunk_kernel(
         q_GD = q_GD.to(tl.float32)
     length = tl.load(lengths_ptr + sequence)
     first, last = part * chunk, min((part + 1) * chunk, length)
-    top_G = tl.full([BG], float("-inf"), tl.float32)
-    sum_G = tl.zeros([BG], tl.float32)
+    m_G = tl.full([BG], float("-inf"), tl.float32)
+    l_G = tl.zeros([BG], tl.float32)
     out_GD = tl.zeros([BG, BD], tl.float32)
     for start in range(first, last, BS):
         key_S = start + tl.arange(0, BS)
@@ -61,37 +64,37 @@ def _decode_chunk_kernel(
         k_SD = tl.load(k_ptr + offset_SD, mask_SD, other=0.0).to(q_GD.dtype)
         score_GS = tl.dot(q_GD, tl.trans(k_SD), input_precision="ieee") * scale  # in units of log 2
         score_GS = tl.where(inside_S[None, :], score_GS, float("-inf"))
-        new_G = tl.maximum(top_G, tl.max(score_GS, 1))
-        weight_GS = tl.exp2(score_GS - new_G[:, None])
-        shrink_G = tl.exp2(top_G - new_G)
-        own_G = tl.sum(weight_GS, 1)
-        sum_G = sum_G * shrink_G + own_G
+        m_new_G = tl.maximum(m_G, tl.max(score_GS, 1))
+        p_GS = tl.exp2(score_GS - m_new_G[:, None])
+        alpha_G = tl.exp2(m_G - m_new_G)
+        l_block_G = tl.sum(p_GS, 1)
+        l_G = l_G * alpha_G + l_block_G
         if SCORED:
-            tl.store(weights_ptr + query_G * blocks + start // BS, new_G + tl.log2(own_G), row_G < group)
+            tl.store(weights_ptr + query_G * blocks + start // BS, m_new_G + tl.log2(l_block_G), row_G < group)
         v_SD = tl.load(v_ptr + offset_SD, mask_SD, other=0.0).to(q_GD.dtype)
-        out_GD = tl.dot(weight_GS.to(q_GD.dtype), v_SD, out_GD * shrink_G[:, None], input_precision="ieee")
-        top_G = new_G
+        out_GD = tl.dot(p_GS.to(q_GD.dtype), v_SD, out_GD * alpha_G[:, None], input_precision="ieee")
+        m_G = m_new_G
     place_G = query_G * tl.num_programs(2) + part
     tl.store(parts_ptr + place_G[:, None] * d + feature_D[None, :], out_GD, mask_GD)
-    tl.store(tops_ptr + place_G, top_G, row_G < group)
-    tl.store(sums_ptr + place_G, sum_G, row_G < group)
+    tl.store(m_ptr + place_G, m_G, row_G < group)
+    tl.store(l_ptr + place_G, l_G, row_G < group)
 
 
 @triton.jit
 def _join_chunks_kernel(
-    parts_ptr, tops_ptr, sums_ptr, lengths_ptr, out_ptr, heads, d, chunk, chunks, BC: tl.constexpr, BD: tl.constexpr
+    parts_ptr, m_ptr, l_ptr, lengths_ptr, out_ptr, heads, d, chunk, chunks, BC: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64)
     feature_D, part_C = tl.arange(0, BD), tl.arange(0, BC)
     used = tl.cdiv(tl.load(lengths_ptr + query // heads), chunk)
-    top_C = tl.load(tops_ptr + query * chunks + part_C, part_C < used, other=float("-inf"))
-    sum_C = tl.load(sums_ptr + query * chunks + part_C, part_C < used, other=0.0)
-    top = tl.where(used > 0, tl.max(top_C, 0), 0.0)
-    share_C = tl.where(part_C < used, tl.exp2(top_C - top), 0.0)
-    total = tl.sum(sum_C * share_C, 0)
+    m_C = tl.load(m_ptr + query * chunks + part_C, part_C < used, other=float("-inf"))
+    l_C = tl.load(l_ptr + query * chunks + part_C, part_C < used, other=0.0)
+    top = tl.where(used > 0, tl.max(m_C, 0), 0.0)
+    alpha_C = tl.where(part_C < used, tl.exp2(m_C - top), 0.0)
+    total = tl.sum(l_C * alpha_C, 0)
     out_D = tl.zeros([BD], tl.float32)
     for part in range(used):
-        share = tl.exp2(tl.load(tops_ptr + query * chunks + part) - top)
+        share = tl.exp2(tl.load(m_ptr + query * chunks + part) - top)
         row_D = tl.load(parts_ptr + (query * chunks + part) * d + feature_D, feature_D < d, other=0.0)
         out_D += row_D * share
     out_D /= tl.where(used > 0, total, 1.0)
@@ -109,16 +112,8 @@ def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor
     return None
 
 
-def reject_scored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    run: int,
-    score_block: int,
-    scale: float,
-) -> str | None:
+def reject_scored(*args: *ScoredArgs) -> str | None:
+    q, k, v, lengths, block_table, _, score_block, *_ = args
     step = _block(q.size(1) // k.size(1), q.size(2), q.dtype)["BS"]
     if score_block % step:
         return f"takes blocks of multiples of {step} keys here, got score_block={score_block}"
@@ -127,22 +122,15 @@ def reject_scored(
     return reject(q, k, v, lengths, block_table)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, run: int, scale: float) -> Tensor:
+def run(*args: *Args) -> Tensor:
     """As the reference."""
+    q, k, v, lengths, block_table, run, scale = args
     return _attend(q, k, v, lengths, block_table, run, scale, None)
 
 
-def run_scored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    run: int,
-    score_block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def run_scored(*args: *ScoredArgs) -> tuple[Tensor, Tensor]:
     """As the reference. The kernel leaves the logarithm of the weight of each of its blocks."""
+    q, k, v, lengths, block_table, run, score_block, scale = args
     batch, heads, kv_heads = q.size(0), q.size(1), k.size(1)
     step = _block(heads // kv_heads, q.size(2), q.dtype)["BS"]
     blocks = num_blocks(k, block_table, run, score_block)
@@ -161,7 +149,7 @@ def _attend(
         check_cache(k, lengths, block_table, run)
     batch, heads, d = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    most = room(k, block_table, run)
+    most = max_keys(k, block_table, run)
     if out.numel() == 0 or most == 0:
         return out.zero_()
     q, lengths = q.contiguous(), lengths.contiguous()
@@ -171,18 +159,18 @@ def _attend(
     chunk = max(_CHUNK, triton.cdiv(triton.cdiv(most, _CHUNKS), block["BS"]) * block["BS"])
     chunks = triton.cdiv(most, chunk)
     parts = torch.empty(batch, heads, chunks, d, dtype=torch.float32, device=q.device)
-    tops, sums = torch.empty(2, batch, heads, chunks, dtype=torch.float32, device=q.device)
+    maxima, sums = torch.empty(2, batch, heads, chunks, dtype=torch.float32, device=q.device)
     page_stride, head_stride, key_stride, _ = k.stride()
     inner = run or block_table is None  # entries lie inside of the sequence's own part of the cache
     _decode_chunk_kernel[(batch, k.size(1), chunks)](
-        q, k, v, lengths, table, table.stride(0), table.stride(1) if table.dim() == 3 else 0, parts, tops, sums,
-        tops if weights is None else weights, 0 if weights is None else weights.size(2),
+        q, k, v, lengths, table, table.stride(0), table.stride(1) if table.dim() == 3 else 0, parts, maxima, sums,
+        maxima if weights is None else weights, 0 if weights is None else weights.size(2),
         scale * _LOG2E, group, d, chunk,
         run or k.size(2), page_stride if inner else 0, key_stride if inner else page_stride, head_stride, key_stride,
         PAGED=block_table is not None, SCORED=weights is not None, NARROW=q.dtype == k.dtype and not INTERPRET, **block,
     )  # fmt: skip
     _join_chunks_kernel[(batch * heads,)](
-        parts, tops, sums, lengths, out, heads, d, chunk, chunks,
+        parts, maxima, sums, lengths, out, heads, d, chunk, chunks,
         BC=triton.next_power_of_2(chunks), BD=block["BD"], num_warps=1,
     )  # fmt: skip
     return out
@@ -207,7 +195,7 @@ def _aot_cases() -> list[AotCase]:
                 options = {key: block.pop(key) for key in ("num_warps", "num_stages")}
                 pointers = {
                     "q_ptr": f"*{name}", "k_ptr": f"*{name}", "v_ptr": f"*{name}", "lengths_ptr": "*i32",
-                    "table_ptr": "*i32", "parts_ptr": "*fp32", "tops_ptr": "*fp32", "sums_ptr": "*fp32",
+                    "table_ptr": "*i32", "parts_ptr": "*fp32", "m_ptr": "*fp32", "l_ptr": "*fp32",
                     "weights_ptr": "*fp32",
                 }  # fmt: skip
                 odd = ("table_stride", "table_head", "blocks", "group")
@@ -224,7 +212,7 @@ def _aot_cases() -> list[AotCase]:
                         unaligned=odd,
                     )
                 )
-    floats = ("parts_ptr", "tops_ptr", "sums_ptr")
+    floats = ("parts_ptr", "m_ptr", "l_ptr")
     cases.append(
         AotCase(
             name="join",

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.fp4_linear.args import Args
 from eff_kernels.ops.fp4_quantize import cpu as fp4_cpu
+from eff_kernels.ops.fp4_quantize.common import global_scale_of
 from eff_kernels.ops.fp4_quantize.cpu import FORMAT_CODES, address
-from eff_kernels.ops.fp4_quantize.reference import global_scale_of
 
 _ARGS = struct.Struct("PqqqqqPPPPPPqqq")  # the fields of args in fp4_linear.c
+_kernel = native.loader("eff_fp4_linear", _ARGS)
 
 
-def reject(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    input_global_scale: Tensor | None,
-    format: str,
-    activations: str,
-    scale_rounding: str,
-    out_dtype: torch.dtype,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the compiled code cannot run this call."""
-    return native.unfit(x, out_dtype) or native.unavailable()
+    x, *_, out_dtype = args
+    return native.unfit(x, out_dtype)
 
 
-def fp4_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    input_global_scale: Tensor | None,
-    format: str,
-    activations: str,
-    scale_rounding: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def fp4_linear(*args: *Args) -> Tensor:
     """As the reference, summed in float32."""
+    x, packed, scale, global_scale, bias, input_global_scale, format, activations, scale_rounding, out_dtype = args
     if activations == "dynamic":
         if format == "nvfp4" and input_global_scale is None:
             input_global_scale = global_scale_of(x)
@@ -69,8 +49,3 @@ def fp4_linear(
     if failed:
         raise MemoryError(f"fp4_linear could not allocate scratch memory for x {list(x.shape)}")
     return y
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_fp4_linear", _ARGS)

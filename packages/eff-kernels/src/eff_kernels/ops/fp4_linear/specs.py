@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eff_kernels.ops.fp4_quantize.reference import BLOCKS
+from eff_kernels.ops.fp4_quantize.common import BLOCKS
 from eff_kernels.testing.specs import Draw, Spec
 
 

@@ -2,7 +2,7 @@
 
 Codes are decoded in registers and multiplied by their block scales, which is exact: a code has two significant bits and
 an E4M3 scale four, so that bfloat16 and float16 hold the product. Powers of two from mxfp4 may leave the range of
-float16; there the product is taken in TF32, which holds float16 and the codes exactly.
+float16; there the product is computed in TF32, which holds float16 and the codes exactly.
 
 Rounded activations (W4A4) go to the matrix units as 4-bit floats where there are such units (sm_100), else as bfloat16.
 
@@ -18,17 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.aot import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.ops.fp4_linear.args import Args, BackwardArgs
 from eff_kernels.ops.fp4_quantize import reference
 from eff_kernels.ops.fp4_quantize import triton as fp4_triton
-from eff_kernels.ops.fp4_quantize.reference import BLOCKS
-from eff_kernels.ops.int8_linear.triton_float import place, store
+from eff_kernels.ops.fp4_quantize.common import BLOCKS, global_scale_of
+from eff_kernels.ops.int8_linear.triton_float import store, swizzle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _decode(packed, scale, V: tl.constexpr, NVFP4: tl.constexpr, DTYPE: tl.constexpr):
+def decode(packed, scale, V: tl.constexpr, NVFP4: tl.constexpr, DTYPE: tl.constexpr):
     """Values [R, C] of packed codes [R, C / 2] and bytes of block scales [R, C / V]."""
     R: tl.constexpr = packed.shape[0]
     C: tl.constexpr = 2 * packed.shape[1]
@@ -53,7 +54,7 @@ def _weight_kernel(
     PRECISION: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x [m, k] times the weight: [n, k] transposed, or in the backward [k, n] as it is."""
-    row_M, _, row, column = place(m, n, BM, BN, GROUP)
+    row_M, _, row, column = swizzle(m, n, BM, BN, GROUP)
     first_column = tl.min(column, 0)
     DTYPE: tl.constexpr = tl.float32 if WIDE else x_ptr.dtype.element_ty
     x_M = x_ptr + row_M.to(tl.int64) * x_stride
@@ -74,7 +75,7 @@ def _weight_kernel(
             scale = tl.load(
                 scale_ptr + line_K * (n // V) + block_B[None, :], inside_K & (block_B < n // V)[None, :], other=0
             )
-            weight_KN = _decode(packed, scale, V, NVFP4, DTYPE)
+            weight_KN = decode(packed, scale, V, NVFP4, DTYPE)
         else:
             byte_H = first // 2 + tl.arange(0, BK // 2)
             block_B = first // V + tl.arange(0, BK // V)
@@ -86,7 +87,7 @@ def _weight_kernel(
             scale = tl.load(
                 scale_ptr + line_N * (k // V) + block_B[None, :], inside_N & (block_B < k // V)[None, :], other=0
             )
-            weight_KN = tl.trans(_decode(packed, scale, V, NVFP4, DTYPE))
+            weight_KN = tl.trans(decode(packed, scale, V, NVFP4, DTYPE))
         sums_MN = tl.dot(x_MK, weight_KN, sums_MN, input_precision=PRECISION)
     if NVFP4:
         sums_MN *= tl.load(global_ptr)
@@ -104,7 +105,7 @@ def _codes_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Codes of x [m, k / 2] times codes of the weight [n, k / 2], transposed, on units for 4-bit floats."""
-    row_M, column_N, row, column = place(m, n, BM, BN, GROUP)
+    row_M, column_N, row, column = swizzle(m, n, BM, BN, GROUP)
     sums_MN = tl.zeros([BM, BN], tl.float32)
     for first in range(0, k, BK):
         byte_H = first // 2 + tl.arange(0, BK // 2)
@@ -128,37 +129,17 @@ def _codes_kernel(
     store(out_ptr, sums_MN, row, column, m, n)
 
 
-def reject(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    input_global_scale: Tensor | None,
-    format: str,
-    activations: str,
-    scale_rounding: str,
-    out_dtype: torch.dtype,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the kernels cannot run this call."""
+    x, *_, out_dtype = args
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
     return None
 
 
-def run(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    input_global_scale: Tensor | None,
-    format: str,
-    activations: str,
-    scale_rounding: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def run(*args: *Args) -> Tensor:
     """As the reference, summed in float32."""
+    x, packed, scale, global_scale, bias, input_global_scale, format, activations, scale_rounding, out_dtype = args
     out = x.new_empty(x.size(0), packed.size(0), dtype=out_dtype)
     if out.numel() == 0:
         return out
@@ -166,7 +147,7 @@ def run(
     if activations == "none":
         return _launch(x, packed, scale, global_scale, None, bias, out, format, backward=False)
     if format == "nvfp4" and input_global_scale is None:
-        input_global_scale = reference.global_scale_of(x)
+        input_global_scale = global_scale_of(x)
     codes, x_scale = fp4_triton.run(x, input_global_scale, format, scale_rounding)
     if _has_fp4_units(x.device, format) and x.size(1):
         return _launch_codes(codes, x_scale, packed, scale, global_scale, input_global_scale, bias, out, format)
@@ -175,19 +156,17 @@ def run(
     return _launch(x, packed, scale, global_scale, input_global_scale, bias, out, format, backward=False)
 
 
-def reject_backward(
-    grad: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype
-) -> str | None:
+def reject_backward(*args: *BackwardArgs) -> str | None:
     """Why the kernel cannot run this call."""
+    grad, *_, dtype = args
     if grad.dtype not in DTYPES or dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {grad.dtype} in and {dtype} out"
     return None
 
 
-def backward(
-    grad: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype
-) -> Tensor:
+def backward(*args: *BackwardArgs) -> Tensor:
     """Gradient [M, K]: grad [M, N] @ dequantised weight [N, K]."""
+    grad, packed, scale, global_scale, format, dtype = args
     out = grad.new_empty(grad.size(0), 2 * packed.size(1), dtype=dtype)
     if grad.numel() == 0 or out.numel() == 0:
         return out.zero_()

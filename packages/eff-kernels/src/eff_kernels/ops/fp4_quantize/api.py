@@ -7,17 +7,25 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
+from eff_kernels.ops.common import check_float
 from eff_kernels.ops.fp4_quantize import cpu, reference
-from eff_kernels.ops.fp4_quantize.reference import BLOCKS, SCALE_ROUNDINGS
-from eff_kernels.ops.int8_quantize.api import check_float
+from eff_kernels.ops.fp4_quantize.args import Args, DequantizeArgs
+from eff_kernels.ops.fp4_quantize.common import (
+    BLOCKS,
+    block_of,
+    check_codes,
+    check_global_scale,
+    check_scale_rounding,
+    global_scale_of,
+)
 
 Format = Literal["nvfp4", "mxfp4"]
 ScaleRounding = Literal["floor", "even", "ceil", "rceil"]
 
 OP = Op(
     "fp4_quantize",
-    "(Tensor x, Tensor? global_scale, str format, str scale_rounding) -> (Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.quantize, cpu.reject),
         triton_backend("eff_kernels.ops.fp4_quantize.triton"),
@@ -31,11 +39,9 @@ OP = Op(
 
 DEQUANTIZE_OP = Op(
     "fp4_dequantize",
-    "(Tensor packed, Tensor scale, Tensor? global_scale, str format, ScalarType dtype) -> Tensor",
+    schema_of(DequantizeArgs, "Tensor"),
     [Backend("cpu", cpu.dequantize, cpu.reject_dequantize), Backend("reference", reference.dequantize)],
-    fake=lambda packed, scale, global_scale, format, dtype: packed.new_empty(
-        (packed.shape[0], 2 * packed.shape[1]), dtype=dtype
-    ),
+    fake=lambda packed, *options: packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=options[-1]),
 )
 
 
@@ -98,7 +104,7 @@ def fp4_quantize(
     global_scale = check_global_scale(global_scale, format, "global_scale")
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if format == "nvfp4" and global_scale is None:
-        global_scale = reference.global_scale_of(rows)
+        global_scale = global_scale_of(rows)
     packed, scale = OP(rows, global_scale, format, scale_rounding, backend=backend)
     if format == "nvfp4":
         scale = scale.view(torch.float8_e4m3fn)
@@ -135,51 +141,3 @@ def fp4_dequantize(
     packed, scale = (t.reshape(lead.numel(), t.shape[-1]) for t in (packed, scale))
     values = DEQUANTIZE_OP(packed, scale, global_scale, format, dtype, backend=backend)
     return values.view(*lead, -1)
-
-
-def block_of(format: str) -> int:
-    """Values that share a scale; ValueError for an unknown format."""
-    if format not in BLOCKS:
-        raise ValueError(f"format must be 'nvfp4' or 'mxfp4', got {format!r}")
-    return BLOCKS[format]
-
-
-def check_scale_rounding(scale_rounding: str, format: str) -> None:
-    """Raise ValueError unless the format knows that rounding of its scale."""
-    if scale_rounding not in SCALE_ROUNDINGS:
-        raise ValueError(f"scale_rounding must be one of {SCALE_ROUNDINGS}, got {scale_rounding!r}")
-    if format == "nvfp4" and scale_rounding != "floor":
-        raise ValueError(f"scale_rounding={scale_rounding!r} belongs to mxfp4; nvfp4 rounds its scales to nearest")
-
-
-def check_global_scale(global_scale: Tensor | None, format: str, name: str) -> Tensor | None:
-    """The global scale as a float32 scalar; ValueError if it has not one element or the format has none."""
-    if global_scale is None:
-        return None
-    if format == "mxfp4":
-        raise ValueError(f"mxfp4 has no global scale; leave out {name}")
-    if global_scale.numel() != 1:
-        raise ValueError(f"{name} must have one element, got shape {list(global_scale.shape)}")
-    if global_scale.dtype is torch.float32 and global_scale.dim() == 0:
-        return global_scale
-    return global_scale.float().reshape(())
-
-
-def check_codes(packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str) -> Tensor | None:
-    """Check stored codes; returns the global scale as a float32 scalar."""
-    block = block_of(format)
-    wanted = torch.float8_e4m3fn if format == "nvfp4" else torch.uint8
-    if packed.dtype is not torch.uint8:
-        raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    if scale.dtype is not wanted:
-        raise TypeError(f"{format} scales must be {wanted}, got {scale.dtype}")
-    shape, blocks = packed.shape, scale.shape
-    if not shape or 2 * shape[-1] % block:
-        raise ValueError(f"{format} needs packed [..., K/2] with K a multiple of {block}, got {list(shape)}")
-    if not blocks or blocks[:-1] != shape[:-1] or blocks[-1] * block != 2 * shape[-1]:
-        raise ValueError(
-            f"packed [..., K/2] and scale [..., K/{block}] do not fit: got {list(shape)} and {list(blocks)}"
-        )
-    if format == "nvfp4" and global_scale is None:
-        raise ValueError("nvfp4 needs its global scale; got None (1.0 where there is one level of scales)")
-    return check_global_scale(global_scale, format, "global_scale")

@@ -10,21 +10,18 @@ import functools
 import torch
 from torch import Tensor
 
-BLOCKS = {"nvfp4": 16, "mxfp4": 32}
-"""Values that share a scale."""
-
-SCALE_ROUNDINGS = ("floor", "even", "ceil", "rceil")
+from eff_kernels.ops.fp4_quantize.args import Args, DequantizeArgs
+from eff_kernels.ops.fp4_quantize.common import BLOCKS, LARGEST_E4M3, SMALLEST_E4M3
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the 16 codes of E2M1 stand for: sign, two bits of exponent (bias 1), one of mantissa."""
 
 _NAN_E8M0, _NAN_E4M3 = 255, 127
-_SMALLEST_E4M3, _LARGEST_E4M3 = 2.0**-6, 448.0
-_SMALLEST_GLOBAL_SCALE = 2.0**-120
 
 
-def quantize(x: Tensor, global_scale: Tensor | None, format: str, scale_rounding: str) -> tuple[Tensor, Tensor]:
+def quantize(*args: *Args) -> tuple[Tensor, Tensor]:
     """Packed codes [R, K/2] and bytes of the block scales [R, K/block] of x [R, K]."""
+    x, global_scale, format, scale_rounding = args
     blocks = x.float().reshape(x.size(0), x.size(1) // BLOCKS[format], BLOCKS[format])
     absmax = blocks.abs().amax(-1)
     if format == "mxfp4":
@@ -35,7 +32,7 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, scale_rounding
     else:
         assert global_scale is not None
         global_scale = global_scale.float()
-        stored = (absmax / 6 / global_scale).clamp(_SMALLEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
+        stored = (absmax / 6 / global_scale).clamp(SMALLEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
         scale = stored.view(torch.uint8)
         # In this order, as torchao: a division of x by the two scales would break some ties differently.
         inverse = (1 / global_scale) / stored.float()
@@ -73,20 +70,9 @@ def pack(codes: Tensor) -> Tensor:
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def global_scale_of(x: Tensor) -> Tensor:
-    """s_g = max |x| / (6 * 448), so that the largest block scale is the largest of E4M3; 1 for a tensor of zeros.
-
-    At least 2^-120: below, the inverse of s_g times a block scale would be infinite.
-    """
-    if x.numel() == 0:
-        return torch.ones((), device=x.device)
-    low, high = x.aminmax()
-    absmax = torch.maximum(-low, high).float()
-    return torch.where(absmax == 0, 1.0, (absmax / (6 * _LARGEST_E4M3)).clamp(min=_SMALLEST_GLOBAL_SCALE))
-
-
-def dequantize(packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+def dequantize(*args: *DequantizeArgs) -> Tensor:
     """Values [R, K] of packed codes [R, K/2]: code * (block scale * s_g), in float32 (float64 if that is asked for)."""
+    packed, scale, global_scale, format, dtype = args
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = _pairs(wide, packed.device)[packed.int()].flatten(-2)
     factor = scale_values(scale, global_scale, format, wide)

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import AotCase
-from eff_kernels.ops.fp4_quantize.reference import BLOCKS, SCALE_ROUNDINGS
+from eff_kernels.aot import AotCase
+from eff_kernels.ops.fp4_quantize.args import Args
+from eff_kernels.ops.fp4_quantize.common import BLOCKS, SCALE_ROUNDINGS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VALUES = 4096  # of a program
@@ -95,15 +96,17 @@ def _quantize_kernel(
     tl.store(scale_ptr + block_B, byte_B.to(tl.uint8), inside_B)
 
 
-def reject(x: Tensor, global_scale: Tensor | None, format: str, scale_rounding: str) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the kernel cannot run this call."""
+    x, *_ = args
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
     return None
 
 
-def run(x: Tensor, global_scale: Tensor | None, format: str, scale_rounding: str) -> tuple[Tensor, Tensor]:
+def run(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference, bit for bit."""
+    x, global_scale, format, scale_rounding = args
     block = BLOCKS[format]
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, k = x.shape

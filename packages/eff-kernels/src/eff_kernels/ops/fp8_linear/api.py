@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
+from eff_kernels.ops.common import over_rows
 from eff_kernels.ops.fp8_linear import cpu, reference
-from eff_kernels.ops.fp8_linear.backward import BACKWARD_OP
-from eff_kernels.ops.fp8_quantize.api import check_fp8
-
-_ACTIVATIONS = ("none", "dynamic")
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias = inputs[:4]
-    ctx.save_for_backward(weight, scale)
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight, scale = ctx.saved_tensors
-    grad = grad.contiguous()
-    dx = BACKWARD_OP(grad, weight, scale, ctx.x_dtype, backend=ctx.backend) if ctx.needs_input_grad[0] else None
-    dbias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return dx, None, None, dbias, None, None
-
+from eff_kernels.ops.fp8_linear.args import Args, check
+from eff_kernels.ops.fp8_linear.autograd import backward, setup_context
 
 OP = Op(
     "fp8_linear",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str activations, ScalarType out_dtype) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.fp8_linear, cpu.reject),
         triton_backend("eff_kernels.ops.fp8_linear.triton", run="fp8_linear"),
         Backend("reference", reference.fp8_linear),
     ],
-    fake=lambda x, weight, scale, bias, activations, out_dtype: x.new_empty(
-        (x.shape[0], weight.shape[0]), dtype=out_dtype
-    ),
-    setup_context=_remember,
-    backward=_backward,
+    fake=lambda x, weight, *options: x.new_empty((x.shape[0], weight.shape[0]), dtype=options[-1]),
+    setup_context=setup_context,
+    backward=backward,
 )
 
 
@@ -59,7 +41,7 @@ def fp8_linear(
 
     y = x @ (weight * scale[:, None])^T + bias. With ``activations="dynamic"`` each row of x is first rounded to the
     weight's format by `fp8_quantize`. Sums are float32, rounded once; on the CPU each row of y has the same bits
-    whatever rows stand beside it. Differentiable in x and bias: dx = dy @ dequantised weight, straight through the
+    whatever the other rows are. Differentiable in x and bias: dx = dy @ dequantised weight, straight through the
     rounding of x, so that adapters can be trained on a frozen FP8 base.
 
     Args:
@@ -79,23 +61,6 @@ def fp8_linear(
         TypeError: ``weight`` is not FP8, ``scale`` not float32, or ``x`` or ``bias`` not of a float dtype.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    shape, stored = x.shape, weight.shape
-    if len(stored) != 2 or not shape or shape[-1] != stored[1]:
-        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(shape)} and {list(stored)}")
-    check_fp8("weight", weight.dtype)
-    if scale.dtype is not torch.float32:
-        raise TypeError(f"scale must be float32, got {scale.dtype}")
-    n = stored[0]
-    if scale.shape != (n,):
-        raise ValueError(f"scale must have shape [{n}], got {list(scale.shape)}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must have shape [{n}], got {list(bias.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a float dtype, got {tensor.dtype}")
-    if activations not in _ACTIVATIONS:
-        raise ValueError(f"activations must be 'none' or 'dynamic', got {activations!r}")
-    arguments = (weight, scale, bias, activations, out_dtype or x.dtype)
-    if len(shape) == 2:
-        return OP(x, *arguments, backend=backend)
-    return OP(x.reshape(shape[:-1].numel(), shape[-1]), *arguments, backend=backend).view(*shape[:-1], n)
+    args = (x, weight, scale, bias, activations, out_dtype or x.dtype)
+    check(*args)
+    return over_rows(OP, *args, backend=backend)

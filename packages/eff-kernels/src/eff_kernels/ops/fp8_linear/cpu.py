@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.ops.fp8_quantize.cpu import FORMATS
+from eff_kernels.ops.fp8_linear.args import Args
+from eff_kernels.ops.fp8_quantize.common import FORMATS
 
 _ARGS = struct.Struct("PqqqqqPqqPPPqqq")  # the fields of args in fp8_linear.c
+_kernel = native.loader("eff_fp8_linear", _ARGS)
 
 
-def reject(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activations: str, out_dtype: torch.dtype
-) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the compiled code cannot run this call."""
-    return native.unfit(x, out_dtype) or native.unavailable()
+    x, *_, out_dtype = args
+    return native.unfit(x, out_dtype)
 
 
-def fp8_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activations: str, out_dtype: torch.dtype
-) -> Tensor:
+def fp8_linear(*args: *Args) -> Tensor:
     """As the reference, summed in float32, each row independent of the others."""
+    x, weight, scale, bias, activations, out_dtype = args
     step, unit = x.stride()
     if unit != 1:
         x = x.contiguous()
@@ -46,8 +44,3 @@ def fp8_linear(
     if failed:
         raise MemoryError(f"fp8_linear could not allocate scratch memory for x {list(x.shape)}")
     return y
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_fp8_linear", _ARGS)

@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.aot import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.ops.fp8_linear.args import Args, BackwardArgs
 from eff_kernels.ops.fp8_quantize.triton import DTYPES, quantize
-from eff_kernels.ops.int8_linear.triton_float import place, store
+from eff_kernels.ops.int8_linear.triton_float import store, swizzle
 
 
 @triton.jit
-def _decode(codes, E5M2: tl.constexpr):
+def decode(codes, E5M2: tl.constexpr):
     """Bytes as float16: E5M2 exactly, E4M3 as 2^-8 of its value, which is exact too."""
     bits = codes.to(tl.uint16)
     if E5M2:
@@ -40,7 +41,7 @@ def _fp8_linear_kernel(
     DYNAMIC: tl.constexpr, NATIVE: tl.constexpr, E5M2: tl.constexpr, BACKWARD: tl.constexpr, BIAS: tl.constexpr,
     WIDEN: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_M, column_N, row, column = place(m, n, BM, BN, GROUP)
+    row_M, column_N, row, column = swizzle(m, n, BM, BN, GROUP)
     x_M = x_ptr + row_M.to(tl.int64) * x_stride
     weight_N = weight_ptr + column_N.to(tl.int64) * weight_stride_n
     unit: tl.constexpr = 1.0 if E5M2 or NATIVE else 256.0
@@ -59,8 +60,8 @@ def _fp8_linear_kernel(
             sums_MN = tl.dot(x_MK.to(format, bitcast=True), codes_KN.to(format, bitcast=True), sums_MN)
         else:
             if DYNAMIC:
-                x_MK = _decode(x_MK, E5M2)
-            w_KN = _decode(codes_KN, E5M2)
+                x_MK = decode(x_MK, E5M2)
+            w_KN = decode(codes_KN, E5M2)
             if WIDEN:
                 x_MK = x_MK.to(tl.float32)
             if BACKWARD:
@@ -76,18 +77,16 @@ def _fp8_linear_kernel(
     store(out_ptr, sums_MN, row, column, m, n)
 
 
-def reject(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activations: str, out_dtype: torch.dtype
-) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, *_, out_dtype = args
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
     return None
 
 
-def fp8_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activations: str, out_dtype: torch.dtype
-) -> Tensor:
+def fp8_linear(*args: *Args) -> Tensor:
     """As the reference."""
+    x, weight, scale, bias, activations, out_dtype = args
     out = x.new_empty(x.size(0), weight.size(0), dtype=out_dtype)
     if out.numel() == 0:
         return out
@@ -98,14 +97,16 @@ def fp8_linear(
     return _launch(x, row_scale, weight, weight.stride(), scale, bias, out, backward=False)
 
 
-def reject_backward(grad: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> str | None:
+def reject_backward(*args: *BackwardArgs) -> str | None:
+    grad, *_, dtype = args
     if grad.dtype == torch.float64 or dtype == torch.float64:
         return "sums in float32, got float64"
     return None
 
 
-def backward(grad: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def backward(*args: *BackwardArgs) -> Tensor:
     """Gradient [M, K]: grad [M, N] @ dequantised weight [N, K]."""
+    grad, weight, scale, dtype = args
     weight = weight.contiguous()
     out = grad.new_empty(grad.size(0), weight.size(1), dtype=dtype)
     if grad.numel() == 0 or out.numel() == 0:

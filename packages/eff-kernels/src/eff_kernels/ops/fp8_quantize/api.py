@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.fp8_quantize import cpu, reference
+from eff_kernels.ops.fp8_quantize.args import Args, check
 
 OP = Op(
     "fp8_quantize",
-    "(Tensor x, ScalarType dtype, bool power_of_two) -> (Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.quantize, cpu.reject),
         triton_backend("eff_kernels.ops.fp8_quantize.triton", run="quantize"),
@@ -26,7 +27,7 @@ OP = Op(
 
 ROUND_OP = Op(
     "fp8_round",
-    "(Tensor x, ScalarType dtype, bool power_of_two) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.round_rows, cpu.reject),
         triton_backend("eff_kernels.ops.fp8_quantize.triton", run="round_rows"),
@@ -71,7 +72,8 @@ def fp8_quantize(
         >>> fp8_quantize(torch.tensor([[1.0, -0.5, 0.3, 7.0]])).scale
         tensor([0.0156])
     """
-    codes, scale = OP(_rows(x, dtype), dtype, power_of_two, backend=backend)
+    check(x, dtype, power_of_two)
+    codes, scale = OP(_rows(x), dtype, power_of_two, backend=backend)
     return FP8Rows(codes.view(dtype).view(x.shape), scale.view(x.shape[:-1]))
 
 
@@ -95,19 +97,9 @@ def fp8_round(
     Raises:
         ValueError, TypeError, BackendError: As for `fp8_quantize`.
     """
-    return ROUND_OP(_rows(x, dtype), dtype, power_of_two, backend=backend).view(x.shape)
+    check(x, dtype, power_of_two)
+    return ROUND_OP(_rows(x), dtype, power_of_two, backend=backend).view(x.shape)
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    if not x.is_floating_point():
-        raise TypeError(f"x must have a float dtype, got {x.dtype}")
-    check_fp8("dtype", dtype)
+def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
-
-
-def check_fp8(name: str, dtype: torch.dtype) -> None:
-    """Raise TypeError unless the dtype is one of the two."""
-    if dtype not in cpu.FORMATS:
-        raise TypeError(f"{name} must be torch.float8_e4m3fn or torch.float8_e5m2, got {dtype}")

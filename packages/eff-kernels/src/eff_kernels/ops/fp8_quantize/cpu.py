@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
-
-FORMATS: Final = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
-"""Codes of ``eff_fp8`` in fp8.h."""
+from eff_kernels.ops.fp8_quantize.args import Args
+from eff_kernels.ops.fp8_quantize.common import FORMATS
 
 _ARGS = struct.Struct("PqqqqqqPPPq")  # the fields of args in fp8_rows.c
+_kernel = native.loader("eff_fp8_quantize", _ARGS)
 
 
-def reject(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> str | None:
+def reject(x: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype not in native.DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    return native.unavailable()
+    return native.unfit(x)
 
 
-def quantize(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantize(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    x, dtype, power_of_two = args
     rows, k = x.shape
     codes = torch.empty(rows, k, dtype=torch.uint8)
     scale = torch.empty(rows)
@@ -36,8 +30,9 @@ def quantize(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor,
     return codes, scale
 
 
-def round_rows(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+def round_rows(*args: *Args) -> Tensor:
     """As the reference."""
+    x, dtype, power_of_two = args
     values = torch.empty(x.shape, dtype=x.dtype)
     _run(x, dtype, power_of_two, 0, values.data_ptr(), 0)
     return values
@@ -53,8 +48,3 @@ def _run(x: Tensor, dtype: torch.dtype, power_of_two: bool, codes: int, values: 
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"fp8_quantize could not allocate scratch memory for rows of {k}")
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_fp8_quantize", _ARGS)

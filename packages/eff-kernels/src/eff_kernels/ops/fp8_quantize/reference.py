@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
-EPS: Final = 1e-12
-"""The least magnitude that a row is scaled by, so that a row of zeros has a finite scale."""
+from eff_kernels.ops.fp8_quantize.args import Args
+from eff_kernels.ops.fp8_quantize.common import EPS
 
 
-def quantize(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantize(*args: *Args) -> tuple[Tensor, Tensor]:
     """Codes as bytes [T, K] and scales [T] of x [T, K]."""
+    x, dtype, power_of_two = args
     x = x.float()
     amax = x.abs().amax(1) if x.size(1) else x.new_zeros(x.size(0))
     scale = scale_of(amax, dtype, power_of_two)
@@ -21,8 +20,9 @@ def quantize(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor,
     return scaled.clamp(-most, most).to(dtype).view(torch.uint8), scale
 
 
-def round_rows(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+def round_rows(*args: *Args) -> Tensor:
     """The numbers [T, K] for which the codes of x [T, K] stand, of ``x.dtype``."""
+    x, dtype, power_of_two = args
     codes, scale = quantize(x, dtype, power_of_two)
     return (codes.view(dtype).float() * scale[:, None]).to(x.dtype)
 

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import AotCase
-from eff_kernels.ops.fp8_quantize.reference import EPS
+from eff_kernels.aot import AotCase
+from eff_kernels.ops.fp8_quantize.args import Args
+from eff_kernels.ops.fp8_quantize.common import EPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 4096  # elements of a block
@@ -80,19 +81,22 @@ def _fp8_quantize_kernel(
         tl.store(out_ptr + row_R[:, None] * k + column_C[None, :], out_RC.to(out_ptr.dtype.element_ty), mask_RC)
 
 
-def reject(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, *_ = args
     return None if x.dtype in DTYPES else f"takes float32, bfloat16 and float16, got {x.dtype}"
 
 
-def quantize(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantize(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    x, dtype, power_of_two = args
     codes, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.size(0), dtype=torch.float32)
     _launch(x, codes, scale, dtype, power_of_two, values=False)
     return codes, scale
 
 
-def round_rows(x: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+def round_rows(*args: *Args) -> Tensor:
     """As the reference."""
+    x, dtype, power_of_two = args
     out = x.new_empty(x.shape)
     _launch(x, out, out, dtype, power_of_two, values=True)
     return out

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.group_linear.args import Args
 from eff_kernels.ops.group_linear.pack import GROUP
 
 _ARGS = struct.Struct("PqqqqqPqqqqPPqq")  # the fields of args in group_linear.c
+_kernel = native.loader("eff_group_linear", _ARGS)
 
 
-def reject(x: Tensor, packed: Tensor, bias: Tensor | None, *options: Any) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the compiled code cannot run this call."""
-    return native.unfit(x, options[-1]) or native.unavailable()
+    x, *_, out_dtype = args
+    return native.unfit(x, out_dtype)
 
 
-def group_linear(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    n: int,
-    bits: int,
-    offset: int,
-    minima: bool,
-    wide: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def group_linear(*args: *Args) -> Tensor:
     """As the reference."""
+    x, packed, bias, n, bits, offset, minima, wide, out_dtype = args
     if x.stride(1) != 1:
         x = x.contiguous()
     packed = packed.contiguous()
@@ -49,8 +40,3 @@ def group_linear(
     if failed:
         raise MemoryError(f"group_linear could not allocate scratch memory for x {list(x.shape)}")
     return y
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_group_linear", _ARGS)

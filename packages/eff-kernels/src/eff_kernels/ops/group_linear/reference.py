@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.group_linear.args import Args
 from eff_kernels.ops.group_linear.pack import GROUP, unpack
 
 _TINY = 1e-36
@@ -21,18 +22,9 @@ def activation_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return (groups * inverse[..., None]).round().nan_to_num(0.0), step
 
 
-def group_linear(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    n: int,
-    bits: int,
-    offset: int,
-    minima: bool,
-    wide: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def group_linear(*args: *Args) -> Tensor:
     """Y [T, n] of x [T, K] and packed weights; with float64 inputs all but the choice of codes is in float64."""
+    x, packed, bias, n, bits, offset, minima, wide, out_dtype = args
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     codes, scale, minimum = unpack(packed, n, bits, minima, wide)
     act, step = activation_codes(x)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.grouped_lora import autograd, cpu, reference
+from eff_kernels.ops.grouped_lora.args import Args, check
 
 
-def _fake(x: Tensor, a: Tensor, b: Tensor, ids: Tensor, weights: Any, scale: Any, y: Tensor | None) -> Tensor:
+def _fake(*args: *Args) -> Tensor:
+    x, _, b, *_, y = args
     return x.new_empty((x.shape[0], b.shape[1]), dtype=x.dtype if y is None else y.dtype)
 
 
 OP = Op(
     "grouped_lora",
-    "(Tensor x, Tensor a, Tensor b, Tensor ids, Tensor? weights, Tensor? scale, Tensor? y) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.grouped_lora, cpu.reject),
         triton_backend("eff_kernels.ops.grouped_lora.triton"),
@@ -72,33 +71,14 @@ def grouped_lora(
         tensor([[ 2.],
                 [30.]])
     """
-    shape = x.shape
-    if a.dim() != 3 or b.dim() != 3 or a.shape[:2] != (b.shape[0], b.shape[2]):
-        raise ValueError(f"a [E, R, K] and b [E, N, R] do not fit: got {list(a.shape)} and {list(b.shape)}")
-    if not shape or shape[-1] != a.shape[2]:
-        raise ValueError(f"x must have shape [..., {a.shape[2]}] for a of shape {list(a.shape)}, got {list(shape)}")
-    lead, (num_experts, n, _) = shape[:-1], b.shape
-    if not ids.dim() or ids.shape[:-1] != lead:
-        raise ValueError(f"ids must have shape {[*lead, 'k']} for x of shape {list(shape)}, got {list(ids.shape)}")
-    if weights is not None and weights.shape != ids.shape:
-        raise ValueError(f"weights must be of the shape of ids, {list(ids.shape)}, got {list(weights.shape)}")
-    if scale is not None and scale.shape != (num_experts,):
-        raise ValueError(f"scale must have shape [{num_experts}], got {list(scale.shape)}")
-    if y is not None and y.shape != (*lead, n):
-        raise ValueError(f"y must have shape {[*lead, n]}, got {list(y.shape)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"a and b must have one dtype, got {a.dtype} and {b.dtype}")
-    for name, tensor in (("x", x), ("a", a), ("weights", weights), ("scale", scale), ("y", y)):
-        if tensor is not None and not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} must have a float dtype, got {tensor.dtype}")
-    if len(shape) == 2:
+    check(x, a, b, ids, weights, scale, y)
+    lead = x.shape[:-1]
+    if len(lead) == 1:
         return OP(x, a, b, ids, weights, scale, y, backend=backend)
     rows = lead.numel()
     out = OP(
-        x.reshape(rows, shape[-1]), a, b, ids.reshape(rows, ids.shape[-1]),
+        x.reshape(rows, x.shape[-1]), a, b, ids.reshape(rows, ids.shape[-1]),
         None if weights is None else weights.reshape(rows, ids.shape[-1]), scale,
-        None if y is None else y.reshape(rows, n), backend=backend,
+        None if y is None else y.reshape(rows, y.shape[-1]), backend=backend,
     )  # fmt: skip
-    return out.view(*lead, n)
+    return out.view(*lead, out.shape[-1])

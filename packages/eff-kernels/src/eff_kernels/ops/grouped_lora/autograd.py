@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.grouped_lora import reference
+from eff_kernels.ops.grouped_lora.args import BackwardArgs
 
 
-def _fake(
-    grad: Tensor, x: Tensor, a: Tensor, b: Tensor, ids: Tensor, weights: Any, scale: Any, experts: bool
-) -> tuple[Tensor, ...]:
+def _fake(*args: *BackwardArgs) -> tuple[Tensor, ...]:
+    _, x, a, b, ids, weights, _, experts = args
     grad_a, grad_b = (t.new_empty(t.shape if experts else (0, *t.shape[1:])) for t in (a, b))
     return x.new_empty(x.shape), grad_a, grad_b, (x if weights is None else weights).new_empty(ids.shape)
 
@@ -24,8 +24,7 @@ def _reject_cpu(grad: Tensor, x: Tensor, *_: Any) -> str | None:
 # On the CPU, grouped products of PyTorch are as quick on the many rows of training as compiled code of our own.
 BACKWARD_OP = Op(
     "grouped_lora_backward",
-    "(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor ids, Tensor? weights, Tensor? scale, bool experts)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", reference.grouped_lora_backward, _reject_cpu),
         triton_backend("eff_kernels.ops.grouped_lora.triton", run="run_backward", reject="reject_backward"),
@@ -36,7 +35,7 @@ BACKWARD_OP = Op(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs; the low-rank sums are computed again, which costs little beside storing them."""
+    """Keep the inputs; the low-rank sums are computed again, which costs little compared with storing them."""
     x, a, b, ids, weights, scale, y = inputs
     ctx.save_for_backward(x, a, b, ids, weights, scale)
     ctx.y_dtype = None if y is None else y.dtype

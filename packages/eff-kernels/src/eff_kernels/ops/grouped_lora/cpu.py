@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.ops.grouped_lora.reference import wrong_ids
+from eff_kernels.ops.grouped_lora.args import Args
+from eff_kernels.ops.grouped_lora.common import wrong_ids
 
 _ARGS = struct.Struct("PqqqqPPqqqqPqqPPPqqPq")  # the fields of args in grouped_lora.c
+_kernel = native.loader("eff_grouped_lora", _ARGS)
 _WRONG_ID = 2
 
 
-def reject(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or a.dtype not in DTYPE_CODES or (y is not None and y.dtype not in DTYPE_CODES):
-        return f"takes float32, bfloat16 and float16, got x of {x.dtype}, a of {a.dtype}" + (
-            "" if y is None else f", y of {y.dtype}"
-        )
-    return native.unavailable()
+    x, a, *_, y = args
+    return native.unfit(x, a.dtype, x.dtype if y is None else y.dtype)
 
 
-def grouped_lora(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-) -> Tensor:
-    """As the reference. A row of the result has the same bits whatever rows stand beside it."""
+def grouped_lora(*args: *Args) -> Tensor:
+    """As the reference. A row of the result has the same bits whatever the other rows are."""
+    x, a, b, ids, weights, scale, y = args
     if x.stride(1) != 1:
         x = x.contiguous()
     a, b, ids = a.contiguous(), b.contiguous(), ids.contiguous()
@@ -72,8 +52,3 @@ def grouped_lora(
     if failed:
         raise MemoryError(f"grouped_lora could not allocate scratch memory for x {list(x.shape)}")
     return out
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_grouped_lora", _ARGS)

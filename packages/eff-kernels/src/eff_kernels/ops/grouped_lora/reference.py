@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.grouped_lora.args import Args, BackwardArgs
+from eff_kernels.ops.grouped_lora.common import wrong_ids
 
-def grouped_lora(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-) -> Tensor:
+
+def grouped_lora(*args: *Args) -> Tensor:
     """Out [T, N] of x [T, K], a [E, R, K], b [E, N, R], ids and weights [T, k], scale [E], y [T, N]."""
+    x, a, b, ids, weights, scale, y = args
     check_ids(ids, a.shape[0])
     wide = _wide(x, a)
     gates = gates_of(ids, weights, scale, wide)
@@ -27,21 +23,13 @@ def grouped_lora(
     return out.to(x.dtype if y is None else y.dtype).contiguous()
 
 
-def grouped_lora_backward(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    experts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grouped_lora_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, a, b and weights; those to a and b are empty unless ``experts``.
 
     With h = a[e] x, u = b[e]^T dy and the gate g = weight * scale, summed over the rows and places of expert e:
     dx = g a[e]^T u, da[e] = g u x^T, db[e] = g dy h^T, dweight = scale * (u . h).
     """
+    grad, x, a, b, ids, weights, scale, experts = args
     wide = _wide(x, a)
     gates, factor = gates_of(ids, weights, scale, wide), gates_of(ids, None, scale, wide)
     upper, rows_in = grad.to(wide), x.to(wide)
@@ -73,11 +61,6 @@ def check_ids(ids: Tensor, num_experts: int) -> None:
     """Refuse ids that name no expert."""
     if ids.numel() and not (int(ids.min()) >= -1 and int(ids.max()) < num_experts):
         raise IndexError(wrong_ids(ids, num_experts))
-
-
-def wrong_ids(ids: Tensor, num_experts: int) -> str:
-    """What to say of ids out of range."""
-    return f"ids must be from -1 (none) to {num_experts - 1}, got {int(ids.min())} to {int(ids.max())}"
 
 
 def _wide(x: Tensor, a: Tensor) -> torch.dtype:

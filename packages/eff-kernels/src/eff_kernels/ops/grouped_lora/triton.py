@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET, AotCase
+from eff_kernels.aot import INTERPRET, AotCase
+from eff_kernels.ops.grouped_lora.args import Args, BackwardArgs
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_RANK = 128
@@ -147,15 +148,8 @@ def _outer_kernel(
     tl.store(d_RN, sums_RN.to(d_ptr.dtype.element_ty), (rank_R < rank)[:, None] & (column_N < width)[None, :])
 
 
-def reject(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, a, *_, weights, scale, y = args
     for name, tensor in (("x", x), ("a", a), ("weights", weights), ("scale", scale), ("y", y)):
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"takes float32, bfloat16 and float16, got {name} of {tensor.dtype}"
@@ -166,28 +160,13 @@ def reject(
     return None
 
 
-def reject_backward(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    experts: bool,
-) -> str | None:
+def reject_backward(*args: *BackwardArgs) -> str | None:
+    grad, x, a, b, ids, weights, scale, *_ = args
     return reject(x, a, b, ids, weights, scale, grad)
 
 
-def run(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    y: Tensor | None,
-) -> Tensor:
+def run(*args: *Args) -> Tensor:
+    x, a, b, ids, weights, scale, y = args
     out = x.new_empty((x.shape[0], b.shape[1]), dtype=x.dtype if y is None else y.dtype)
     if out.numel() == 0:
         return out
@@ -197,16 +176,8 @@ def run(
     return out
 
 
-def run_backward(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    experts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, x, a, b, ids, weights, scale, experts = args
     dx = x.new_empty(x.shape)
     da, db = (t.new_empty(t.shape if experts else (0, *t.shape[1:])) for t in (a, b))
     dweights = (x if weights is None else weights).new_empty(ids.shape)

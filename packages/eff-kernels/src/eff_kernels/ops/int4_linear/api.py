@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
+from eff_kernels.ops.common import over_rows
 from eff_kernels.ops.int4_linear import cpu, reference
-from eff_kernels.ops.int4_linear.backward import input_gradient
-from eff_kernels.ops.int8_quantize.api import check_float
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, input_scale, _ = inputs
-    ctx.save_for_backward(weight, scale, input_scale)
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight, scale, input_scale = ctx.saved_tensors
-    dx = input_gradient(grad, weight, scale, input_scale, ctx.x_dtype) if ctx.needs_input_grad[0] else None
-    dbias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return dx, None, None, dbias, None, None
-
+from eff_kernels.ops.int4_linear.args import Args, check
+from eff_kernels.ops.int4_linear.autograd import backward, setup_context
 
 # One op for both public functions: a packed weight is uint8, an unpacked one int8.
 OP = Op(
     "int4_linear",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? input_scale, ScalarType out_dtype) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.linear, cpu.reject),
         triton_backend("eff_kernels.ops.int4_linear.triton"),
         Backend("reference", reference.linear),
     ],
-    fake=lambda x, weight, scale, bias, input_scale, out_dtype: x.new_empty(
-        (x.shape[0], weight.shape[0]), dtype=out_dtype
-    ),
-    setup_context=_remember,
-    backward=_backward,
+    fake=lambda x, weight, *options: x.new_empty((x.shape[0], weight.shape[0]), dtype=options[-1]),
+    setup_context=setup_context,
+    backward=backward,
 )
 
 
@@ -83,10 +66,9 @@ def int4_linear(
     """
     if packed.dtype is not torch.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    shape, stored = x.shape, packed.shape
-    if len(stored) != 2 or not shape or shape[-1] != 2 * stored[1]:
-        raise ValueError(f"x [..., K] and packed [N, K / 2] do not fit: got {list(shape)} and {list(stored)}")
-    return _linear(x, packed, scale, bias, input_scale, out_dtype, backend)
+    args = (x, packed, scale, bias, input_scale, out_dtype or x.dtype)
+    check(*args)
+    return over_rows(OP, *args, backend=backend)
 
 
 def int8_static_linear(
@@ -124,37 +106,6 @@ def int8_static_linear(
     """
     if weight.dtype is not torch.int8:
         raise TypeError(f"weight must be int8, got {weight.dtype}")
-    shape, stored = x.shape, weight.shape
-    if len(stored) != 2 or not shape or shape[-1] != stored[1]:
-        raise ValueError(f"x [..., K] and weight [N, K] do not fit: got {list(shape)} and {list(stored)}")
-    return _linear(x, weight, scale, bias, input_scale, out_dtype, backend)
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    out_dtype: torch.dtype | None,
-    backend: str,
-) -> Tensor:
-    shape, n = x.shape, weight.shape[0]
-    if scale.dtype is not torch.float32:
-        raise TypeError(f"scale must be float32, got {scale.dtype}")
-    if scale.shape != (n,):
-        raise ValueError(f"scale must have shape [{n}], got {list(scale.shape)}")
-    if input_scale is not None:
-        if input_scale.dtype is not torch.float32:
-            raise TypeError(f"input_scale must be float32, got {input_scale.dtype}")
-        if input_scale.shape != shape[-1:]:
-            raise ValueError(f"input_scale must have shape [{shape[-1]}], got {list(input_scale.shape)}")
-    if bias is not None:
-        check_float(bias)
-        if bias.shape != (n,):
-            raise ValueError(f"bias must have shape [{n}], got {list(bias.shape)}")
-    check_float(x)
-    if len(shape) == 2:
-        return OP(x, weight, scale, bias, input_scale, out_dtype or x.dtype, backend=backend)
-    rows = x.reshape(shape[:-1].numel(), shape[-1])
-    return OP(rows, weight, scale, bias, input_scale, out_dtype or x.dtype, backend=backend).view(*shape[:-1], n)
+    args = (x, weight, scale, bias, input_scale, out_dtype or x.dtype)
+    check(*args)
+    return over_rows(OP, *args, backend=backend)

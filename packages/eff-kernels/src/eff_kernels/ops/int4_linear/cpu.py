@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.int4_linear.args import Args
 from eff_kernels.ops.int8_linear.common import overflow
 
 _ARGS = struct.Struct("PqqqqqPqPPPqPqq")  # the fields of args in int4_linear.c
+_kernel = native.loader("eff_int4_linear", _ARGS)
 
 
-def reject(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the compiled code cannot run this call."""
-    if reason := native.unfit(x, out_dtype):
-        return reason
-    if reason := overflow(x.size(1), 128 * (8 if weight.dtype is torch.uint8 else 128)):
-        return reason
-    return native.unavailable()
+    x, weight, *_, out_dtype = args
+    largest = 128 * (8 if weight.dtype is torch.uint8 else 128)
+    return native.unfit(x, out_dtype) or overflow(x.size(1), largest)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def linear(*args: *Args) -> Tensor:
     """As the reference."""
+    x, weight, scale, bias, input_scale, out_dtype = args
     step, unit = x.stride()
     if unit != 1:
         x = x.contiguous()
@@ -64,8 +49,3 @@ def linear(
     if failed:
         raise MemoryError(f"int4_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")
     return y
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_int4_linear", _ARGS)

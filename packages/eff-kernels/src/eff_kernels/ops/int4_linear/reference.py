@@ -5,41 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.int4_linear.args import Args
+from eff_kernels.ops.int4_linear.common import weight_codes
 from eff_kernels.ops.int8_quantize.reference import inverse_scale
 
 
-def int4_pack(codes: Tensor) -> Tensor:
-    """Two codes from -8 to 7 to a byte, the one of the even index in the low half: [..., K] to uint8 [..., K / 2].
-
-    Raises:
-        ValueError: K is odd. Codes out of range are not looked for.
-    """
-    if codes.dim() == 0 or codes.size(-1) % 2:
-        raise ValueError(f"the last dimension must be even, got shape {list(codes.shape)}")
-    halves = codes.to(torch.uint8) & 15
-    return halves[..., 0::2] | halves[..., 1::2] << 4
-
-
-def int4_unpack(packed: Tensor) -> Tensor:
-    """The codes in uint8 [..., K / 2] as int8 [..., K]; undoes `int4_pack`."""
-    halves = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-    return (halves ^ 8).to(torch.int8) - 8
-
-
-def weight_codes(weight: Tensor) -> Tensor:
-    """Codes [N, K] of a weight: packed in uint8, or as they are in int8."""
-    return int4_unpack(weight) if weight.dtype is torch.uint8 else weight
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def linear(*args: *Args) -> Tensor:
     """Y [T, N] of x [T, K] and codes [N, K]; with float64 inputs all but the choice of codes is in float64."""
+    x, weight, scale, bias, input_scale, out_dtype = args
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     codes, row_scale = activation_codes(x, input_scale)
     # float64 holds the integer sums exactly (float32 would not, from K = 16384 on).

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import CUDA_TARGETS, AotCase, on_hip
+from eff_kernels.aot import CUDA_TARGETS, AotCase, on_hip
+from eff_kernels.ops.int4_linear.args import Args
 from eff_kernels.ops.int8_linear.common import overflow
-from eff_kernels.ops.int8_linear.triton_float import place, store
+from eff_kernels.ops.int8_linear.triton_float import store, swizzle
 from eff_kernels.ops.int8_quantize import triton as int8_triton
 from eff_kernels.ops.int8_quantize.triton import DTYPES
 
@@ -67,7 +68,7 @@ def _product_kernel(
     PACKED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_M, column_N, row, column = place(m, n, BM, BN, GROUP)
+    row_M, column_N, row, column = swizzle(m, n, BM, BN, GROUP)
     codes_M = codes_ptr + row_M.to(tl.int64) * (length * (2 if PACKED else 1))
     weight_N = weight_ptr + column_N.to(tl.int64) * length
     sums_MN = tl.zeros([BM, BN], tl.int32)
@@ -99,14 +100,8 @@ def _product_kernel(
     store(out_ptr, out_MN, row, column, m, n)
 
 
-def reject(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, weight, _, bias, _, out_dtype = args
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
     if reason := overflow(x.size(1), 128 * (8 if weight.dtype is torch.uint8 else 128)):
@@ -116,15 +111,9 @@ def reject(
     return None
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def run(*args: *Args) -> Tensor:
     """As the reference."""
+    x, weight, scale, bias, input_scale, out_dtype = args
     (m, k), (n, length) = x.shape, weight.shape
     out = x.new_empty(m, n, dtype=out_dtype)
     if out.numel() == 0:

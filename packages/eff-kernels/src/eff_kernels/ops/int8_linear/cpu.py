@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.int8_linear.args import Args
 from eff_kernels.ops.int8_linear.common import LARGEST_PRODUCT, overflow
 from eff_kernels.ops.linear.cpu import product
 
 _ARGS = struct.Struct("PqqqqqPPPqdqqPqq")  # the fields of args in int8_linear.h
+_kernel = native.loader("eff_int8_linear", _ARGS)
 
 
-def reject(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    per_token_outliers: bool,
-    activation: str,
-    activation_group: int | None,
-    out_dtype: torch.dtype,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
     """Why the compiled code cannot run this call."""
+    x, *_, activation, activation_group, out_dtype = args
     if reason := native.unfit(x, out_dtype):
         return reason
     if activation == "dynamic" and (reason := overflow(activation_group or x.size(1), LARGEST_PRODUCT)):
@@ -36,18 +27,9 @@ def reject(
     return native.unavailable()
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    per_token_outliers: bool,
-    activation: str,
-    activation_group: int | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def int8_linear(*args: *Args) -> Tensor:
     """As the reference."""
+    x, weight, absmax, bias, threshold, per_token_outliers, activation, activation_group, out_dtype = args
     if activation == "none":
         return product(x, weight, absmax.float() / 127, bias, out_dtype)
     step, unit = x.stride()
@@ -70,8 +52,3 @@ def int8_linear(
     if failed:
         raise MemoryError(f"int8_linear could not allocate scratch memory for x {list(x.shape)} and weight {[n, k]}")
     return y
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_int8_linear", _ARGS)

@@ -5,21 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.int8_linear.args import Args, BackwardArgs
 from eff_kernels.ops.int8_quantize.reference import inverse_scale
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    per_token_outliers: bool,
-    activation: str,
-    activation_group: int | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def int8_linear(*args: *Args) -> Tensor:
     """Y [T, N] of x [T, K] and weight [N, K]; with float64 inputs all but the choice of codes is in float64."""
+    x, weight, absmax, bias, threshold, per_token_outliers, activation, activation_group, out_dtype = args
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     absmax = absmax.to(wide)
     if activation == "none":
@@ -50,7 +42,8 @@ def int8_linear(
     return y.to(out_dtype)
 
 
-def int8_linear_backward(grad: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def int8_linear_backward(*args: *BackwardArgs) -> Tensor:
     """Gradient dX [T, K] = dY [T, N] @ dequantised weight [N, K]: rounding x counts as the identity."""
+    grad, weight, absmax, dtype = args
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     return ((grad.to(wide) * (absmax / 127)) @ weight.to(wide)).to(dtype)

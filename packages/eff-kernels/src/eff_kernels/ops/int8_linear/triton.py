@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.aot import CUDA_TARGETS, INTERPRET, AotCase, on_hip
 from eff_kernels.ops.int8_linear import triton_float
+from eff_kernels.ops.int8_linear.args import Args
 from eff_kernels.ops.int8_linear.common import LARGEST_PRODUCT, overflow
 from eff_kernels.ops.int8_quantize.triton import DTYPES, quantize_for_product
 
@@ -43,15 +44,15 @@ def _exact_sums(
 
 
 @triton.jit
-def _int8_linear_kernel(
-    codes_ptr, rowmax_ptr, weight_ptr, absmax_ptr, bias_ptr, x_ptr, x_stride, columns_ptr, out_ptr, threshold, m, n, k,
-    group, GROUPED: tl.constexpr, BIAS: tl.constexpr, OUTLIERS: tl.constexpr, PER_TOKEN: tl.constexpr,
-    WIDEN: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+def products(
+    codes_M, rowmax_ptr, row_M, weight_N, x_M, columns_ptr, count_ptr, threshold, k, group,
+    GROUPED: tl.constexpr, OUTLIERS: tl.constexpr, PER_TOKEN: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row_M, column_N, row, column = triton_float.place(m, n, BM, BN, GROUP)
-    codes_M = codes_ptr + row_M.to(tl.int64) * k
-    weight_N = weight_ptr + column_N.to(tl.int64) * k
+    """A block of products in float32, to be multiplied by the scales of the outputs.
+
+    ``codes_M``, ``weight_N`` and ``x_M`` point at the starts of rows; ``row_M`` counts the rows of ``rowmax_ptr``.
+    """
     if GROUPED:
         out_MN = tl.zeros([BM, BN], tl.float32)
         groups = tl.cdiv(k, group)
@@ -64,15 +65,11 @@ def _int8_linear_kernel(
         out_MN = sums_MN.to(tl.float32) * (tl.load(rowmax_ptr + row_M) / 127.0)[:, None]
     if OUTLIERS:
         outlier_MN = tl.zeros([BM, BN], tl.float32)
-        count = tl.load(columns_ptr + k)
+        count = tl.load(count_ptr)
         for first in range(0, count, BC):
             number_C = first + tl.arange(0, BC)
             column_C = tl.load(columns_ptr + number_C, number_C < count, other=0)
-            x_MC = tl.load(
-                x_ptr + row_M.to(tl.int64)[:, None] * x_stride + column_C[None, :],
-                (number_C < count)[None, :],
-                other=0.0,
-            )
+            x_MC = tl.load(x_M[:, None] + column_C[None, :], (number_C < count)[None, :], other=0.0)
             if WIDEN:
                 x_MC = x_MC.to(tl.float32)
             if PER_TOKEN:
@@ -80,23 +77,32 @@ def _int8_linear_kernel(
             weight_CN = tl.load(weight_N[None, :] + column_C[:, None], (number_C < count)[:, None], other=0)
             outlier_MN = tl.dot(x_MC, weight_CN.to(x_MC.dtype), outlier_MN, input_precision="ieee")
         out_MN += outlier_MN
+    return out_MN
+
+
+@triton.jit
+def _int8_linear_kernel(
+    codes_ptr, rowmax_ptr, weight_ptr, absmax_ptr, bias_ptr, x_ptr, x_stride, columns_ptr, out_ptr, threshold, m, n, k,
+    group, GROUPED: tl.constexpr, BIAS: tl.constexpr, OUTLIERS: tl.constexpr, PER_TOKEN: tl.constexpr,
+    WIDEN: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_M, column_N, row, column = triton_float.swizzle(m, n, BM, BN, GROUP)
+    codes_M = codes_ptr + row_M.to(tl.int64) * k
+    weight_N = weight_ptr + column_N.to(tl.int64) * k
+    x_M = x_ptr + row_M.to(tl.int64) * x_stride
+    out_MN = products(
+        codes_M, rowmax_ptr, row_M, weight_N, x_M, columns_ptr, columns_ptr + k, threshold, k, group,
+        GROUPED, OUTLIERS, PER_TOKEN, WIDEN, EVEN, BM, BN, BK, BC,
+    )  # fmt: skip
     out_MN *= (tl.load(absmax_ptr + column_N) / 127.0)[None, :]
     if BIAS:
         out_MN += tl.load(bias_ptr + column_N).to(tl.float32)[None, :]
     triton_float.store(out_ptr, out_MN, row, column, m, n)
 
 
-def reject(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    per_token_outliers: bool,
-    activation: str,
-    activation_group: int | None,
-    out_dtype: torch.dtype,
-) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, _, _, bias, *_, activation, activation_group, out_dtype = args
     if x.dtype not in DTYPES or out_dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype} in and {out_dtype} out"
     if activation == "dynamic" and (reason := overflow(activation_group or x.size(1), LARGEST_PRODUCT)):
@@ -106,18 +112,9 @@ def reject(
     return None
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    per_token_outliers: bool,
-    activation: str,
-    activation_group: int | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def run(*args: *Args) -> Tensor:
     """As the reference."""
+    x, weight, absmax, bias, threshold, per_token_outliers, activation, activation_group, out_dtype = args
     (m, k), n = x.shape, weight.size(0)
     out = x.new_empty(m, n, dtype=out_dtype)
     if out.numel() == 0:

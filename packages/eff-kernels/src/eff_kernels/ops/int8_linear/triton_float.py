@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.aot import CUDA_TARGETS, INTERPRET, AotCase, on_hip
+from eff_kernels.ops.int8_linear.args import BackwardArgs
 
 
 @triton.jit
-def place(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def swizzle(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Rows and outputs of this program: wrapped, for loads without a mask, and as they are, for the mask of the store.
 
     Programs are numbered so that GROUP blocks of rows pass over the outputs together and find the weight in the cache.
@@ -48,7 +49,7 @@ def _float_kernel(
     BACKWARD: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_M, column_N, row, column = place(m, n, BM, BN, GROUP)
+    row_M, column_N, row, column = swizzle(m, n, BM, BN, GROUP)
     x_M = x_ptr + row_M.to(tl.int64) * x_stride
     weight_N = weight_ptr + column_N.to(tl.int64) * weight_stride_n
     sums_MN = tl.zeros([BM, BN], tl.float32)
@@ -80,15 +81,17 @@ def forward(x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, out:
     return _launch(x, weight, weight.stride(), absmax, bias, out, backward=False)
 
 
-def reject_backward(grad: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> str | None:
+def reject_backward(*args: *BackwardArgs) -> str | None:
     """Why the kernel cannot run this call."""
+    grad, *_, dtype = args
     if grad.dtype == torch.float64 or dtype == torch.float64:
         return "sums in float32, got float64"
     return None
 
 
-def backward(grad: Tensor, weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def backward(*args: *BackwardArgs) -> Tensor:
     """Gradient [M, K]: grad [M, N] @ dequantised weight [N, K]."""
+    grad, weight, absmax, dtype = args
     weight = weight.contiguous()
     out = grad.new_empty(grad.size(0), weight.size(1), dtype=dtype)
     if grad.numel() == 0 or out.numel() == 0:

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.int8_quantize import cpu, reference
+from eff_kernels.ops.int8_quantize.args import Args, check
 
 _TRITON = "eff_kernels.ops.int8_quantize.triton"
 
 ROWS_OP = Op(
     "int8_quantize_rows",
-    "(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", cpu.quantize_rows, cpu.reject),
         triton_backend(_TRITON, run="quantize_rows"),
@@ -29,7 +30,7 @@ ROWS_OP = Op(
 
 COLUMNS_OP = Op(
     "int8_quantize_columns",
-    "(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", cpu.quantize_columns, cpu.reject),
         triton_backend(_TRITON, run="quantize_columns"),
@@ -80,10 +81,7 @@ def int8_quantize_rows(x: Tensor, *, threshold: float = 0.0, backend: str = "aut
         TypeError: ``x`` is not of a float dtype.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    check_threshold(threshold)
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    check_float(x)
+    check(x, threshold)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.size(-1))
     codes, absmax, columns = ROWS_OP(rows, float(threshold), backend=backend)
     if x.dim() != 2:
@@ -107,21 +105,8 @@ def int8_quantize_columns(x: Tensor, *, threshold: float = 0.0, backend: str = "
         TypeError: ``x`` is not of a float dtype.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    check_threshold(threshold)
+    check(x, threshold)
     if x.dim() != 2:
         raise ValueError(f"x must be a matrix [T, K], got shape {list(x.shape)}")
-    check_float(x)
     codes, absmax, columns = COLUMNS_OP(x, float(threshold), backend=backend)
     return Int8Columns(codes, absmax, columns.nonzero().view(-1))
-
-
-def check_threshold(threshold: float) -> None:
-    """Raise ValueError unless the threshold is a number from 0 to infinity."""
-    if not threshold >= 0:  # also true of NaN
-        raise ValueError(f"threshold must be 0 (no outliers) or positive, got {threshold}")
-
-
-def check_float(x: Tensor) -> None:
-    """Raise TypeError unless x has a float dtype."""
-    if not x.is_floating_point():
-        raise TypeError(f"x must have a float dtype, got {x.dtype}")

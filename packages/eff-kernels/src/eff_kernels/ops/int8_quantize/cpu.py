@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
+from eff_kernels.ops.int8_quantize.args import Args
 
 _ARGS = struct.Struct("PqqqqdPPPq")  # the fields of args in int8_rows.c and int8_columns.c
+_rows_kernel = native.loader("eff_int8_quantize_rows", _ARGS)
+_columns_kernel = native.loader("eff_int8_quantize_columns", _ARGS, may_fail=False)
 
 
-def reject(x: Tensor, threshold: float) -> str | None:
+def reject(x: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype not in native.DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    return native.unavailable()
+    return native.unfit(x)
 
 
-def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference, in one pass over x."""
+    x, threshold = args
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, k = x.shape
@@ -40,8 +38,9 @@ def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax, columns
 
 
-def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference, in two passes over x."""
+    x, threshold = args
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, k = x.shape
@@ -53,13 +52,3 @@ def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
         codes.data_ptr(), absmax.data_ptr(), columns.data_ptr(), native.threads_for(x.numel()),
     ))  # fmt: skip
     return codes, absmax, columns
-
-
-@functools.cache
-def _rows_kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_int8_quantize_rows", _ARGS)
-
-
-@functools.cache
-def _columns_kernel() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_int8_quantize_columns", _ARGS)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.int8_quantize.args import Args
 
-def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+
+def quantize_rows(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [T, K], absmax [T] and a flag for each outlier column [K] of x [T, K]."""
+    x, threshold = args
     x = x.float()
     outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
     inlier = x.masked_fill(outlier, 0.0)
@@ -18,11 +21,12 @@ def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     return codes.nan_to_num(0.0).to(torch.int8), absmax, columns
 
 
-def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [T, K], absmax [K] and a flag for each outlier column [K] of x [T, K].
 
     As for rows, entries that reach the threshold count for no absmax and outlier columns have codes of 0.
     """
+    x, threshold = args
     x = x.float()
     outlier = x.abs() >= threshold if threshold > 0 else torch.zeros_like(x, dtype=torch.bool)
     inlier = x.masked_fill(outlier, 0.0)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import AotCase
+from eff_kernels.aot import AotCase
+from eff_kernels.ops.int8_quantize.args import Args
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 4096  # elements of a block
@@ -160,12 +161,14 @@ def _column_codes_kernel(
     tl.store(codes_ptr + row_R[:, None] * k + column_C[None, :], codes_RC, mask_RC)
 
 
-def reject(x: Tensor, threshold: float) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, *_ = args
     return None if x.dtype in DTYPES else f"takes float32, bfloat16 and float16, got {x.dtype}"
 
 
-def quantize_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    x, threshold = args
     flags = x.new_zeros(x.size(1), dtype=torch.uint8)
     codes, absmax = _rows(x, threshold, None, flags, None, whole_columns=True)
     return codes, absmax.view(-1), flags.view(torch.bool)
@@ -187,8 +190,9 @@ def quantize_for_product(
     return (*_rows(x, threshold, group, flags, columns, whole_columns=not per_token), columns)
 
 
-def quantize_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_columns(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    x, threshold = args
     rows, k = x.shape
     codes, absmax = x.new_empty(rows, k, dtype=torch.int8), x.new_zeros(k, dtype=torch.float32)
     bits, flags = x.new_zeros(k, dtype=torch.int32), x.new_zeros(k, dtype=torch.uint8)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.linear.args import Args
 
 _ARGS = struct.Struct("PqqqqqPqqPPPqq")  # the fields of args in linear.c
+_kernel = native.loader("eff_linear", _ARGS)
 _WEIGHT_CODES = {**DTYPE_CODES, torch.int8: 3}
 
 
-def reject(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def reject(x: Tensor, weight: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or weight.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got x of {x.dtype} and weight of {weight.dtype}"
-    return native.unavailable()
+    return native.unfit(x, weight.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(*args: *Args) -> Tensor:
     """As the reference, summed in float32."""
+    x, weight, bias = args
     return product(x, weight, None, bias, x.dtype)
 
 
@@ -49,8 +46,3 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
     if failed:
         raise MemoryError(f"linear could not allocate scratch memory for x {list(x.shape)}")
     return y
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_linear", _ARGS)

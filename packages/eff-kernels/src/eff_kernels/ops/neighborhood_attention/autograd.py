@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.neighborhood_attention import cpu, reference
+from eff_kernels.ops.neighborhood_attention.args import BackwardArgs
 
 
 def _allocate(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -16,9 +17,7 @@ def _allocate(grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *
 
 BACKWARD_OP = Op(
     "neighborhood_attention_backward",
-    "(Tensor grad, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, int[] kernel_size, "
-    "int[] stride, int[] dilation, bool[] is_causal, float scale, Tensor additional_keys, Tensor additional_values) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor, Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", cpu.neighborhood_attention_backward, cpu.reject_backward),
         triton_backend("eff_kernels.ops.neighborhood_attention.triton_backward"),

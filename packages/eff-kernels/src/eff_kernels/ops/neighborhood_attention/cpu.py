@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
+from eff_kernels.ops.neighborhood_attention.args import Args, BackwardArgs
 
 _ARGS = struct.Struct("6q3q3q3q3q3q5P5q5q5q3q3qdqqPP2P5P")  # the fields of na_args in neighborhood.h
+_kernel = native.loader_by_name(_ARGS)
 
 
-def reject(query: Tensor, *args: object) -> str | None:
+def reject(query: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not query.is_cpu:
-        return f"needs CPU tensors, got query on {query.device}"
-    if query.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {query.dtype}"
-    return native.unavailable()
+    return native.unfit(query)
 
 
-def reject_backward(grad: Tensor, grad_lse: Tensor, query: Tensor, *args: object) -> str | None:
+def reject_backward(grad: Tensor, grad_lse: Tensor, query: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return reject(query)
+    return native.unfit(query)
 
 
-def neighborhood_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    additional_keys: Tensor,
-    additional_values: Tensor,
-) -> tuple[Tensor, Tensor]:
+def neighborhood_attention(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values = args
     out = query.new_empty(*query.shape[:-1], value.size(-1))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     windows = (kernel_size, stride, dilation, is_causal)
@@ -51,23 +38,10 @@ def neighborhood_attention(
     return out, lse
 
 
-def neighborhood_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    additional_keys: Tensor,
-    additional_values: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def neighborhood_attention_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference; the sums have a fixed order, whatever the number of threads."""
+    grad, grad_lse, query, key, value, out, lse = args[:7]
+    kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values = args[7:]
     tensors = (query, key, value, additional_keys, additional_values)
     dq, dk, dv, dmore_k, dmore_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
     windows = (kernel_size, stride, dilation, is_causal)
@@ -105,8 +79,3 @@ def _call(
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"neighborhood_attention could not allocate scratch memory for query {list(query.shape)}")
-
-
-@functools.cache
-def _kernel(name: str) -> Callable[[bytes], int]:
-    return native.fallible(name, _ARGS)

@@ -5,6 +5,7 @@ query by query, with an online softmax.
 
 M: queries of a program. N: keys of a block.
 D, E: features of keys and of values, padded to powers of two.
+m, l, alpha, p: running maximum and sum of the online softmax, the factor of what came before, and the weights.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET, AotCase
+from eff_kernels.aot import INTERPRET, AotCase
 from eff_kernels.ops.neighborhood_attention import triton_windows as w
+from eff_kernels.ops.neighborhood_attention.args import Args
 
 _LONGEST_HEAD = 128
 _LOG2E = 1.4426950408889634
@@ -48,8 +50,8 @@ def _forward_kernel(
     q_MD = tl.load(q_ptr + row_M[:, None] * d + d_D[None, :], valid_M[:, None] & (d_D < d)[None, :], other=0.0)
     if WIDEN:
         q_MD = q_MD.to(tl.float32)
-    top_M = tl.full([BM], float("-inf"), tl.float32)
-    sum_M = tl.zeros([BM], tl.float32)
+    m_M = tl.full([BM], float("-inf"), tl.float32)
+    l_M = tl.zeros([BM], tl.float32)
     out_ME = tl.zeros([BM, BE], tl.float32)
     total = w.size(a0, b0, a1, b1, a2, b2)
     near = tl.cdiv(total, BN)
@@ -72,20 +74,20 @@ def _forward_kernel(
             v_NE = w.rows(more_v_ptr, row_N, e, e_E, exists_N, WIDEN)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale  # in units of log 2
         score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        new_M = tl.maximum(top_M, tl.max(score_MN, 1))
-        base_M = tl.where(new_M == float("-inf"), 0.0, new_M)
-        weight_MN = tl.exp2(score_MN - base_M[:, None])
-        shrink_M = tl.exp2(top_M - base_M)
-        sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
-        out_ME = tl.dot(weight_MN.to(v_NE.dtype), v_NE, out_ME * shrink_M[:, None], input_precision="ieee")
-        top_M = new_M
-    sum_M = tl.where(valid_M, sum_M, 1.0)
-    out_ME /= sum_M[:, None]
+        m_new_M = tl.maximum(m_M, tl.max(score_MN, 1))
+        m_safe_M = tl.where(m_new_M == float("-inf"), 0.0, m_new_M)
+        p_MN = tl.exp2(score_MN - m_safe_M[:, None])
+        alpha_M = tl.exp2(m_M - m_safe_M)
+        l_M = l_M * alpha_M + tl.sum(p_MN, 1)
+        out_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, out_ME * alpha_M[:, None], input_precision="ieee")
+        m_M = m_new_M
+    l_M = tl.where(valid_M, l_M, 1.0)
+    out_ME /= l_M[:, None]
     tl.store(
         out_ptr + row_M[:, None] * e + e_E[None, :], out_ME.to(out_ptr.dtype.element_ty),
         valid_M[:, None] & (e_E < e)[None, :],
     )  # fmt: skip
-    tl.store(lse_ptr + row_M, (top_M + tl.log2(sum_M)) * 0.6931471805599453, valid_M)
+    tl.store(lse_ptr + row_M, (m_M + tl.log2(l_M)) * 0.6931471805599453, valid_M)
 
 
 def reject(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> str | None:
@@ -127,19 +129,9 @@ def grid(query: Tensor, lengths: Sequence[int], block: dict[str, int], heads: in
     return boxes, query.size(0) * heads
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    additional_keys: Tensor,
-    additional_values: Tensor,
-) -> tuple[Tensor, Tensor]:
+def run(*args: *Args) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values = args
     out = query.new_empty(*query.shape[:-1], value.size(-1))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:

@@ -9,7 +9,6 @@ M: queries. N: keys. D, E: features of keys and of values, padded to powers of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET
+from eff_kernels.aot import INTERPRET
 from eff_kernels.ops.neighborhood_attention import triton as forward
 from eff_kernels.ops.neighborhood_attention import triton_windows as w
+from eff_kernels.ops.neighborhood_attention.args import BackwardArgs
 
 
 @triton.jit
@@ -137,23 +137,10 @@ def reject(grad: Tensor, grad_lse: Tensor, *args: Any) -> str | None:
     return forward.reject(*args)
 
 
-def run(
-    grad: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    additional_keys: Tensor,
-    additional_values: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference."""
+    grad, grad_lse, query, key, value, out, lse = args[:7]
+    kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values = args[7:]
     q, k, v, more_k, more_v = (t.contiguous() for t in (query, key, value, additional_keys, additional_values))
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     if query.numel() == 0:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eff_kernels.op import Backend, Op
 from eff_kernels.ops.neighborhood_attention import unfused_cpu as cpu
-from eff_kernels.ops.neighborhood_attention.reference import window_index
+from eff_kernels.ops.neighborhood_attention.common import window_index
 
 
 def _index(x: Tensor, *windows: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.ops.neighborhood_attention.reference import window_index
+from eff_kernels.ops.neighborhood_attention.common import window_index
 
 _ARGS = struct.Struct("5q3P3q3q2Pq")  # the fields of nu_args in neighborhood_unfused.c
+_kernel = native.loader_by_name(_ARGS, may_fail=False)
 
 
 def reject(first: Tensor, second: Tensor, *windows: Sequence[Any]) -> str | None:
@@ -77,8 +78,3 @@ def _call(name: str, table: Tensor, x: Tensor | None, y: Tensor | None, weights:
         0 if held is None else held.data_ptr(), out.data_ptr(),
         native.threads_for(batch * heads * tokens * table.size(1) * d),
     ))  # fmt: skip
-
-
-@functools.cache
-def _kernel(name: str) -> Callable[[bytes], None]:
-    return native.struct_kernel(name, _ARGS)

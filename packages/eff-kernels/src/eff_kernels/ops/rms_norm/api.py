@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.rms_norm import autograd, cpu, reference
+from eff_kernels.ops.rms_norm.args import AddArgs, Args, check, check_add
 
 _TRITON = "eff_kernels.ops.rms_norm.triton"
 
 OP = Op(
     "rms_norm",
-    "(Tensor x, Tensor weight, float eps) -> Tensor",
+    schema_of(Args, "Tensor"),
     [Backend("cpu", cpu.rms_norm, cpu.reject), triton_backend(_TRITON), Backend("reference", reference.rms_norm)],
     fake=lambda x, weight, eps: x.new_empty(x.shape),
     setup_context=autograd.setup_context,
@@ -22,7 +23,7 @@ OP = Op(
 
 ADD_OP = Op(
     "add_rms_norm",
-    "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    schema_of(AddArgs, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.add_rms_norm, cpu.reject_add),
         triton_backend(_TRITON, run="add_rms_norm", reject="reject_add"),
@@ -65,11 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str = "au
         >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2))
         tensor([[0.8485, 1.1314]])
     """
-    shape = x.shape
-    if not shape or weight.shape != (shape[-1],):
-        raise ValueError(_wrong_shapes(x, weight))
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"x must have a float dtype, got {x.dtype}")
+    check(x, weight, eps)
     return OP(x, weight, eps, backend=backend)
 
 
@@ -96,17 +93,5 @@ def add_rms_norm(
         TypeError: ``x`` is not of a float dtype, or ``residual`` is not of the same.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    shape = x.shape
-    if shape != residual.shape:
-        raise ValueError(f"x and residual must have one shape, got {list(x.shape)} and {list(residual.shape)}")
-    if not shape or weight.shape != (shape[-1],):
-        raise ValueError(_wrong_shapes(x, weight))
-    if not x.dtype.is_floating_point or residual.dtype != x.dtype:
-        raise TypeError(f"x and residual must have one float dtype, got {x.dtype} and {residual.dtype}")
+    check_add(x, residual, weight, eps)
     return AddRMSNorm(*ADD_OP(x, residual, weight, eps, backend=backend))
-
-
-def _wrong_shapes(x: Tensor, weight: Tensor) -> str:
-    if x.dim() == 0:
-        return "x must have at least one dimension, got a scalar"
-    return f"weight must have shape [{x.size(-1)}] for x of shape {list(x.shape)}, got {list(weight.shape)}"

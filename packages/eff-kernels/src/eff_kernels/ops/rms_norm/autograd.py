@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.rms_norm import cpu, reference
+from eff_kernels.ops.rms_norm.args import BackwardArgs
 
 BACKWARD_OP = Op(
     "rms_norm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? grad_residual) -> (Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.rms_norm_backward, cpu.reject_backward),
         triton_backend("eff_kernels.ops.rms_norm.triton", run="rms_norm_backward", reject="reject_backward"),

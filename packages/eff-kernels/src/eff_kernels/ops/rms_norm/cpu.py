@@ -6,43 +6,41 @@ arguments travel as one packed struct, which ctypes passes three times faster th
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, rows_of, threads_for
+from eff_kernels.ops.rms_norm.args import AddArgs, Args, BackwardArgs
 
 # The fields of forward_args and backward_args in rms_norm.c.
 _FORWARD = struct.Struct("qqPqPqPdPPqqq")
+_forward = native.loader("eff_rms_norm", _FORWARD, may_fail=False)
 _BACKWARD = struct.Struct("qqPqPqPPqdPPqqqq")
+_backward = native.loader("eff_rms_norm_backward", _BACKWARD, may_fail=False)
 _PARTS = 64  # at most so many partial sums of the weight's gradient, whatever the number of threads
 
 
-def reject(x: Tensor, weight: Tensor, eps: float) -> str | None:
+def reject(x: Tensor, weight: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES or weight.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got x in {x.dtype} and weight in {weight.dtype}"
-    return native.unavailable()
+    return native.unfit(x, weight.dtype)
 
 
-def reject_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
+def reject_add(x: Tensor, residual: Tensor, weight: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return reject(x, weight, eps)
+    return native.unfit(x, weight.dtype)
 
 
-def reject_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None) -> str | None:
+def reject_backward(grad: Tensor, x: Tensor, weight: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return reject(x, weight, eps)
+    return native.unfit(x, weight.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(*args: *Args) -> Tensor:
     """As the reference."""
+    x, weight, eps = args
     out = empty_like(x, memory_format=contiguous_format)
     x, stride = rows_of(x)
     if not weight.is_contiguous():
@@ -55,8 +53,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(*args: *AddArgs) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    x, residual, weight, eps = args
     out = empty_like(x, memory_format=contiguous_format)
     total = empty_like(x, memory_format=contiguous_format)
     x, stride = rows_of(x)
@@ -72,10 +71,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, total
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
     """As the reference. The weight's gradient is summed in parts that depend on the shape alone: it is repeatable."""
+    grad, x, weight, eps, grad_residual = args
     grad_x = empty_like(x, memory_format=contiguous_format)
     x, x_stride = rows_of(x)
     grad, grad_stride = rows_of(grad.to(x.dtype))
@@ -91,13 +89,3 @@ def rms_norm_backward(
         rows_per_part, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], threads_for(x.numel()),
     ))  # fmt: skip
     return grad_x, parts.sum(0).to(weight.dtype)
-
-
-@functools.cache
-def _forward() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_rms_norm", _FORWARD)
-
-
-@functools.cache
-def _backward() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_rms_norm_backward", _BACKWARD)

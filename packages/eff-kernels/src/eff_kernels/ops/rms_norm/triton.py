@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import AotCase
+from eff_kernels.aot import AotCase
+from eff_kernels.ops.rms_norm.args import AddArgs, Args, BackwardArgs
 
 _LONGEST = {"forward": 16384, "backward": 8192}  # of a row in registers; the backward keeps four of them
 
@@ -74,25 +75,28 @@ def reject(x: Tensor, weight: Tensor, eps: float, kind: str = "forward") -> str 
     return None
 
 
-def reject_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
+def reject_add(*args: *AddArgs) -> str | None:
+    x, _, weight, eps = args
     return reject(x, weight, eps)
 
 
-def reject_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None) -> str | None:
+def reject_backward(*args: *BackwardArgs) -> str | None:
+    _, x, weight, eps, *_ = args
     return reject(x, weight, eps, "backward")
 
 
-def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def run(*args: *Args) -> Tensor:
+    x, weight, eps = args
     return _forward(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(*args: *AddArgs) -> tuple[Tensor, Tensor]:
+    x, residual, weight, eps = args
     return _forward(x, residual, weight, eps)
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
+    grad, x, weight, eps, grad_residual = args
     grad_x = x.new_empty(x.shape)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight, memory_format=torch.contiguous_format)

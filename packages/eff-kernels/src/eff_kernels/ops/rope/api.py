@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.rope import autograd, cpu, reference
+from eff_kernels.ops.rope.args import Args, check
 
 OP = Op(
     "rope",
-    "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.rope, cpu.reject),
         triton_backend("eff_kernels.ops.rope.triton"),
@@ -51,20 +51,5 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, back
         TypeError: ``x`` is not of a float dtype, or ``cos`` or ``sin`` is not float32.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    shape = x.shape
-    if len(shape) != 4:
-        raise ValueError(f"x must be [batch, heads, tokens, features], got {list(shape)}")
-    batch, _, tokens, d = shape
-    table = cos.shape
-    if sin.shape != table or len(table) != 3 or table[1] != tokens or table[0] not in (1, batch) or 2 * table[2] > d:
-        raise ValueError(
-            f"cos and sin must be [{batch} or 1, {tokens}, at most {d // 2}] for x of shape {list(shape)}, "
-            f"got {list(table)} and {list(sin.shape)}"
-        )
-    if not x.dtype.is_floating_point or cos.dtype != torch.float32 or sin.dtype != torch.float32:
-        raise TypeError(
-            f"x must have a float dtype, cos and sin must be float32, got {x.dtype}, {cos.dtype}, {sin.dtype}"
-        )
-    if cos.requires_grad or sin.requires_grad:
-        raise ValueError("rope has no gradient to cos and sin; detach them, or use the reference for learned angles")
+    check(x, cos, sin, interleaved, False)
     return OP(x, cos, sin, interleaved, False, backend=backend)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, threads_for
+from eff_kernels.ops.rope.args import Args
 
 _ARGS = struct.Struct("qqqqqPqqqPPqqqqPqqqq")  # the fields of args in rope.c
+_kernel = native.loader("eff_rope", _ARGS, may_fail=False)
 
 
-def reject(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> str | None:
+def reject(x: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not x.is_cpu:
-        return f"needs CPU tensors, got x on {x.device}"
-    if x.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    return native.unavailable()
+    return native.unfit(x)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def rope(*args: *Args) -> Tensor:
     """As the reference."""
+    x, cos, sin, interleaved, inverse = args
     out = empty_like(x, memory_format=contiguous_format)
     batch, heads, tokens, d = x.shape
     x_batch, x_head, x_token, step = x.stride()
@@ -41,8 +38,3 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) 
         DTYPE_CODES[x.dtype], threads_for(batch * heads * tokens * d),
     ))  # fmt: skip
     return out
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_rope", _ARGS)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.rope.args import Args
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """Turn each pair of features by its angle (Su et al. 2021, equation 15), in float32 or more, rounded once.
 
-    Args:
-        x: [B, H, T, D].
-        cos: Cosine of the angle of each pair, [B or 1, T, R/2]; features from R on are copied.
-        sin: Their sines.
-        interleaved: Pairs are (2i, 2i+1), else (i, i + R/2).
-        inverse: Turn by the negative angle: the inverse, which is also the gradient.
-    """
+def rope(*args: *Args) -> Tensor:
+    """Turn each pair of features by its angle (Su et al. 2021, equation 15), in float32 or more, rounded once."""
+    x, cos, sin, interleaved, inverse = args
     wide = torch.promote_types(x.dtype, torch.float32)
     c, s = (t.to(wide).unsqueeze(1) for t in (cos, sin))
     if inverse:

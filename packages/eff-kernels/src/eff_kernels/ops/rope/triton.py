@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import AotCase
+from eff_kernels.aot import AotCase
+from eff_kernels.ops.rope.args import Args
 
 
 @triton.jit
@@ -47,7 +48,8 @@ def _rope_kernel(
         tl.store(to_H1 + kept_1K, tl.load(from_H1 + kept_1K, mask_HK, other=0.0), mask_HK)
 
 
-def reject(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> str | None:
+def reject(*args: *Args) -> str | None:
+    x, *_ = args
     if x.element_size() == 8:
         return f"computes in float32, got {x.dtype}"
     if x.size(3) > 4096:
@@ -55,7 +57,8 @@ def reject(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     return None
 
 
-def run(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def run(*args: *Args) -> Tensor:
+    x, cos, sin, interleaved, inverse = args
     out = x.new_empty(x.shape)
     if x.numel() == 0:
         return out

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from eff_kernels import native
 
 _ARGS = struct.Struct("PqqPPqqqq")  # the fields of args in row_write.c
+_kernel = native.loader("eff_row_write", _ARGS)
 
 
 def row_write(table: Tensor, at: Tensor, values: Tensor) -> None:
@@ -54,8 +53,3 @@ def row_write(table: Tensor, at: Tensor, values: Tensor) -> None:
     ))  # fmt: skip
     if failed:
         raise IndexError(f"at must lie from 0 to {table.size(0) - 1}, got {int(at.min())} to {int(at.max())}")
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_row_write", _ARGS)

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, threads_for
-from eff_kernels.ops.self_gated_scan.reference import empty_state
+from eff_kernels.ops.self_gated_scan.args import Args, BackwardArgs
+from eff_kernels.ops.self_gated_scan.common import empty_state
 
 _ARGS = struct.Struct("5q3q9P3q")  # the fields of scan_args in self_gated_scan.c
+_kernel = native.loader_by_name(_ARGS, may_fail=False)
 
 
-def reject(score: Tensor, v: Tensor, *args: object) -> str | None:
+def reject(score: Tensor, v: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not v.is_cpu:
-        return f"needs CPU tensors, got v on {v.device.type}"
-    if v.dtype not in DTYPE_CODES or score.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got score in {score.dtype} and v in {v.dtype}"
-    return native.unavailable()
+    return native.unfit(v, score.dtype)
 
 
-def reject_backward(grad: Tensor, score: Tensor, v: Tensor, *args: object) -> str | None:
+def reject_backward(grad: Tensor, score: Tensor, v: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return reject(score, v)
+    return native.unfit(v, score.dtype)
 
 
-def self_gated_scan(
-    score: Tensor, v: Tensor, state: Tensor | None, return_state: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def self_gated_scan(*args: *Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference."""
+    score, v, state, return_state = args
     out = v.new_empty(*score.shape, v.size(-1))
     tops, totals = (torch.empty(score.shape, dtype=torch.float32) for _ in range(2))
     running = empty_state(score, v) if state is None else state.to(torch.float32, copy=True).contiguous()
@@ -41,10 +36,9 @@ def self_gated_scan(
     return out, tops, totals, running if return_state else running.new_empty(0)
 
 
-def self_gated_scan_backward(
-    grad: Tensor, score: Tensor, v: Tensor, out: Tensor, tops: Tensor, totals: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def self_gated_scan_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    grad, score, v, out, tops, totals, *_ = args
     dscore = torch.empty(score.shape, dtype=torch.float32)
     dv = torch.empty(out.shape, dtype=torch.float32)  # of each query head
     scratch = torch.empty(*score.shape[:2], v.size(-1), dtype=torch.float32)
@@ -75,8 +69,3 @@ def _call(
         score.data_ptr(), v.data_ptr(), out.data_ptr(), tops.data_ptr(), totals.data_ptr(), running.data_ptr(), *more,
         DTYPE_CODES[score.dtype], DTYPE_CODES[v.dtype], threads_for(out.numel()),
     ))  # fmt: skip
-
-
-@functools.cache
-def _kernel(name: str) -> Callable[[bytes], None]:
-    return native.struct_kernel(name, _ARGS)

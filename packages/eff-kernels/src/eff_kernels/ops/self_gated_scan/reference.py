@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.self_gated_scan.args import Args, BackwardArgs
+from eff_kernels.ops.self_gated_scan.common import empty_state
 
-def self_gated_scan(
-    score: Tensor, v: Tensor, state: Tensor | None, return_state: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def self_gated_scan(*args: *Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output; highest score so far and sum of the exponentials below it, both [B, H, T]; state or empty tensor."""
+    score, v, state, return_state = args
     wide = torch.promote_types(v.dtype, torch.float32)
     s, values = score.to(wide), v.to(wide).repeat_interleave(score.size(1) // v.size(1), 1)
     tops = s.detach().cummax(-1).values
@@ -26,10 +28,9 @@ def self_gated_scan(
     return out.to(v.dtype), tops, totals.detach(), final
 
 
-def self_gated_scan_backward(
-    grad: Tensor, score: Tensor, v: Tensor, out: Tensor, tops: Tensor, totals: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def self_gated_scan_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
     """Gradients to score and v: with the weights p, p^T grad to v, and sum_i p_ij grad_i . (v_j - out_i) to score."""
+    grad, score, v, out, tops, totals, *_ = args
     g, values = grad.to(totals.dtype), v.to(totals.dtype).repeat_interleave(score.size(1) // v.size(1), 1)
     weight = _weights(score.to(totals.dtype), tops) / _not_zero(totals).unsqueeze(-1)
     along = (g * out).sum(-1, keepdim=True)
@@ -51,14 +52,6 @@ def _finite(tops: Tensor) -> Tensor:
 
 def _not_zero(totals: Tensor) -> Tensor:
     return torch.where(totals == 0, 1, totals)
-
-
-def empty_state(score: Tensor, v: Tensor) -> Tensor:
-    """The state [B, H, Dv + 2] before any token: mean of the values, sum of the exponentials, highest score."""
-    wide = torch.promote_types(v.dtype, torch.float32)
-    state = score.new_zeros(score.size(0), score.size(1), v.size(-1) + 2, dtype=wide)
-    state[..., -1] = -torch.inf
-    return state
 
 
 def state_after(out: Tensor, totals: Tensor, tops: Tensor, state: Tensor | None, wanted: bool) -> Tensor:

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET, AotCase
-from eff_kernels.ops.self_gated_scan.reference import empty_state
+from eff_kernels.aot import INTERPRET, AotCase
+from eff_kernels.ops.self_gated_scan.args import Args, BackwardArgs
+from eff_kernels.ops.self_gated_scan.common import empty_state
 
 _LONGEST_HEAD = 256
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -121,8 +122,9 @@ def reject_backward(grad: Tensor, score: Tensor, v: Tensor, *args: Any) -> str |
     return reject(score, v)
 
 
-def run(score: Tensor, v: Tensor, state: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(*args: *Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference."""
+    score, v, state, return_state = args
     out = v.new_empty(*score.shape, v.size(-1), dtype=torch.float32 if INTERPRET else v.dtype)  # it would truncate
     tops, totals = (score.new_empty(score.shape, dtype=torch.float32) for _ in range(2))
     before = empty_state(score, v) if state is None else state.float().contiguous()
@@ -135,10 +137,9 @@ def run(score: Tensor, v: Tensor, state: Tensor | None, return_state: bool) -> t
     return out.to(v.dtype), tops, totals, after if return_state else after.new_empty(0)
 
 
-def backward(
-    grad: Tensor, score: Tensor, v: Tensor, out: Tensor, tops: Tensor, totals: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    grad, score, v, out, tops, totals, *_ = args
     dscore = score.new_empty(score.shape, dtype=torch.float32)
     dv = v.new_empty(out.shape, dtype=torch.float32)
     if dscore.numel():

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.sparse_linear_attention import cpu, reference
+from eff_kernels.ops.sparse_linear_attention.args import Args, check
 from eff_kernels.ops.sparse_linear_attention.autograd import backward, setup_context
-from eff_kernels.ops.sparse_linear_attention.blocks import BlockMap, check_heads, num_blocks
+from eff_kernels.ops.sparse_linear_attention.blocks import BlockMap
 
 
 class SparseLinearOutput(NamedTuple):
@@ -37,8 +38,7 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor,
 
 OP = Op(
     "sparse_linear_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor mask, int block_q, int block_k, str feature_map, str linear_scope, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", cpu.sparse_linear_attention, cpu.reject),
         triton_backend("eff_kernels.ops.sparse_linear_attention.triton"),
@@ -83,31 +83,7 @@ def sparse_linear_attention(
         TypeError: a dtype or a kind of tensor is not as stated.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    _check(q, k, v, block_map, feature_map, linear_scope)
-    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
-    return SparseLinearOutput(*OP(q, k, v, *block_map, feature_map, linear_scope, scale, backend=backend))
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMap, feature_map: str, linear_scope: str) -> None:
-    check_heads(q, k)
-    if v.is_nested or v.layout != torch.strided:
-        raise TypeError("sparse-linear attention takes dense tensors, got a sparse or nested one")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv] do not fit: got {list(k.shape)}, {list(v.shape)}")
-    if v.dtype != q.dtype or v.device != q.device:
-        raise TypeError(f"v must be like q, {q.dtype} on {q.device}, got {v.dtype} on {v.device}")
-    mask, block_q, block_k = blocks
-    if block_q < 1 or block_k < 1:
-        raise ValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
-    wanted = [*q.shape[:2], num_blocks(q.size(2), block_q), num_blocks(k.size(2), block_k)]
-    if list(mask.shape) != wanted:
-        raise ValueError(
-            f"the mask must be {wanted} for {q.size(2)} queries in blocks of {block_q} and {k.size(2)} keys in blocks "
-            f"of {block_k}, got {list(mask.shape)}"
-        )
-    if mask.dtype != torch.int8 or mask.device != q.device:
-        raise TypeError(f"the mask must be torch.int8 on {q.device}, got {mask.dtype} on {mask.device}")
-    if feature_map not in reference.FEATURE_MAPS:
-        raise ValueError(f"unknown feature_map {feature_map!r}; use one of {reference.FEATURE_MAPS}")
-    if linear_scope not in reference.LINEAR_SCOPES:
-        raise ValueError(f"unknown linear_scope {linear_scope!r}; use one of {reference.LINEAR_SCOPES}")
+    scale = (q.size(-1) ** -0.5 if q.dim() else 1.0) if scale is None else float(scale)
+    args = (q, k, v, *block_map, feature_map, linear_scope, scale)
+    check(*args)
+    return SparseLinearOutput(*OP(*args, backend=backend))

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.sparse_linear_attention import cpu, reference
+from eff_kernels.ops.sparse_linear_attention.args import BackwardArgs
 
 
 def _allocate(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -16,9 +17,7 @@ def _allocate(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor, *args:
 
 BACKWARD_OP = Op(
     "sparse_linear_attention_backward",
-    "(Tensor grad_sparse, Tensor grad_linear, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor mask, "
-    "Tensor sparse, Tensor linear, Tensor lse, int block_q, int block_k, str feature_map, str linear_scope, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", cpu.sparse_linear_attention_backward, cpu.reject_backward),
         triton_backend("eff_kernels.ops.sparse_linear_attention.triton", run="run_backward", reject="reject_backward"),

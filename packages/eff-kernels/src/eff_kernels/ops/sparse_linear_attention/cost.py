@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from eff_kernels.ops.sparse_linear_attention.blocks import BlockMap
-from eff_kernels.ops.sparse_linear_attention.reference import in_scope
+from eff_kernels.ops.sparse_linear_attention.common import in_scope
 
 
 class Cost(NamedTuple):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -12,66 +10,41 @@ from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.ops.block_sparse_attention import cpu as sparse_branch
 from eff_kernels.ops.sparse_linear_attention import linear as linear_branch
-from eff_kernels.ops.sparse_linear_attention.reference import FEATURE_MAPS, LINEAR_SCOPES
+from eff_kernels.ops.sparse_linear_attention.args import Args, BackwardArgs
+from eff_kernels.ops.sparse_linear_attention.common import FEATURE_MAPS, LINEAR_SCOPES, add
 
 _ARGS = struct.Struct("9q4P9q4qP")  # the fields of args in linear_attention.c
+_kernel = native.loader("eff_linear_attention", _ARGS)
 
 
-def reject(q: Tensor, *args: object) -> str | None:
+def reject(q: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return sparse_branch.reject(q)
+    return native.unfit(q)
 
 
-def reject_backward(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor, q: Tensor, *args: object) -> str | None:
+def reject_backward(grad_sparse: Tensor, grad_linear: Tensor, grad_lse: Tensor, q: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return sparse_branch.reject(q)
+    return native.unfit(q)
 
 
-def sparse_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    linear_scope: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_linear_attention(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    q, k, v, mask, block_q, block_k, feature_map, linear_scope, scale = args
     sparse, lse = sparse_branch.block_sparse_attention(q, k, v, mask, block_q, block_k, scale)
     return sparse, _linear(q, k, v, mask, block_q, block_k, feature_map, linear_scope), lse
 
 
-def sparse_linear_attention_backward(
-    grad_sparse: Tensor,
-    grad_linear: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    sparse: Tensor,
-    linear: Tensor,
-    lse: Tensor,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    linear_scope: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_linear_attention_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
-    near = sparse_branch.block_sparse_attention_backward(
+    grad_sparse, grad_linear, grad_lse, q, k, v, mask, sparse, linear, lse = args[:10]
+    block_q, block_k, feature_map, linear_scope, scale = args[10:]
+    sparse_grads = sparse_branch.block_sparse_attention_backward(
         grad_sparse, grad_lse, q, k, v, mask, sparse, lse, block_q, block_k, scale
     )
-    far = linear_branch.backward(grad_linear, q, k, v, mask, linear, block_q, block_k, feature_map, linear_scope)
-    return add(near, far)
-
-
-def add(near: tuple[Tensor, Tensor, Tensor], far: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients through both branches."""
-    dq, dk, dv = (b.add_(a).to(a.dtype) for a, b in zip(near, far, strict=True))
-    return dq, dk, dv
+    linear_grads = linear_branch.backward(
+        grad_linear, q, k, v, mask, linear, block_q, block_k, feature_map, linear_scope
+    )
+    return add(sparse_grads, linear_grads)
 
 
 def _linear(
@@ -93,8 +66,3 @@ def _linear(
     if failed:
         raise MemoryError(f"sparse_linear_attention could not allocate scratch memory for q {list(q.shape)}")
     return out
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_linear_attention", _ARGS)

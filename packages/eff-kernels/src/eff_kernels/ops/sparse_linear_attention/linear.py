@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eff_kernels.ops.sparse_linear_attention.reference import feature, feature_backward, in_scope
+from eff_kernels.ops.sparse_linear_attention.common import feature, feature_backward, in_scope
 
 _STATES = 2**24  # elements of the S and H that are in memory together
 

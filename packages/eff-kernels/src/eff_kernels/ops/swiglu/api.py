@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.swiglu import autograd, cpu, reference
+from eff_kernels.ops.swiglu.args import Args, check
 
 OP = Op(
     "swiglu",
-    "(Tensor gate, Tensor up) -> Tensor",
+    schema_of(Args, "Tensor"),
     [
         Backend("cpu", cpu.swiglu, cpu.reject),
         triton_backend("eff_kernels.ops.swiglu.triton"),
@@ -40,9 +41,5 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         TypeError: ``gate`` is not of a float dtype, or ``up`` is not of the same.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    shape = gate.shape
-    if not shape or shape != up.shape:
-        raise ValueError(f"gate and up must have one shape [..., d], got {list(shape)} and {list(up.shape)}")
-    if not gate.dtype.is_floating_point or gate.dtype != up.dtype:
-        raise TypeError(f"gate and up must have one float dtype, got {gate.dtype} and {up.dtype}")
+    check(gate, up)
     return OP(gate, up, backend=backend)

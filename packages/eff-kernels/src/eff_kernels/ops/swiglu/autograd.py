@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.swiglu import cpu, reference
+from eff_kernels.ops.swiglu.args import BackwardArgs
 
 BACKWARD_OP = Op(
     "swiglu_backward",
-    "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor)"),
     [
         Backend("cpu", cpu.swiglu_backward, cpu.reject_backward),
         triton_backend("eff_kernels.ops.swiglu.triton", run="swiglu_backward", reject="reject_backward"),

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, contiguous_format, empty_like
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES, rows_of
+from eff_kernels.ops.swiglu.args import Args, BackwardArgs
 
 _ARGS = struct.Struct("qqPqPqPqPPqq")  # the fields of args in swiglu.c
+_kernel = native.loader("eff_swiglu", _ARGS, may_fail=False)
 _PARALLEL_FROM = 16384  # elements; an exponential costs about as much as eight loads
 
 
-def reject(gate: Tensor, up: Tensor) -> str | None:
+def reject(gate: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    if not gate.is_cpu:
-        return f"needs CPU tensors, got gate on {gate.device}"
-    if gate.dtype not in DTYPE_CODES:
-        return f"takes float32, bfloat16 and float16, got {gate.dtype}"
-    return native.unavailable()
+    return native.unfit(gate)
 
 
-def reject_backward(grad: Tensor, gate: Tensor, up: Tensor) -> str | None:
+def reject_backward(grad: Tensor, gate: Tensor, *_: object) -> str | None:
     """Why the compiled code cannot run this call."""
-    return reject(gate, up)
+    return native.unfit(gate)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(*args: *Args) -> Tensor:
     """As the reference."""
+    gate, up = args
     out = empty_like(gate, memory_format=contiguous_format)
     d, numel = gate.shape[-1], out.numel()
     gate, gate_stride = rows_of(gate)
@@ -43,8 +40,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    grad, gate, up = args
     to_gate = empty_like(gate, memory_format=contiguous_format)
     to_up = empty_like(gate, memory_format=contiguous_format)
     d, numel = gate.shape[-1], to_gate.numel()
@@ -59,8 +57,3 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
         1 if numel < _PARALLEL_FROM else torch.get_num_threads(),
     ))  # fmt: skip
     return to_gate, to_up
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], None]:
-    return native.struct_kernel("eff_swiglu", _ARGS)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import AotCase
+from eff_kernels.aot import AotCase
+from eff_kernels.ops.swiglu.args import Args, BackwardArgs
 
 _BLOCK = 1024
 
@@ -42,17 +43,20 @@ def _swiglu_bwd_kernel(
     tl.store(to_up_ptr + row * d + column_D, (grad_D * gate_D * s_D).to(to_up_ptr.dtype.element_ty), mask_D)
 
 
-def reject(gate: Tensor, up: Tensor) -> str | None:
+def reject(*args: *Args) -> str | None:
+    gate, *_ = args
     if gate.dtype == torch.float64:
         return "computes in float32, got float64"
     return None
 
 
-def reject_backward(grad: Tensor, gate: Tensor, up: Tensor) -> str | None:
+def reject_backward(*args: *BackwardArgs) -> str | None:
+    _, gate, up = args
     return reject(gate, up)
 
 
-def run(gate: Tensor, up: Tensor) -> Tensor:
+def run(*args: *Args) -> Tensor:
+    gate, up = args
     out = gate.new_empty(gate.shape)
     if gate.numel() == 0:
         return out
@@ -62,7 +66,8 @@ def run(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor]:
+    grad, gate, up = args
     to_gate, to_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     if gate.numel() == 0:
         return to_gate, to_up

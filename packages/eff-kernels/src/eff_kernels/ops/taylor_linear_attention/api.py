@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.taylor_linear_attention import chunks, reference
+from eff_kernels.ops.taylor_linear_attention.args import Args, check
 from eff_kernels.ops.taylor_linear_attention.autograd import backward, setup_context
+from eff_kernels.ops.taylor_linear_attention.common import taylor_state_shape
 
 
 class TaylorAttentionOutput(NamedTuple):
@@ -24,17 +26,17 @@ class TaylorAttentionOutput(NamedTuple):
     state: Tensor | None
 
 
-def _allocate(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, chunk: int, scale: float, state: Any, keep: bool) -> Any:
+def _allocate(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, *_, keep = args
     wide = torch.promote_types(q.dtype, torch.float32)
-    shape = reference.taylor_state_shape(k, v) if keep else (0,)
+    shape = taylor_state_shape(k, v) if keep else (0,)
     norm, final = q.new_empty(q.shape[:-1], dtype=wide), q.new_empty(shape, dtype=wide)
     return q.new_empty(*q.shape[:-1], v.size(-1)), norm, final
 
 
 OP = Op(
     "taylor_linear_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int chunk_size, float scale, Tensor? state, bool return_state) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema_of(Args, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", chunks.forward, chunks.reject),
         triton_backend("eff_kernels.ops.taylor_linear_attention.triton"),
@@ -81,7 +83,7 @@ def taylor_linear_attention(
         TypeError: a dtype is not as stated.
         BackendError: the named backend cannot run this call; the message says why.
     """
-    _check(q, k, v, key_mask, state)
+    check(q, k, v, key_mask, state)
     if chunk_size is None:
         chunk_size = chunks.pick_chunk(q.size(2), q.size(3), v.size(3))
     elif chunk_size < 1:
@@ -89,26 +91,3 @@ def taylor_linear_attention(
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)
     out, _, final = OP(q, k, v, key_mask, chunk_size, scale, state, return_state, backend=backend)
     return TaylorAttentionOutput(out, final if return_state else None)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, state: Tensor | None) -> None:
-    shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k and v must be [B, H, T, D], got {shapes}")
-    if k.shape[:-1] != v.shape[:-1] or (q.size(0), *q.shape[2:]) != (k.size(0), *k.shape[2:]):
-        raise ValueError(f"q [B, H, T, D], k [B, Hkv, T, D] and v [B, Hkv, T, Dv] do not fit: got {shapes}")
-    if k.size(1) == 0 or q.size(1) % k.size(1):
-        raise ValueError(f"the number of query heads, {q.size(1)}, must be a multiple of the key heads, {k.size(1)}")
-    if not q.is_floating_point() or any(t.dtype != q.dtype for t in (k, v)):
-        raise TypeError(f"q, k and v must have one float dtype, got {[str(t.dtype) for t in (q, k, v)]}")
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.size(0), q.size(2))):
-        raise ValueError(
-            f"key_mask must be bool [{q.size(0)}, {q.size(2)}], got {key_mask.dtype} {list(key_mask.shape)}"
-        )
-    if state is None:
-        return
-    wanted = reference.taylor_state_shape(k, v)
-    if tuple(state.shape) != wanted:
-        raise ValueError(f"state must be {list(wanted)} for these keys and values, got {list(state.shape)}")
-    if state.requires_grad:
-        raise ValueError("state carries no gradient, got one that requires it; detach it")

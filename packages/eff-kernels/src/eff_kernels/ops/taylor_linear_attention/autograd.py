@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eff_kernels.op import Backend, Op, triton_backend
+from eff_kernels.op import Backend, Op, schema_of, triton_backend
 from eff_kernels.ops.taylor_linear_attention import chunks, reference
+from eff_kernels.ops.taylor_linear_attention.args import BackwardArgs
 
 BACKWARD_OP = Op(
     "taylor_linear_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norm, Tensor? key_mask, int chunk_size, "
-    "float scale, Tensor? state) -> (Tensor, Tensor, Tensor)",
+    schema_of(BackwardArgs, "(Tensor, Tensor, Tensor)"),
     [
         Backend("cpu", chunks.backward, chunks.reject_backward),
         triton_backend("eff_kernels.ops.taylor_linear_attention.triton", run="backward", reject="reject_backward"),

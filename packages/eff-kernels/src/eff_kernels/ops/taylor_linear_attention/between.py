@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from eff_kernels.ops.taylor_linear_attention.chunks import add, spans
-from eff_kernels.ops.taylor_linear_attention.reference import features, features_backward
+from eff_kernels.ops.taylor_linear_attention.common import features, features_backward
 
 
 def forward(

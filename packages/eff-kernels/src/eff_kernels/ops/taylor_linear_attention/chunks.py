@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from eff_kernels.ops.taylor_linear_attention.reference import (
+from eff_kernels.ops.taylor_linear_attention.args import Args, BackwardArgs
+from eff_kernels.ops.taylor_linear_attention.common import (
     features,
     features_backward,
     num_features,
@@ -40,17 +41,9 @@ def pick_chunk(t: int, d: int, e: int) -> int:
     return max(t, 1) if t * (d + e) <= 4 * num_features(d) * (e + 1) + 256 * (d + e) else 256
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    chunk_size: int,
-    scale: float,
-    state: Tensor | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    q, k, v, key_mask, chunk_size, scale, state, return_state = args
     q_, k_, v_, carried = by_head(q, k, v, key_mask, scale, state)
     total = v_.new_empty(*q_.shape[:-1], v_.size(-1))
     final = v_.new_zeros(taylor_state_shape(k, v) if return_state else 0)
@@ -72,19 +65,9 @@ def forward(
     return out.view(*q.shape[:-1], v.size(-1)), norm.clone().view(q.shape[:-1]), final
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    norm: Tensor,
-    key_mask: Tensor | None,
-    chunk_size: int,
-    scale: float,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference: forwards over the chunks for the queries, backwards for keys and values."""
+    grad, q, k, v, out, norm, key_mask, chunk_size, scale, state = args
     q_, k_, v_, carried = by_head(q, k, v, key_mask, scale, state)
     g_ = numerator_gradient(grad, out, norm).view(*q_.shape[:-1], v.size(-1) + 1)
     dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eff_kernels.autotune import INTERPRET, AotCase
+from eff_kernels.aot import INTERPRET, AotCase
 from eff_kernels.ops.taylor_linear_attention import between
+from eff_kernels.ops.taylor_linear_attention.args import Args, BackwardArgs
 from eff_kernels.ops.taylor_linear_attention.chunks import by_head, mask_by_head
-from eff_kernels.ops.taylor_linear_attention.reference import numerator_gradient, taylor_state_shape
+from eff_kernels.ops.taylor_linear_attention.common import numerator_gradient, taylor_state_shape
 
 _LONGEST_HEAD = 64
 _BLOCK = 64  # chunks are multiples of it
@@ -144,17 +145,9 @@ def reject_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -
     return reject(q, k, v)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    chunk_size: int,
-    scale: float,
-    state: Tensor | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run(*args: *Args) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    q, k, v, key_mask, chunk_size, scale, state, return_state = args
     chunk, t = _whole_blocks(chunk_size), q.size(2)
     out = q.new_empty(*q.shape[:-1], v.size(-1), dtype=torch.float32 if INTERPRET else q.dtype)  # it would truncate
     norm = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -175,19 +168,9 @@ def run(
     return out.to(q.dtype), norm, final
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    norm: Tensor,
-    key_mask: Tensor | None,
-    chunk_size: int,
-    scale: float,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(*args: *BackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference."""
+    grad, q, k, v, out, norm, key_mask, chunk_size, scale, state = args
     chunk, t = _whole_blocks(chunk_size), q.size(2)
     g = numerator_gradient(grad, out, norm)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))

@@ -1,0 +1,28 @@
+"""Arguments, each list once: for the schema, the checks and all backends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eff_kernels.ops.common import check_float
+from eff_kernels.ops.fp8_quantize.common import check_fp8
+
+
+class Args(NamedTuple):
+    """Of `fp8_quantize`."""
+
+    x: Tensor
+    dtype: torch.dtype
+    power_of_two: bool
+
+
+def check(*args: *Args) -> None:
+    """Raise ValueError or TypeError unless the arguments fit."""
+    x, dtype, _ = args
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    check_float(x)
+    check_fp8("dtype", dtype)
