@@ -32,7 +32,12 @@ def last(mask, depth, **more):
 
 @pytest.mark.parametrize(
     ("depth", "row"),
-    [(1, [0.25] * 4), (2, [0.5208, 0.2708, 0.1458, 0.0625]), (3, [0.7205, 0.1997, 0.0642, 0.0156])],
+    [
+        (1, [0.25] * 4),
+        (2, [0.5208, 0.2708, 0.1458, 0.0625]),
+        (3, [0.7205, 0.1997, 0.0642, 0.0156]),
+        (10, [0.9971, 0.0028, 0.0001, 0.0]),
+    ],
 )
 def test_uniform_causal(depth, row):
     assert last(MaskSpec(), depth) == pytest.approx(row, abs=1e-4)
@@ -102,15 +107,18 @@ def test_influence_drains_to_the_first_token():
     torch.testing.assert_close(values[-1].sum(1), torch.ones(20, dtype=torch.float64))
 
 
-def tiny(**more):
+def tiny(name="Llama", **more):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, initializer_range=0.3, **sizes, **more)
-    return transformers.LlamaForCausalLM(config).eval()
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=50, head_dim=8, num_key_value_heads=2, initializer_range=0.3, **sizes, **more
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
-def test_a_model_is_the_product_of_its_attention():
-    model, ids = tiny(), torch.randint(50, (2, 9))
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2"])
+def test_a_model_is_the_product_of_its_attention(name):
+    model, ids = tiny(name), torch.randint(50, (2, 9))
     found = collect_rollout(model, ids)
     model.set_attn_implementation("eager")
     maps = model(ids, output_attentions=True).attentions
@@ -227,3 +235,79 @@ def test_a_trained_network_learns_the_task_and_a_seed_repeats_it():
     assert torch.equal(decayed(x), decayed(changed))
     with pytest.raises(ValueError, match="use a multiple"):
         PositionBiasTask(pairs=8, repeats=3)
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec("window", 3), MaskSpec("prefix", 2), MaskSpec("full")])
+def test_rollouts_sum_to_one_and_go_where_the_graph_leads(mask):
+    content = torch.randn(4, 9, 9, generator=torch.Generator().manual_seed(0))
+    seen = mask.mask(9)
+    for depth, value in enumerate(simulate_rollout(mask, 9, 4, content=content), 1):
+        torch.testing.assert_close(value.sum(1), torch.ones(9, dtype=torch.float64))
+        reached = torch.linalg.matrix_power(seen.double(), depth) > 0
+        assert torch.equal(value > 0, reached)
+
+
+def test_attention_of_all_to_all_without_a_bias_ends_even():
+    """Rows and columns that add up to 1 (a mean of permutations): nobody is preferred in the limit."""
+    n, mix = 7, torch.eye(7, dtype=torch.float64)
+    even = sum(mix[(torch.arange(n) + shift) % n] * w for shift, w in ((0, 0.5), (1, 0.3), (3, 0.2)))
+    torch.testing.assert_close(attention_rollout([even] * 80), torch.full((n, n), 1 / n, dtype=torch.float64))
+
+
+def test_a_rollout_holds_two_matrices_however_many_layers(largest_tensors):
+    n = 128
+
+    def layers():
+        for seed in range(12):
+            logits = torch.randn(n, n, generator=torch.Generator().manual_seed(seed))
+            yield logits.masked_fill(~MaskSpec().mask(n), -torch.inf).softmax(-1)
+
+    kept = list(layers())
+    wanted = torch.linalg.multi_dot([layer.double() for layer in reversed(kept)])
+    rollout = Rollout()
+    with largest_tensors(n * n) as seen:
+        for layer in kept:
+            rollout.add(layer)
+        # The layers that the caller holds were made outside; the product, the layer's copy and what adds them up.
+        assert seen.most <= 6 * n * n
+        before = seen.alive
+        for layer in kept:
+            rollout.add(layer)
+        assert seen.alive == before
+    assert Rollout().depth == 0
+    torch.testing.assert_close(attention_rollout(layers()), wanted)
+
+
+def test_a_lower_base_of_rotary_encoding_brings_the_end_forward():
+    """Section 4: scores fall with distance where queries and keys agree, and faster at a lower base.
+
+    Of eight random models with one projection for both and tokens that have something in common. With projections of
+    their own random scores do not fall with distance at any base, and the sign is a matter of chance.
+    """
+
+    def recency(base, seed):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": base},
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config).eval()
+        model.model.embed_tokens.weight.data += 0.3 * torch.randn(64)
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+        text = torch.randint(64, (64,), generator=torch.Generator().manual_seed(seed))
+        return position_bias_report(model, [text]).recency
+
+    change = torch.tensor([recency(100.0, s) for s in range(8)]) - torch.tensor([recency(1e4, s) for s in range(8)])
+    assert (change.mean(0) > 0.02).all()
+
+
+@pytest.mark.slow
+def test_a_causal_network_prefers_the_first_and_decay_lowers_it():
+    """Section 5: trained without a bias of the data, a causal mask alone prefers early answers."""
+    gaps = {}
+    for decay in (1.0, 0.8):
+        network, draw = train_network(PositionBiasTask(), depth=2, decay=decay, steps=1200, lr=3e-3)
+        gaps[decay] = position_gap(network, draw, 0, 7)
+    assert gaps[1.0] > 0.05
+    assert gaps[0.8] < gaps[1.0] - 0.05
