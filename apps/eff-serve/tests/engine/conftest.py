@@ -9,6 +9,7 @@ import torch
 from eff_serve.engine.decoder import PAGE
 from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.types import Sampling
+from eff_serve.engine_config import EngineConfig
 
 VOCAB, EOS = 50, 3
 
@@ -88,7 +89,8 @@ def make_engine(tokenizer_file):
     started = []
 
     def make(decoder, **settings):
-        engine = BatchEngine(decoder, tokenizer_file=settings.pop("tokenizer_file", tokenizer_file), **settings)
+        file = settings.pop("tokenizer_file", tokenizer_file)
+        engine = BatchEngine(decoder, EngineConfig(**settings), tokenizer_file=file)
         engine.start()
         started.append(engine)
         return engine

@@ -8,6 +8,7 @@ import torch
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.types import Sampling
+from eff_serve.engine_config import EngineConfig
 
 PROMPT = list(range(5, 21))
 # PEFT asks models of transformers for a name that is going to be another one.
@@ -90,7 +91,7 @@ def test_requests_choose_their_adapter(tiny_model, three):
     async def all_of(engine, names):
         return await asyncio.gather(*(ask(engine, name) for name in names))
 
-    engine = BatchEngine(decoder, tokenizer_file=folder / "tokenizer.json", max_model_len=4 * PAGE)
+    engine = BatchEngine(decoder, EngineConfig(max_model_len=4 * PAGE), tokenizer_file=folder / "tokenizer.json")
     assert engine.adapters == ("first", "wide", "late")
     engine.start()
     try:
@@ -207,7 +208,7 @@ def test_running_requests_end_on_what_they_began_with(tiny_model, adapter):
         decoder = Decoder(folder, num_pages=64)
         if path is not None:
             decoder.load_adapters({"a": path})
-        return BatchEngine(decoder, tokenizer_file=folder / "tokenizer.json", max_model_len=4 * PAGE)
+        return BatchEngine(decoder, EngineConfig(max_model_len=4 * PAGE), tokenizer_file=folder / "tokenizer.json")
 
     async def tokens_of(stream, meanwhile=None):
         found = []

@@ -8,9 +8,9 @@ import torch
 from eff_quant import FP4Config, FP8Config, Int8Config, load, quantize_
 from eff_quant.fp4 import save_fp4_checkpoint
 from eff_quant.fp8_qat import save_compressed_fp8
+from eff_serve.engine import EngineConfig, load_engine
 from eff_serve.engine.decoder import Decoder
 from eff_serve.engine.linear import Separate
-from eff_serve.engine.load import load_engine
 from eff_serve.engine.quantization import settings_for
 from eff_serve.engine.weights import CheckpointError
 from safetensors.torch import load_file, save_file
@@ -112,7 +112,7 @@ def test_rows_do_not_depend_on_their_neighbours(tiny_model, name):
 
 def test_what_does_not_fit_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="quantize must be one of"):
-        load_engine(str(tiny_model("llama")), quantize="int3", progress=False)
+        load_engine(EngineConfig(model=str(tiny_model("llama")), quantize="int3"), progress=False)
     with pytest.raises(ValueError, match=r"threshold=3\.0 is for int8, not for nvfp4"):
         settings_for("nvfp4", 3.0)
     transformers_model(tiny_model("llama"), CONFIGS["nvfp4"]).save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from eff_embedded.language import smollm2_gguf
 from eff_kernels.testing import compare
-from eff_serve.engine import load_engine
+from eff_serve.engine import EngineConfig, load_engine
 from eff_serve.engine.decoder import Decoder
 from eff_serve.engine.gguf.blocks import GROUPED, dequantized, grouped
 from eff_serve.engine.gguf.container import GGUFError, GGUFFile
@@ -207,7 +207,7 @@ def test_a_file_can_be_quantised_anew(make):
 
 
 def test_the_embedded_file_is_served_as_it_is(smollm2_tokenizer):
-    loaded = load_engine(str(smollm2_gguf()), max_model_len=256, progress=False)
+    loaded = load_engine(EngineConfig(model=str(smollm2_gguf()), max_model_len=256), progress=False)
     assert loaded.name == smollm2_gguf().stem
     assert "Q4_1, Q8_0" in loaded.description
     assert loaded.quantization == "Q4_1, Q8_0"
@@ -321,7 +321,7 @@ def test_damage_is_an_error_and_never_a_crash(make, tmp_path, data):
 
 def test_names_of_files_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
-        load_engine(str(tmp_path / "none.gguf"), progress=False)
+        load_engine(EngineConfig(model=str(tmp_path / "none.gguf")), progress=False)
     (tmp_path / "text.gguf").write_text("hello, this is no model")
     with pytest.raises(GGUFError, match="does not begin with 'GGUF'"):
-        load_engine(str(tmp_path / "text.gguf"), progress=False)
+        load_engine(EngineConfig(model=str(tmp_path / "text.gguf")), progress=False)

@@ -5,7 +5,7 @@ import json
 import llguidance
 import pytest
 import torch
-from eff_serve.engine import load_engine
+from eff_serve.engine import EngineConfig, load_engine
 from eff_serve.engine.decoder import PAGE
 from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.grammar import GrammarMatcher
@@ -28,7 +28,7 @@ def regex(pattern):
 
 @pytest.fixture(scope="module")
 def loaded(smollm2):
-    loaded = load_engine(str(smollm2), max_model_len=8 * PAGE, kv_gib=0.1, progress=False)
+    loaded = load_engine(EngineConfig(model=str(smollm2), max_model_len=8 * PAGE, kv_gib=0.1), progress=False)
     loaded.engine.start()
     yield loaded
     loaded.engine.stop(0)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from eff_serve.engine import load_engine
+from eff_serve.engine import EngineConfig, load_engine
 from eff_serve.engine.hf import HFDecoder
 
 
@@ -59,7 +59,7 @@ def test_load_engine_falls_back_to_transformers(gpt2, smollm2, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer.json").write_bytes((smollm2 / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="only through transformers, without int8: architecture GPT2LMHeadModel"):
-        load_engine(str(tmp_path), quantize="int8", progress=False)
-    loaded = load_engine(str(tmp_path), progress=False)
+        load_engine(EngineConfig(model=str(tmp_path), quantize="int8"), progress=False)
+    loaded = load_engine(EngineConfig(model=str(tmp_path)), progress=False)
     assert isinstance(loaded.engine.decoder, HFDecoder)
     assert loaded.engine.max_model_len == 128

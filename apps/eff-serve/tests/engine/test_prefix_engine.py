@@ -28,7 +28,7 @@ def guard(engine, decoder):
     """Let the fake decoder fail on a write to a page that others read or may find."""
 
     def check(page):
-        if engine._pool.holders(page) != 1 or page in engine._sharing.cache._entries:
+        if engine.scheduler.blocks.pool.holders(page) != 1 or page in engine.scheduler.blocks.cache._entries:
             raise RuntimeError(f"page {page} is shared")
 
     decoder.on_write = check

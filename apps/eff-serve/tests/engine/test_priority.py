@@ -5,11 +5,12 @@ import asyncio
 from eff_serve.engine.decoder import Decoder
 from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.types import Sampling
+from eff_serve.engine_config import EngineConfig
 
 
 def test_smaller_numbers_are_served_first(tiny_model, smollm2):
     decoder = Decoder(tiny_model("llama"), num_pages=16)
-    engine = BatchEngine(decoder, tokenizer_file=smollm2 / "tokenizer.json", max_batch=1)
+    engine = BatchEngine(decoder, EngineConfig(max_batch=1), tokenizer_file=smollm2 / "tokenizer.json")
     given = {"a": 0, "late": 5, "b": 0, "first": -1, "c": 0, "urgent": -2}
     ended = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse
 from eff_kernels.edit.caches import cache_kwargs
-from eff_serve.engine import load_engine
+from eff_serve.engine import EngineConfig, load_engine
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.reuse import LayerReuse, read_reuse
 
@@ -159,4 +159,4 @@ def test_refusals(tmp_path, tiny_model):
         with pytest.raises(ValueError, match=f"{name} is no policy of layer reuse"):
             read_reuse(tmp_path / name, num_layers=3, **options)
     with pytest.raises(ValueError, match="need a policy"):
-        load_engine(str(tiny_model("llama")), reuse_top_k=128, progress=False)
+        load_engine(EngineConfig(model=str(tiny_model("llama")), reuse_top_k=128), progress=False)

@@ -17,7 +17,7 @@ def test_loading_leaves_no_pool_of_threads_behind():
     code = """
         import os, torch
         torch.set_num_threads(2)
-        from eff_serve.engine import load_engine
+        from eff_serve.engine import EngineConfig, load_engine
         before = len(os.listdir("/proc/self/task"))
         loaded = load_engine(progress=False)
         print(len(os.listdir("/proc/self/task")) - before)

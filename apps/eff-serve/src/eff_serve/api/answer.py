@@ -14,13 +14,12 @@ from pydantic import BaseModel
 
 from eff_serve.api.generation import EndReason, Generation, Piece
 from eff_serve.api.logprobs import PlacedScore
+from eff_serve.api.models import CLIENT_CLOSED_REQUEST
 from eff_serve.api.schema.common import Usage
 from eff_serve.api.schema.sampling import SamplingFields
 from eff_serve.api.serving import Serving
 from eff_serve.api.tokenizer import Tokenizer
 from eff_serve.text import TextAssembler
-
-CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass(slots=True)
@@ -109,7 +108,7 @@ async def respond(
 ) -> Response:
     """Answer with a stream or a whole body; when the client leaves, the generation ends and is counted as left."""
     endpoint = request.url.path
-    metrics = request.app.state.serving.metrics
+    metrics = generation.metrics
     headers = {"x-request-id": request_id}
 
     async def produce(send: SendEvent) -> None:

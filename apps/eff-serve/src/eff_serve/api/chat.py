@@ -16,6 +16,7 @@ from eff_serve.api.answer import Answer, Frame, assembler_for, includes_usage, r
 from eff_serve.api.documented import json_or_events
 from eff_serve.api.generation import Generation, Job, Piece
 from eff_serve.api.logprobs import PlacedScore, chat_logprobs, prompt_logprobs
+from eff_serve.api.models import served
 from eff_serve.api.sampling import for_choice, sampling_for, token_limit
 from eff_serve.api.schema.chat import (
     AnswerMessage,
@@ -36,7 +37,6 @@ from eff_serve.api.schema.tools import (
     DeltaFunction,
     DeltaToolCall,
 )
-from eff_serve.api.serving import Serving
 from eff_serve.api.speech import CallPart, Part, Speech, Words
 from eff_serve.api.tokenizer import Tokenizer
 from eff_serve.api.tools import ToolPlan, grammar_of, offered, plan_for, shows_special, thinks
@@ -77,8 +77,7 @@ async def begin(body: ChatRequest, request: Request, prefix: str) -> Begun:
     Raises:
         ApiError: 400, 404, 429 or 503.
     """
-    serving: Serving = request.app.state.serving
-    adapter = serving.check_model(body.model)
+    serving, adapter = await served(request, body.model)
     engine, tokenizer = serving.admit()
     n = body.n or 1
     if n > serving.settings.max_sequences:

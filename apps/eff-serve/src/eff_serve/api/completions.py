@@ -14,6 +14,7 @@ from eff_serve.api.answer import Answer, Frame, assembler_for, includes_usage, r
 from eff_serve.api.documented import json_or_events
 from eff_serve.api.generation import EndReason, Generation, Job, Piece
 from eff_serve.api.logprobs import PlacedScore, completion_logprobs, placed_in_prompt, prompt_logprobs
+from eff_serve.api.models import served
 from eff_serve.api.sampling import for_choice, sampling_for, token_limit
 from eff_serve.api.schema.common import Usage
 from eff_serve.api.schema.completions import (
@@ -24,7 +25,6 @@ from eff_serve.api.schema.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from eff_serve.api.serving import Serving
 from eff_serve.api.tokenizer import Tokenizer
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
@@ -37,8 +37,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     Choices come in the order of the prompts, ``n`` for each. With ``echo``, ``logprobs`` and ``max_tokens`` 0 the
     prompts are only scored.
     """
-    serving: Serving = request.app.state.serving
-    adapter = serving.check_model(body.model)
+    serving, adapter = await served(request, body.model)
     if body.eff is not None and body.eff.second_look is not None:
         raise bad_request("eff.carve looks twice at a picture, and only conversations hold pictures", "eff.carve")
     n = body.n or 1

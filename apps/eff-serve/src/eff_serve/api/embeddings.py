@@ -12,9 +12,9 @@ from eff_http import ApiError, ClientGoneError, JsonRoute, bad_request, unless_d
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from eff_serve.api.answer import CLIENT_CLOSED_REQUEST
 from eff_serve.api.documented import errors, ollama_errors
-from eff_serve.api.ollama import known
+from eff_serve.api.models import CLIENT_CLOSED_REQUEST, served
+from eff_serve.api.ollama import without_tag
 from eff_serve.api.ollama_text import OllamaRoute
 from eff_serve.api.schema.embeddings import (
     Embedding,
@@ -36,8 +36,7 @@ ollama_router = APIRouter(route_class=OllamaRoute, tags=["ollama"])
 )
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Vectors of texts: hidden states behind the last norm, pooled, of length one."""
-    serving: Serving = request.app.state.serving
-    _base_only(serving, body.model)
+    serving = await _base_only(request, body.model)
     _, tokenizer = serving.admit()
     texts = await asyncio.to_thread(lambda: [_tokens(tokenizer, t) for t in body.input])
     _check(serving, texts, body.dimensions)
@@ -50,7 +49,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         usage = EmbeddingUsage(prompt_tokens=count, total_tokens=count)
         return EmbeddingList(data=data, model=serving.name_of(None), usage=usage)
 
-    return await _unless_gone(request, work)
+    return await _unless_gone(request, serving, work)
 
 
 @ollama_router.post(
@@ -58,8 +57,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
 )
 async def ollama_embed(body: OllamaEmbedRequest, request: Request) -> Response:
     """The same for Ollama's clients; a text that is too long is cut unless ``truncate`` is false."""
-    serving: Serving = request.app.state.serving
-    _base_only(serving, known(serving, body.model))
+    serving = await _base_only(request, without_tag(body.model))
     engine, tokenizer = serving.admit()
     given = [body.input] if isinstance(body.input, str) else body.input
     texts = await asyncio.to_thread(lambda: [_tokens(tokenizer, t) for t in given])
@@ -76,12 +74,14 @@ async def ollama_embed(body: OllamaEmbedRequest, request: Request) -> Response:
             model=body.model, embeddings=vectors, total_duration=spent, load_duration=0, prompt_eval_count=count
         )
 
-    return await _unless_gone(request, work)
+    return await _unless_gone(request, serving, work)
 
 
-def _base_only(serving: Serving, name: str | None) -> None:
-    if serving.check_model(name) is not None:
+async def _base_only(request: Request, name: str | None) -> Serving:
+    serving, adapter = await served(request, name)
+    if adapter is not None:
         raise bad_request("embeddings are those of the base model; leave the adapter out", "model")
+    return serving
 
 
 def _tokens(tokenizer: Any, text: str | list[int]) -> list[int]:
@@ -122,8 +122,7 @@ def _base64(vector: Any) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-async def _unless_gone(request: Request, work: Any) -> Response:
-    serving: Serving = request.app.state.serving
+async def _unless_gone(request: Request, serving: Serving, work: Any) -> Response:
     try:
         async with asyncio.timeout(serving.settings.deadline):
             done = await unless_disconnected(request.receive, work())

@@ -14,7 +14,7 @@ from eff_http import ApiError, bad_request, internal_error, retry_later
 
 from eff_serve.api.errors import draining, queue_full
 from eff_serve.api.logprobs import PlacedScore
-from eff_serve.api.metrics import SequenceMetrics
+from eff_serve.api.metrics import Metrics, SequenceMetrics
 from eff_serve.api.schema.common import PromptTokensDetails, Usage
 from eff_serve.api.serving import Serving
 from eff_serve.engine.types import DrainingError, QueueFullError, Sampling, Step, Stream, TokenScore
@@ -217,6 +217,11 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def metrics(self) -> Metrics:
+        """Metrics of the model."""
+        return self._serving.metrics
 
     @property
     def usage(self) -> Usage:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from eff_http import bad_request
 from fastapi import APIRouter, Request, Response
@@ -18,6 +18,7 @@ from eff_serve.api.answer import Frame, assembler_for, respond
 from eff_serve.api.chat import Begun, begin
 from eff_serve.api.documented import ollama_errors
 from eff_serve.api.generation import Generation, Job
+from eff_serve.api.models import Models, served
 from eff_serve.api.ollama_text import LineStream, OllamaFormat, OllamaRoute
 from eff_serve.api.sampling import sampling_for, token_limit
 from eff_serve.api.schema.chat import ChatRequest
@@ -40,16 +41,17 @@ from eff_serve.engine.embedding import embedding_size
 
 router = APIRouter(route_class=OllamaRoute, tags=["ollama"])
 DEFAULTS = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+_AT_ONCE = (0, "0", "0s")
+_NEVER = datetime.max.replace(tzinfo=UTC).isoformat()  # nothing is unloaded for being old
 _PNG, _JPEG = "iVBORw0KGgo", "/9j/"
 
 
 @router.post("/api/chat", responses=ollama_errors(OllamaAnswer), response_model=None)
 async def chat(body: OllamaChatRequest, request: Request) -> Response:
     """Answer a conversation; without messages, say that the model is loaded."""
-    serving: Serving = request.app.state.serving
-    name = _checked(serving, body)
+    name = await _checked(request, body)
     if not body.messages:
-        return _loaded(body.model, bare=False)
+        return await _loaded(request, body, bare=False)
     given = _as_chat(body, name, _turns(body.messages), _tools(body))
     return await _respond(body, given, request, await begin(given, request, "ollama-"), bare=False)
 
@@ -57,10 +59,9 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
 @router.post("/api/generate", responses=ollama_errors(OllamaAnswer), response_model=None)
 async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     """Answer a prompt, or with ``raw`` continue it; without a prompt, say that the model is loaded."""
-    serving: Serving = request.app.state.serving
-    name = _checked(serving, body)
+    name = await _checked(request, body)
     if not body.prompt:
-        return _loaded(body.model, bare=True)
+        return await _loaded(request, body, bare=True)
     if body.raw and (body.system or body.images):
         raise bad_request("raw=true leaves no place for system or images", "raw")
     turns: list[dict[str, Any]] = [{"role": "system", "content": body.system}] if body.system else []
@@ -70,20 +71,27 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     return await _respond(body, given, request, begun, bare=True)
 
 
-@router.get("/api/tags", responses=ollama_errors())
-@router.get("/api/ps", responses=ollama_errors())
+@router.get("/api/tags", responses=ollama_errors(), response_model_exclude_none=True)
 async def tags(request: Request) -> OllamaModels:
-    """The models that are served; all of them are loaded."""
-    serving: Serving = request.app.state.serving
-    serving.check()
-    return OllamaModels(models=[_model(serving, adapter) for adapter in (None, *serving.adapters)])
+    """The models that are served, loaded or not."""
+    models: Models = request.app.state.models
+    models.check()
+    return OllamaModels(models=[_model(s, adapter) for s in models.all for adapter in (None, *s.adapters)])
+
+
+@router.get("/api/ps", responses=ollama_errors(), response_model_exclude_none=True)
+async def loaded(request: Request) -> OllamaModels:
+    """The models that are loaded."""
+    models: Models = request.app.state.models
+    models.check()
+    ready = [s for s in models.all if s.state == "ready"]
+    return OllamaModels(models=[_running(s, adapter) for s in ready for adapter in (None, *s.adapters)])
 
 
 @router.post("/api/show", responses=ollama_errors())
 async def show(body: ShowRequest, request: Request) -> OllamaShow:
     """What a model is and can do."""
-    serving: Serving = request.app.state.serving
-    known(serving, body.model)
+    serving, _ = await served(request, without_tag(body.model))
     engine, tokenizer = serving.admit()
     details = _details(serving)
     able = ["completion", "tools"]
@@ -100,20 +108,15 @@ async def version() -> Version:
     return Version(version=metadata.version("eff-serve"))
 
 
-def known(serving: Serving, model: str) -> str:
-    """The served name that a model of Ollama's means: the tag "latest" says nothing.
-
-    Raises:
-        ApiError: 404 for another model.
-    """
-    name = model.removesuffix(":latest")
-    serving.check_model(name)
-    return name
+def without_tag(model: str) -> str:
+    """The served name that a model of Ollama's means: the tag "latest" says nothing."""
+    return model.removesuffix(":latest")
 
 
-def _checked(serving: Serving, body: OllamaFields) -> str:
+async def _checked(request: Request, body: OllamaFields) -> str:
     """The served name, once the model is known to read so long a context and to think where that is asked for."""
-    name = known(serving, body.model)
+    name = without_tag(body.model)
+    serving, _ = await served(request, name)
     engine, tokenizer = serving.admit()
     length = None if body.options is None else body.options.num_ctx
     if length is not None and length > engine.max_model_len:
@@ -128,8 +131,14 @@ async def _respond(body: OllamaFields, given: ChatRequest, request: Request, beg
     return await respond(request, given, begun.generation, form, begun.frame.id, LineStream)
 
 
-def _loaded(model: str, *, bare: bool) -> Response:
-    answer = OllamaAnswer(model=model, created_at=datetime.now(UTC).isoformat(), done=True, done_reason="load")
+async def _loaded(request: Request, body: OllamaFields, *, bare: bool) -> Response:
+    """Says that a model is loaded; with ``keep_alive`` 0 one that comes and goes is unloaded instead."""
+    models: Models = request.app.state.models
+    reason: Literal["load", "unload"] = "load"
+    if body.keep_alive in _AT_ONCE:
+        request.state.held.close()
+        reason = "unload" if await models.unload(models.find(without_tag(body.model))) else "load"
+    answer = OllamaAnswer(model=body.model, created_at=datetime.now(UTC).isoformat(), done=True, done_reason=reason)
     if bare:
         answer.response = ""
     else:
@@ -172,9 +181,8 @@ def _as_chat(
 
 async def _continue(given: ChatRequest, prompt: str, request: Request) -> Begun:
     """A text that goes on without a chat template, as ``given`` says."""
-    serving: Serving = request.app.state.serving
+    serving, adapter = await served(request, given.model)
     engine, tokenizer = serving.admit()
-    adapter = serving.check_model(given.model)
     ids = await asyncio.to_thread(tokenizer.encode, prompt)
     sampling = await sampling_for(
         given,
@@ -244,6 +252,11 @@ def _model(serving: Serving, adapter: str | None) -> OllamaModel:
         modified_at=_time(serving.settings.created),
         details=_details(serving),
     )
+
+
+def _running(serving: Serving, adapter: str | None) -> OllamaModel:
+    more = {"size_vram": 0, "expires_at": _NEVER, "context_length": serving.max_model_len}
+    return _model(serving, adapter).model_copy(update=more)
 
 
 def _details(serving: Serving) -> OllamaDetails:

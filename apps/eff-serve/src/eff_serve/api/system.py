@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from eff_serve.api.documented import errors
 from eff_serve.api.metrics import CONTENT_TYPE
+from eff_serve.api.models import Models
 from eff_serve.api.schema.common import Health, ModelCard, ModelList, Version
 from eff_serve.api.serving import Serving
 
@@ -19,24 +20,30 @@ def _card(serving: Serving, adapter: str | None = None) -> ModelCard:
     return ModelCard(
         id=serving.name_of(adapter),
         created=settings.created,
-        max_model_len=serving.engine.max_model_len,
+        max_model_len=serving.max_model_len,
         input_modalities=["text"] if serving.eyes is None else ["text", "image"],
         steering=list(serving.steering),
         quantization=settings.quantization,
+        state=serving.state,
     )
 
 
 @router.get("/v1/models", responses=errors(401, 503))
 async def models(request: Request) -> ModelList:
-    """The model that is served, and each of its adapters."""
-    serving: Serving = request.app.state.serving
-    return ModelList(data=[_card(serving, adapter) for adapter in (None, *serving.adapters)])
+    """The models that are served, loaded or not, and each of their adapters."""
+    models: Models = request.app.state.models
+    if models.default.source is None:
+        _ = models.default.engine  # 503 while there is none
+    return ModelList(data=[_card(s, adapter) for s in models.all for adapter in (None, *s.adapters)])
 
 
 @router.get("/v1/models/{name:path}", responses=errors(401, 404, 503))
 async def model(name: str, request: Request) -> ModelCard:
     """One model by name."""
-    serving: Serving = request.app.state.serving
+    models: Models = request.app.state.models
+    serving = models.find(name)
+    if serving.source is None:
+        _ = serving.engine  # 503 while there is none
     return _card(serving, serving.check_model(name))
 
 
@@ -44,8 +51,8 @@ async def model(name: str, request: Request) -> ModelCard:
 @router.get("/health", responses=errors(503))
 async def health(request: Request) -> Health:
     """200 while the server takes requests, 503 while it loads or shuts down."""
-    serving: Serving = request.app.state.serving
-    serving.check()
+    models: Models = request.app.state.models
+    models.check()
     return Health(status="ok")
 
 
@@ -58,5 +65,5 @@ async def version() -> Version:
 @router.get("/metrics", response_class=Response, responses=errors(401))
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    serving: Serving = request.app.state.serving
-    return Response(serving.metrics.render(), media_type=CONTENT_TYPE)
+    models: Models = request.app.state.models
+    return Response(models.families.render(), media_type=CONTENT_TYPE)

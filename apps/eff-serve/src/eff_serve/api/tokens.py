@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request
 from eff_serve.api import pictures
 from eff_serve.api.chat import chat_prompt
 from eff_serve.api.documented import errors
+from eff_serve.api.models import served
 from eff_serve.api.schema.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from eff_serve.api.serving import Serving
 
 router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
@@ -19,8 +19,7 @@ router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 @router.post("/tokenize", responses=errors(400, 401, 404, 413, 503), response_model_exclude_unset=True)
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     """Token ids of a text or of a conversation."""
-    serving: Serving = request.app.state.serving
-    serving.check_model(body.model)
+    serving, _ = await served(request, body.model)
     engine, tokenizer = serving.engine, serving.tokenizer
     if body.prompt is not None:
         special = body.add_special_tokens is not False
@@ -37,8 +36,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
 @router.post("/detokenize", responses=errors(400, 401, 404, 413, 503))
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """Text of token ids."""
-    serving: Serving = request.app.state.serving
-    serving.check_model(body.model)
+    serving, _ = await served(request, body.model)
     tokenizer = serving.tokenizer
     for i, token in enumerate(body.tokens):
         if token >= tokenizer.vocab_size:

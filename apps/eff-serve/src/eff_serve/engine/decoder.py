@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from eff_serve.engine.adapters import Adapters
+from eff_serve.engine.block_pool import untouched
 from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.gguf.model import GGUFModel
 from eff_serve.engine.linear import Linear
-from eff_serve.engine.pages import untouched
 from eff_serve.engine.quantization import describe, settings_for, settings_of_layer, with_threshold
 from eff_serve.engine.quantized import head_in_bytes, load_linear
 from eff_serve.engine.reuse import LayerReuse

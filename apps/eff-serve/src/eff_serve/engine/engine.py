@@ -1,14 +1,11 @@
 """Continuous batching: each step prefills a piece of one prompt and decodes one token for every running sequence.
 
-Sequences hold pages of the cache as they grow. When no page is free the youngest sequence gives its pages back and
-waits; it is computed anew later, from the same tokens and the same random state, so its text does not change.
-
-What a text has in common with earlier ones from its beginning on is not computed again: see `prefix`.
+Which sequences run, and in which blocks of the cache, is the `Scheduler`'s matter; what a text has in common with
+earlier ones from its beginning on is not computed again, see `prefix`.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 import threading
@@ -21,14 +18,16 @@ import torch
 from torch import Tensor
 
 from eff_serve.engine.adapters import Adapters
+from eff_serve.engine.block_manager import BlockManager
 from eff_serve.engine.decoder import PAGE, Decoder
 from eff_serve.engine.grammar import GrammarMatcher
 from eff_serve.engine.hf import HFDecoder
 from eff_serve.engine.lookup import guess_for
 from eff_serve.engine.sampler import Sampler, sample_batch, score
+from eff_serve.engine.scheduler import Scheduler
 from eff_serve.engine.sequence import Sequence, TokenStream
-from eff_serve.engine.sharing import Sharing
-from eff_serve.engine.types import DrainingError, EngineStats, QueueFullError, Sampling, Step
+from eff_serve.engine.types import EngineStats, Sampling, Step
+from eff_serve.engine_config import EngineConfig
 from eff_serve.pictures.prompt import PromptPictures
 
 _log = logging.getLogger("eff_serve.engine")
@@ -39,57 +38,34 @@ class BatchEngine:
 
     Args:
         decoder: The model.
+        config: Sizes of the batch, the line and the pieces of prompts, and what is shared and guessed. Decoders without
+            ``copy_page`` share nothing.
         tokenizer_file: tokenizer.json, for grammars.
-        max_batch: Most sequences that run at once.
-        max_waiting: Most requests in line behind them.
-        max_waiting_tokens: Most prompt tokens in line.
-        chunk: Prompt tokens per step; a longer prompt takes several steps, between which others go on decoding.
-            Short pieces are no slower on a CPU and hold the others up for less long.
-        prefix_cache: Keep keys of ended requests while there is room, and share them with requests that begin alike.
-            Decoders without ``copy_page`` cannot.
-        lookup: Tokens that are guessed from the text so far while one sequence runs alone; its answer stays the same.
+
+    Raises:
+        ValueError: the model reads fewer tokens than ``max_model_len``, the cache has no room for so many, or the model
+            cannot guess ahead.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder | HFDecoder,
-        *,
-        tokenizer_file: Path,
-        max_model_len: int | None = None,
-        max_batch: int = 16,
-        max_waiting: int = 64,
-        max_waiting_tokens: int = 65536,
-        chunk: int = 128,
-        prefix_cache: bool = True,
-        lookup: int = 0,
-    ) -> None:
-        self.decoder = decoder
-        if lookup and (isinstance(decoder, HFDecoder) or getattr(decoder, "reuse", None) is not None):
-            raise ValueError(f"lookup={lookup} is for models on eff's own decoder, without layer reuse")
-        self._lookup = lookup
-        for name, value in {"max_batch": max_batch, "max_waiting": max_waiting, "chunk": chunk}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+    def __init__(self, decoder: Decoder | HFDecoder, config: EngineConfig, *, tokenizer_file: Path) -> None:
+        self.decoder, self.config = decoder, config
+        if config.lookup and (isinstance(decoder, HFDecoder) or getattr(decoder, "reuse", None) is not None):
+            raise ValueError(f"lookup={config.lookup} is for models on eff's own decoder, without layer reuse")
         limit = decoder.config.max_model_len
-        self.max_model_len = limit if max_model_len is None else max_model_len
-        if not 1 <= self.max_model_len <= limit:
-            raise ValueError(f"max_model_len must be 1 to {limit}, the most this model reads, got {max_model_len}")
-        if -(-self.max_model_len // PAGE) > decoder.num_pages:
+        self.max_model_len = limit if config.max_model_len is None else config.max_model_len
+        if self.max_model_len > limit:
             raise ValueError(
-                f"a sequence of {self.max_model_len} tokens needs {-(-self.max_model_len // PAGE)} pages, "
-                f"the cache has {decoder.num_pages}; lower max_model_len or give the cache more memory"
+                f"max_model_len must be 1 to {limit}, the most this model reads, got {config.max_model_len}"
             )
+        blocks = BlockManager(decoder, PAGE, prefix_cache=config.prefix_cache)
+        if (needed := blocks.needed(self.max_model_len)) > decoder.num_pages:
+            raise ValueError(
+                f"a sequence of {self.max_model_len} tokens needs {needed} pages, the cache has {decoder.num_pages}; "
+                "lower max_model_len or give the cache more memory"
+            )
+        self.scheduler = Scheduler(blocks, config)
         self._tokenizer_file = tokenizer_file
-        self._max_batch, self._max_waiting, self._max_waiting_tokens = max_batch, max_waiting, max_waiting_tokens
-        self._chunk = chunk
-        self._sharing = Sharing(decoder, PAGE, on=prefix_cache)
-        self._pool = self._sharing.pool
-        self._waiting: collections.deque[Sequence] = collections.deque()
-        self._running: list[Sequence] = []
-        self._wake = threading.Condition()
-        self._draining = False
         self._stop_at: float | None = None
-        self._seconds_per_request = 1.0  # running mean, for Retry-After
         self._thread = threading.Thread(target=self._run, name="eff-engine", daemon=True)
 
     def submit(self, prompt: list[int], sampling: Sampling, pictures: PromptPictures | None = None) -> TokenStream:
@@ -122,23 +98,11 @@ class BatchEngine:
         grammar = None
         if sampling.grammar is not None:
             grammar = GrammarMatcher(sampling.grammar, self._tokenizer_file, vocab, min(eos, default=0))
-        stream = TokenStream(self._notify)
+        stream = TokenStream(self.scheduler.wake)
         sequence = Sequence(
             len(prompt), list(prompt), sampling, Sampler(sampling, eos), stream, grammar, pictures, adapter
         )
-        with self._wake:
-            if self._draining:
-                raise DrainingError("the server is shutting down and takes no new requests")
-            tokens = sum(s.pending for s in self._waiting)
-            idle = not self._waiting
-            if len(self._waiting) >= self._max_waiting or (
-                not idle and tokens + len(prompt) > self._max_waiting_tokens
-            ):
-                ahead = (len(self._waiting) + 1) / self._max_batch
-                raise QueueFullError(min(60.0, max(1.0, ahead * self._seconds_per_request)))
-            behind = (i for i, s in enumerate(self._waiting) if s.sampling.priority > sampling.priority)
-            self._waiting.insert(next(behind, len(self._waiting)), sequence)
-            self._wake.notify()
+        self.scheduler.add(sequence)
         return stream
 
     @property
@@ -180,11 +144,9 @@ class BatchEngine:
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""
-        used = self._pool.num_pages - self._pool.free
         reuse = getattr(self.decoder, "reuse", None)
-        reusing = 0 if reuse is None else reuse.count([len(s.tokens) for s in list(self._running) if s.decoding])
-        kept = self._pool.kept / self._pool.num_pages
-        return EngineStats(len(self._running), len(self._waiting), used / self._pool.num_pages, reusing, kept)
+        running = [len(s.tokens) for s in list(self.scheduler.running) if s.decoding]
+        return self.scheduler.stats(0 if reuse is None else reuse.count(running))
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -192,41 +154,35 @@ class BatchEngine:
 
     def stop(self, grace: float) -> None:
         """Refuse new requests, let running ones end for up to ``grace`` seconds, then cancel them and join."""
-        with self._wake:
-            self._draining = True
+        with self.scheduler.changed:
+            self.scheduler.draining = True
             self._stop_at = time.monotonic() + grace
-            self._wake.notify()
+            self.scheduler.changed.notify()
         if self._thread.is_alive():
             self._thread.join()
 
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
     def _run(self) -> None:
+        scheduler = self.scheduler
         while True:
-            with self._wake:
-                while not self._waiting and not self._running and not self._draining:
-                    self._wake.wait()
+            with scheduler.changed:
+                while scheduler.idle and not scheduler.draining:
+                    scheduler.changed.wait()
                 expired = self._stop_at is not None and time.monotonic() >= self._stop_at
-                if self._draining and (expired or not (self._waiting or self._running)):
+                if scheduler.draining and (expired or scheduler.idle):
                     break
             self._step()
-        for sequence in [*self._running, *self._waiting]:
-            self._finish(sequence, Step(finish_reason="cancelled"))
+        for sequence in scheduler.all:
+            scheduler.finish(sequence, Step(finish_reason="cancelled"))
 
     def _step(self) -> None:
-        for sequence in [*self._running, *self._waiting]:
+        scheduler = self.scheduler
+        for sequence in scheduler.all:
             if sequence.stream.cancelled.is_set():
-                self._finish(sequence, Step(finish_reason="cancelled"))
-        self._admit()
-        prefilling = next((s for s in self._running if not s.decoding), None)
-        if prefilling is not None:
+                scheduler.finish(sequence, Step(finish_reason="cancelled"))
+        scheduler.admit()
+        if (prefilling := scheduler.prefilling()) is not None:
             self._guarded([prefilling], lambda: self._prefill(prefilling))
-        decoding = [s for s in self._running if s.decoding]
-        decoding = [s for s in decoding if s in self._running and self._make_room(s, 1)]
-        decoding = [s for s in decoding if s in self._running]  # making room may have sent some back to the line
-        if decoding:
+        if decoding := scheduler.decoding():
             self._guarded(decoding, lambda: self._decode(decoding))
 
     def _guarded(self, sequences: list[Sequence], step: Callable[[], None]) -> None:
@@ -236,41 +192,16 @@ class BatchEngine:
         except Exception as error:
             _log.exception("a step of the model failed")
             for sequence in sequences:
-                if sequence in self._running:
-                    self._finish(sequence, Step(finish_reason="error", error=f"{type(error).__name__}: {error}"))
-
-    def _admit(self) -> None:
-        with self._wake:
-            while self._waiting and len(self._running) < self._max_batch:
-                first = self._waiting[0]
-                # One page beyond the tokens at hand, so that a new sequence is not sent back by its first steps.
-                if self._running and self._pool.free < -(-(first.pending + 1) // PAGE) + 1:
-                    return
-                self._running.append(self._waiting.popleft())
-
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Give a sequence pages for ``count`` more tokens; sends the youngest back to the line where none are free."""
-        needed = -(-(sequence.cached + count) // PAGE) - len(sequence.pages)
-        while needed > 0:
-            pages = self._pool.take(needed)
-            if pages is not None:
-                sequence.pages.extend(pages)
-                return True
-            youngest = self._running[-1]
-            self._sharing.give_back(youngest)
-            youngest.prompt_scores.clear()
-            with self._wake:
-                self._running.remove(youngest)
-                self._waiting.appendleft(youngest)
-            if youngest is sequence:
-                return False
-        return True
+                if sequence in self.scheduler.running:
+                    self.scheduler.finish(
+                        sequence, Step(finish_reason="error", error=f"{type(error).__name__}: {error}")
+                    )
 
     def _prefill(self, sequence: Sequence) -> None:
-        if not sequence.pages:
-            self._sharing.begin(sequence, self._number(sequence))
+        if not sequence.block_table:
+            self.scheduler.blocks.begin(sequence, self._number(sequence))
         count = self._piece(sequence)
-        if not self._make_room(sequence, count):
+        if not self.scheduler.make_room(sequence, count):
             return
         start = sequence.cached
         wants_scores = sequence.sampling.prompt_logprobs is not None and not sequence.output
@@ -283,9 +214,11 @@ class BatchEngine:
                     sampling.steering, prompt, sequence.pictures, self._number(sequence), sampling.watch
                 )
             seen["steered"] = sequence.steered
-        logits = self.decoder.prefill(tokens, start, torch.tensor(sequence.pages), all_logits=wants_scores, **seen)
+        logits = self.decoder.prefill(
+            tokens, start, torch.tensor(sequence.block_table), all_logits=wants_scores, **seen
+        )
         sequence.cached += count
-        self._sharing.share(sequence)
+        self.scheduler.blocks.share(sequence)
         if wants_scores:
             following, top = sequence.prompt[start + 1 : sequence.cached + 1], sequence.sampling.prompt_logprobs or 0
             sequence.prompt_scores += [score(row, t, top) for row, t in zip(logits, following, strict=False)]
@@ -302,39 +235,43 @@ class BatchEngine:
     def _piece(self, sequence: Sequence) -> int:
         """Tokens of the next step of a sequence that is behind. Rules want a prompt whole, and an answer bit by bit."""
         if not sequence.sampling.ruled:
-            return min(self._chunk, sequence.pending)
+            return min(self.config.chunk, sequence.pending)
         return max(1, sequence.prompt_length - sequence.cached)
 
     def _guess(self, sequence: Sequence) -> list[int]:
         """Tokens that may follow those of a sequence that runs alone, if there is room for their keys."""
-        guess = guess_for(sequence, self._lookup)
-        pages = -(-(sequence.cached + 1 + len(guess)) // PAGE) - len(sequence.pages)
-        return guess if pages <= self._pool.free and self._make_room(sequence, 1 + len(guess)) else []
+        guess = guess_for(sequence, self.config.lookup)
+        wanted = self.scheduler.blocks.needed(sequence.cached + 1 + len(guess)) - len(sequence.block_table)
+        return (
+            guess
+            if wanted <= self.scheduler.blocks.pool.free and self.scheduler.make_room(sequence, 1 + len(guess))
+            else []
+        )
 
     def _verify(self, sequence: Sequence, guess: list[int]) -> None:
         """Read a guess in one pass, and go on with what the model chooses for as long as that is what was guessed."""
         seen = self._seen(sequence)
-        tokens, pages = torch.tensor([sequence.tokens[-1], *guess]), torch.tensor(sequence.pages)
+        tokens, pages = torch.tensor([sequence.tokens[-1], *guess]), torch.tensor(sequence.block_table)
         logits = self.decoder.prefill(tokens, sequence.cached, pages, all_logits=True, **seen)
         right = 0
         for row, guessed in zip(logits, [*guess, -1], strict=True):
             sequence.cached += 1
-            self._sharing.share(sequence)
+            self.scheduler.blocks.share(sequence)
             self._advance_all([sequence], row[None])
-            if sequence not in self._running or sequence.tokens[-1] != guessed:
+            if sequence not in self.scheduler.running or sequence.tokens[-1] != guessed:
                 break
             right += 1
         if sequence.guesser is not None:
             sequence.guesser.came_true(right)
 
     def _decode(self, sequences: list[Sequence]) -> None:
-        if self._lookup and len(sequences) == 1 and (guess := self._guess(sequences[0])):
+        if self.config.lookup and len(sequences) == 1 and (guess := self._guess(sequences[0])):
             self._verify(sequences[0], guess)
             return
         tokens = torch.tensor([s.tokens[-1] for s in sequences])
         positions = torch.tensor([s.cached for s in sequences])
-        width = max(len(s.pages) for s in sequences)
-        table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32)
+        width = max(len(s.block_table) for s in sequences)
+        table = torch.tensor([s.block_table + [0] * (width - len(s.block_table)) for s in sequences], dtype=torch.int32)
         behind = [row for row, s in enumerate(sequences) if s.pictures is not None]
         seen: dict[str, Any] = {"behind": torch.tensor(behind)} if behind else {}
         if any(s.sampling.adapter is not None for s in sequences):
@@ -345,7 +282,7 @@ class BatchEngine:
         for sequence in sequences:
             sequence.cached += 1
             if sequence.cached % PAGE == 0:
-                self._sharing.share(sequence)
+                self.scheduler.blocks.share(sequence)
         self._advance_all(sequences, logits)
 
     def _advance_all(self, sequences: list[Sequence], logits: Tensor) -> None:
@@ -354,7 +291,7 @@ class BatchEngine:
 
         def prepare(sequence: Sequence, row: Tensor) -> None:
             if sequence.sampling.max_tokens == 0:
-                self._finish(sequence, Step(finish_reason="length", cached_tokens=sequence.reused or 0))
+                self.scheduler.finish(sequence, Step(finish_reason="length", cached_tokens=sequence.reused or 0))
                 return
             wanted = row
             if not sequence.sampler.plain:
@@ -383,18 +320,8 @@ class BatchEngine:
         ended = token in s.stop_token_ids or (not s.ignore_eos and token in self.decoder.config.eos_token_ids)
         reused = sequence.reused or 0
         if ended or (sequence.grammar is not None and sequence.grammar.done):
-            self._finish(sequence, Step(token, scored, finish_reason="stop", cached_tokens=reused))
+            self.scheduler.finish(sequence, Step(token, scored, finish_reason="stop", cached_tokens=reused))
         elif len(sequence.output) >= s.max_tokens:
-            self._finish(sequence, Step(token, scored, finish_reason="length", cached_tokens=reused))
+            self.scheduler.finish(sequence, Step(token, scored, finish_reason="length", cached_tokens=reused))
         else:
             sequence.stream.put(Step(token, scored, cached_tokens=reused))
-
-    def _finish(self, sequence: Sequence, step: Step) -> None:
-        with self._wake:
-            self._sharing.give_back(sequence)
-            if sequence in self._running:
-                self._running.remove(sequence)
-            else:
-                self._waiting.remove(sequence)
-        self._seconds_per_request += 0.1 * (time.monotonic() - sequence.submitted - self._seconds_per_request)
-        sequence.stream.put(step)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from eff_attention.layer_reuse import Selector
-from eff_embedded.language import SMOLLM2_NAME, smollm2_folder, smollm2_gguf
+from eff_embedded.language import smollm2_folder, smollm2_gguf
+from eff_quant.hub import headers
+from safetensors import SafetensorError
 
 from eff_serve.engine.config import DecoderConfig, UnsupportedModelError
 from eff_serve.engine.decoder import PAGE, Decoder
@@ -18,19 +20,26 @@ from eff_serve.engine.engine import BatchEngine
 from eff_serve.engine.gguf.model import GGUFModel
 from eff_serve.engine.gguf.tokenizer import gguf_folder
 from eff_serve.engine.hf import HFConfig, HFDecoder, hf_config
-from eff_serve.engine.quantization import FORMATS, describe
+from eff_serve.engine.quantization import describe
 from eff_serve.engine.reuse import read_reuse
 from eff_serve.engine.threads import give_memory_back, on_a_thread_that_ends
+from eff_serve.engine_config import EngineConfig
 from eff_serve.models.tokenizer import Tokenizer
-from eff_serve.names import EYES
+from eff_serve.names import EYES, model_name
 from eff_serve.pictures.eyes import Eyes, open_eyes
 
 AUTO = "auto"
+_BYTES_PER_WEIGHT = {"int8": 1.0, "fp8": 1.0, "int4": 0.625, "nvfp4": 0.5625, "mxfp4": 0.53125}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """An engine, not yet started, with what belongs to it; ``quantization`` names the formats of its weights."""
+    """An engine, not yet started, with what belongs to it.
+
+    Attributes:
+        quantization: Formats of its weights.
+        memory: Bytes of its weights and of its room for keys and values.
+    """
 
     engine: BatchEngine
     tokenizer: Tokenizer
@@ -38,131 +47,161 @@ class LoadedModel:
     description: str
     quantization: str
     fingerprint: str
+    memory: int
     eyes: Eyes | None = None
 
 
-def load_engine(
-    model: str | None = None,
-    *,
-    quantize: str | None = AUTO,
-    threshold: float | None = None,
-    max_model_len: int | None = None,
-    max_batch: int = 16,
-    max_waiting: int = 64,
-    kv_gib: float = 1.0,
-    layer_reuse: Path | None = None,
-    reuse_top_k: int | None = None,
-    reuse_min_len: int | None = None,
-    reuse_selector: Selector | None = None,
-    adapters: Mapping[str, Path] | None = None,
-    prefix_cache: bool = True,
-    lookup: int = 0,
-    progress: bool = True,
-) -> LoadedModel:
+def load_engine(config: EngineConfig | None = None, *, progress: bool = True) -> LoadedModel:
     """Load a model for serving.
 
     Args:
-        model: A folder in transformers' layout, a GGUF file, or the name of a model on the hub; None is the embedded
-            model, and "smollm2-eyes" that model with eyes.
-        quantize: Format of all projections: "int8" (LLM.int8()), "int4" (groups of 32), "nvfp4", "mxfp4" or "fp8"
-            quantise float weights while loading, None takes weights as they are, "auto" takes a quantised folder and a
-            GGUF file as they are, and float weights to int8. With int8 and int4 a float head goes to groups of 8 bits;
-            the embedding stays. Models that the lean decoder does not run go through transformers, without quantising.
-        threshold: Outlier threshold of int8; 0 takes no outliers out. None is that of the folder where its weights are
-            int8, else 6.
-        max_model_len: Most tokens of a sequence; the model's own limit by default, if the cache has room for it.
-        max_batch: Most sequences that run at once.
-        max_waiting: Most requests in line behind them.
-        kv_gib: Memory for keys and values, in GiB.
-        layer_reuse: Policy file of `eff_attention.layer_reuse`: long sequences decode with fewer keys in some layers.
-        reuse_top_k: Keys that these layers attend to, instead of what the file says.
-        reuse_min_len: Length from which on they do, instead of what the file says.
-        reuse_selector: How the layers that they follow choose: "exact" or "pooled", instead of what the file says.
-        adapters: Folders of LoRA adapters that PEFT wrote, or of mixtures of them, by the names that requests use.
-        prefix_cache: Share keys between texts that begin alike, those of ended requests included; models that run
-            through transformers do not.
-        lookup: Tokens to guess from the text so far while one sequence runs alone; the answers stay the same. 0: none.
+        config: Which model, and how; by default the embedded one in int8.
         progress: Show progress bars on standard error.
 
     Raises:
         FileNotFoundError: there is no such model here.
         ValueError: the model or a setting is not supported.
     """
-    if quantize not in (None, AUTO, *FORMATS):
-        raise ValueError(f"quantize must be one of {AUTO}, {', '.join(FORMATS)} or None, got {quantize!r}")
-    if threshold is not None and not threshold >= 0:
-        raise ValueError(f"threshold must be 0 or more, got {threshold}")
-    opened = _open_gguf(model, quantize)
-    config: DecoderConfig | HFConfig
-    if opened is not None:
-        folder, config = gguf_folder(opened), opened.config
-        quantize = None if quantize == AUTO or model is None else quantize
-    else:
-        folder = smollm2_folder(progress=progress) if model in (None, EYES) else find_folder(model)
-        config = _config(folder, quantize)
-    if quantize == AUTO:
-        floats = isinstance(config, DecoderConfig) and config.quantization is None and config.int4 is None
-        quantize = "int8" if floats else None
-    if isinstance(config, HFConfig):
-        page_bytes = config.bytes_per_key * PAGE
-    else:
-        page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE * config.head_dim * 4
-    if layer_reuse is None and any(x is not None for x in (reuse_top_k, reuse_min_len, reuse_selector)):
-        raise ValueError("reuse_top_k, reuse_min_len and reuse_selector need a policy in layer_reuse")
-    num_pages = int(kv_gib * 2**30 / page_bytes)
+    config = config or EngineConfig()
+    source = _find(config, progress)
+    num_pages = int(config.kv_gib * 2**30 / source.page_bytes)
     if num_pages < 1:
-        raise ValueError(f"kv_gib must hold at least one page of {page_bytes} bytes, got {kv_gib} GiB")
-    length = min(config.max_model_len, num_pages * PAGE) if max_model_len is None else max_model_len
+        raise ValueError(f"kv_gib must hold at least one page of {source.page_bytes} bytes, got {config.kv_gib} GiB")
+    if config.max_model_len is None:
+        config = replace(config, max_model_len=min(source.config.max_model_len, num_pages * PAGE))
+    decoder = on_a_thread_that_ends(lambda: _decoder(source, config, num_pages, progress))
+    eyes = None
+    if config.model == EYES and isinstance(decoder, Decoder):
+        lean = decoder
+        eyes = on_a_thread_that_ends(lambda: open_eyes(lean))
+    engine = BatchEngine(decoder, config, tokenizer_file=source.folder / "tokenizer.json")
+    name = model_name(config.model)
+    description = f"{name} ({_weights(source, config, decoder)}, up to {engine.max_model_len} tokens)"
+    tokenizer = Tokenizer(source.folder, picture=() if eyes is None else eyes.places)
+    give_memory_back()
+    kind = source.quantize or source.stored
+    fingerprint = _fingerprint(source.folder, description)
+    memory = decoder.weight_bytes + num_pages * source.page_bytes
+    return LoadedModel(engine, tokenizer, name, description, kind, fingerprint, memory, eyes)
 
-    def make_decoder() -> Decoder | HFDecoder:
-        if isinstance(config, HFConfig):
-            return HFDecoder(folder, num_pages=num_pages)
-        return _load(opened or folder, quantize, threshold, num_pages, config.num_layers, progress)
 
-    decoder = on_a_thread_that_ends(make_decoder)
-    if layer_reuse is not None:
-        if not isinstance(decoder, Decoder):
-            raise ValueError("layer_reuse is for models that run on eff's own decoder, and this one does not")
+def load_tokenizer(config: EngineConfig) -> Tokenizer:
+    """The tokenizer of a model alone, for a server whose replicas hold the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_engine`.
+    """
+    return Tokenizer(_find(config, progress=False).folder)
+
+
+def expected_memory(config: EngineConfig) -> int:
+    """Bytes of weights and of room for keys and values that `load_engine` would take, from the headers of its files.
+
+    Raises:
+        FileNotFoundError: there is no such model here.
+        ValueError: the model is not supported, or a file is damaged.
+    """
+    source = _find(config, progress=False)
+    cache = int(config.kv_gib * 2**30 / source.page_bytes) * source.page_bytes
+    if source.gguf is not None:
+        return cache + source.gguf.path.stat().st_size
+    try:
+        weights = headers(sorted(source.folder.glob("*.safetensors")))
+    except SafetensorError as error:
+        raise ValueError(f"{source.folder} holds a damaged file: {error}") from error
+    if isinstance(source.config, HFConfig):
+        return cache + 4 * sum(w.numel() for w in weights.values())  # transformers holds them in float32
+    small = _BYTES_PER_WEIGHT.get(source.quantize or "")
+    projections = {n: w for n, w in weights.items() if n.endswith("_proj.weight") and small is not None}
+    kept = sum(w.nbytes for n, w in weights.items() if n not in projections)
+    return cache + kept + int((small or 0) * sum(w.numel() for w in projections.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a model comes from.
+
+    Attributes:
+        folder: With its config and tokenizer.
+        config: Its shape.
+        quantize: Format that its float weights are to have; None leaves all as they are.
+        gguf: The file, if it is one.
+    """
+
+    folder: Path
+    config: DecoderConfig | HFConfig
+    quantize: str | None
+    gguf: GGUFModel | None = None
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of a page of keys and values, in all layers."""
+        c = self.config
+        if isinstance(c, HFConfig):
+            return c.bytes_per_key * PAGE
+        return 2 * c.num_layers * c.num_kv_heads * PAGE * c.head_dim * 4
+
+    @property
+    def stored(self) -> str:
+        """The formats of the weights as they are, in a few words."""
+        if self.gguf is not None:
+            return self.gguf.describe()
+        if isinstance(self.config, DecoderConfig) and self.config.int4 is not None:
+            return f"{self.config.int4.method} of 4 bits"
+        stored = self.config.quantization if isinstance(self.config, DecoderConfig) else None
+        return describe(stored) if stored else "float weights"
+
+
+def _find(config: EngineConfig, progress: bool) -> _Source:
+    quantize = None if config.quantize == "none" else config.quantize
+    if (gguf := _open_gguf(config.model, quantize)) is not None:
+        as_it_is = quantize == AUTO or config.model is None
+        return _Source(gguf_folder(gguf), gguf.config, None if as_it_is else quantize, gguf)
+    embedded = config.model in (None, EYES)
+    folder = smollm2_folder(progress=progress) if embedded else find_folder(str(config.model))
+    shape = _config(folder, quantize)
+    if quantize == AUTO:
+        floats = isinstance(shape, DecoderConfig) and shape.quantization is None and shape.int4 is None
+        quantize = "int8" if floats else None
+    return _Source(folder, shape, quantize)
+
+
+def _decoder(source: _Source, config: EngineConfig, num_pages: int, progress: bool) -> Decoder | HFDecoder:
+    if isinstance(source.config, HFConfig):
+        if config.layer_reuse is not None or config.adapters:
+            what = "adapters are" if config.layer_reuse is None else "layer_reuse is"
+            raise ValueError(f"{what} for models that run on eff's own decoder, and this one does not")
+        return HFDecoder(source.folder, num_pages=num_pages)
+    with _progress(progress, source.config.num_layers) as on_layer:
+        decoder = Decoder(
+            source.gguf or source.folder,
+            quantize=source.quantize,
+            threshold=config.threshold,
+            num_pages=num_pages,
+            on_layer=on_layer,
+        )
+    if config.layer_reuse is not None:
         decoder.reuse = read_reuse(
-            layer_reuse,
-            top_k=reuse_top_k,
-            min_seq_len=reuse_min_len,
+            config.layer_reuse,
+            top_k=config.reuse_top_k,
+            min_seq_len=config.reuse_min_len,
+            selector=config.reuse_selector,
             num_layers=len(decoder.layers),
             page=PAGE,
-            selector=reuse_selector,
         )
-    lean = decoder if isinstance(decoder, Decoder) else None
-    if adapters:
-        if lean is None:
-            raise ValueError("adapters are for models that run on eff's own decoder, and this one does not")
-        lean.load_adapters(adapters)
-    eyes = None if model != EYES or lean is None else on_a_thread_that_ends(lambda: open_eyes(lean))
-    engine = BatchEngine(
-        decoder,
-        tokenizer_file=folder / "tokenizer.json",
-        max_model_len=length,
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-        prefix_cache=prefix_cache,
-        lookup=lookup,
-    )
-    name = SMOLLM2_NAME if model is None else Path(model).name if Path(model).is_dir() else model
-    if opened is not None and model is not None:
-        name = opened.path.stem
-    stored = config.quantization if isinstance(config, DecoderConfig) else None
-    as_it_is = opened.describe() if opened is not None else describe(stored) if stored else "float weights"
-    if isinstance(config, DecoderConfig) and config.int4 is not None:
-        as_it_is = f"{config.int4.method} of 4 bits"
-    kind = quantize or as_it_is
-    weights = f"{kind}, {decoder.weight_bytes / 2**20:.0f} MiB of weights"
+    if config.adapters:
+        decoder.load_adapters(config.adapters)
+    return decoder
+
+
+def _weights(source: _Source, config: EngineConfig, decoder: Decoder | HFDecoder) -> str:
+    """The weights in a few words, for the banner."""
+    words = [source.quantize or source.stored, f"{decoder.weight_bytes / 2**20:.0f} MiB of weights"]
     if isinstance(decoder, Decoder) and decoder.reuse is not None:
-        weights += f", {decoder.reuse}"
-    if adapters:
-        weights += f", {len(adapters)} adapters"
-    description = f"{name} ({weights}, up to {engine.max_model_len} tokens)"
-    tokenizer = Tokenizer(folder, picture=() if eyes is None else eyes.places)
-    give_memory_back()
-    return LoadedModel(engine, tokenizer, name, description, kind, _fingerprint(folder, description), eyes)
+        words.append(str(decoder.reuse))
+    if config.adapters:
+        words.append(f"{len(config.adapters)} adapters")
+    return ", ".join(words)
 
 
 def _fingerprint(folder: Path, description: str) -> str:
@@ -210,22 +249,15 @@ def find_folder(model: str) -> Path:
         raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub can give: {error}") from error
 
 
-def _load(
-    folder: Path | GGUFModel,
-    quantize: str | None,
-    threshold: float | None,
-    num_pages: int,
-    layers: int,
-    progress: bool,
-) -> Decoder:
-    def load(on_layer: Callable[[], object]) -> Decoder:
-        return Decoder(folder, quantize=quantize, threshold=threshold, num_pages=num_pages, on_layer=on_layer)
-
-    if not progress:
-        return load(lambda: None)
+@contextmanager
+def _progress(shown: bool, layers: int) -> Iterator[Callable[[], object]]:
+    """A bar on standard error, and what moves it by one layer."""
+    if not shown:
+        yield lambda: None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Loading weights", total=layers)
-        return load(lambda: bar.advance(task))
+        yield lambda: bar.advance(task)

@@ -56,9 +56,9 @@ class Sequence:
         tokens: Prompt and output.
         adapter: What `Sampling.adapter` stood for when the request came.
         cached: How many of them have keys and values in the cache.
-        pages: The pages that hold these.
-        shared: How many of these pages other sequences may read.
-        chain: What the pages hold, for the prefix cache.
+        block_table: The blocks that hold these, in order.
+        shared: How many of these blocks other sequences may read.
+        chain: What the blocks hold, for the prefix cache.
         reused: Tokens of the prompt whose keys were there when it was first read.
         guesser: Guesses how it goes on, where that was asked for.
         steered: Rules of its attention, from its first step on; see `steering`.
@@ -73,7 +73,7 @@ class Sequence:
     pictures: PromptPictures | None = None
     adapter: Adapter | None = None
     cached: int = 0
-    pages: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
     shared: int = 0
     chain: Chain | None = None
     reused: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from eff_http import MAX_INT, Int
 from pydantic import BaseModel, Field
@@ -55,17 +55,19 @@ class ModelCard(BaseModel):
     """One model of /v1/models.
 
     ``input_modalities`` says whether it sees pictures, ``steering`` which methods the field ``eff`` may ask for,
-    ``quantization`` how its weights are stored.
+    ``quantization`` how its weights are stored, ``state`` whether it is loaded. What is not known before a
+    model is loaded is null or empty until then.
     """
 
     id: str
     object: str = "model"
     created: int
     owned_by: str = "eff"
-    max_model_len: int
+    max_model_len: int | None
     input_modalities: list[str] = ["text"]
     steering: list[str] = []
     quantization: str = ""
+    state: Literal["unloaded", "loading", "ready", "draining", "failed"] = "ready"
 
 
 class ModelList(BaseModel):

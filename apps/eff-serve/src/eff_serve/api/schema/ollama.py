@@ -120,7 +120,7 @@ class OllamaAnswer(BaseModel):
     response: str | None = None
     thinking: str | None = None
     done: bool
-    done_reason: Literal["stop", "length", "load"] | None = None
+    done_reason: Literal["stop", "length", "load", "unload"] | None = None
     total_duration: int | None = None
     load_duration: int | None = None
     prompt_eval_count: int | None = None
@@ -156,6 +156,9 @@ class OllamaModel(BaseModel):
     size: int
     digest: str
     details: OllamaDetails
+    size_vram: int | None = None
+    expires_at: str | None = None
+    context_length: int | None = None
 
 
 class OllamaModels(BaseModel):

@@ -302,11 +302,12 @@ for (const id of KEPT) {
 async function connect() {
   try {
     const model = await firstModel();
-    const facts = [model.id, model.quantization, `up to ${model.max_model_len} tokens`];
+    const facts = [model.id, model.quantization, model.max_model_len ? `up to ${model.max_model_len} tokens` : model.state];
     element("model").textContent = facts.filter(Boolean).join(" \u00b7 ");
     const limit = element("max-tokens");
-    limit.max = model.max_model_len;
-    if (Number(limit.value) > model.max_model_len / 2) limit.value = Math.floor(model.max_model_len / 2);
+    const most = model.max_model_len;
+    if (most) limit.max = most;
+    if (most && Number(limit.value) > most / 2) limit.value = Math.floor(most / 2);
     seesPictures = model.input_modalities.includes("image");
     element("attach").hidden = !seesPictures;
     const steering = model.steering ?? [];
