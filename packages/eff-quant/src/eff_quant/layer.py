@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -11,6 +12,25 @@ from torch.utils._pytree import tree_map_only
 
 from eff_quant.buffers import as_integers, dtype_after
 from eff_quant.linears import carry_hooks, is_conv1d, is_linear, linear_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedCodes:
+    """The weights [N, K] of E layers, for a kernel that multiplies by all of them.
+
+    Attributes:
+        format: "int8", "e4m3", "e5m2", "nvfp4" or "mxfp4".
+        codes: [E, N, K], or [E, N, K / 2] of pairs of 4-bit codes.
+        blocks: Scales of blocks, of the 4-bit formats.
+        scale: float32 factors of rows [E, N] or, in NVFP4, of whole weights [E].
+        rounding: Of x to int8: its "threshold", "per_token" and "group"; None where x stays as it is.
+    """
+
+    format: str
+    codes: Tensor
+    blocks: Tensor | None = None
+    scale: Tensor | None = None
+    rounding: Mapping[str, Any] | None = None
 
 
 class QuantizedLinear(nn.Linear):
@@ -93,6 +113,14 @@ class QuantizedLinear(nn.Linear):
         Methods whose ``Method.experts`` refuses nothing have this and `decode`, which need no layer of their own.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def stacked(tensors: Mapping[str, Any], config: Any) -> StackedCodes | None:
+        """How one kernel reads the tensors of many such layers, each with an axis for them in front.
+
+        None if there is no such kernel for the settings: then they are multiplied one after the other.
+        """
+        return None
 
     @staticmethod
     def decode(tensors: Mapping[str, Tensor | None], config: Any, dtype: torch.dtype) -> Tensor:

@@ -68,13 +68,32 @@ def test_a_step_changes_adapters_alone_and_merging_leaves_the_experts(cell_of, t
         tools.same(merged.get_submodule(name), experts)
 
 
-def test_adapters_on_the_experts_themselves_are_refused(cell_of):
-    """PEFT looks for parameters, and codes are none."""
-    cell = cell_of("mixtral", "int8")
-    with pytest.raises(ValueError, match="target_parameters"):
-        adapted(cell.model, target_modules=[], target_parameters=["experts.down_proj"])
-    with pytest.warns(RuntimeWarning, match=r"target_parameters=.'experts.down_proj'. were set but no parameter"):
-        adapted(cell.model, target_parameters=["experts.down_proj"])
+@pytest.mark.parametrize("target", ["experts.down_proj", "down_proj", "model.layers.1.mlp.experts.gate_up_proj"])
+@pytest.mark.parametrize("modules", [[], ["q_proj"]])
+def test_adapters_on_the_experts_themselves_are_refused(cell_of, target, modules):
+    """PEFT looks for parameters, and codes are none: nothing may be left out in silence."""
+    says = r"target_parameters has .*mlp\.experts\.(down|gate_up)_proj holds codes.*dequantize_"
+    for name in ("mixtral", "qwen3_moe"):
+        with pytest.raises(ValueError, match=says):
+            adapted(cell_of(name, "int8").model, target_modules=modules, target_parameters=[target])
+
+
+def test_adapters_where_some_experts_are_codes(cell_of):
+    """Those of the float layer alone would be found; with its full name that is what is asked for."""
+    model = copy.deepcopy(cell_of("mixtral", "int8").model)
+    dequantize_(model, where="*.0.mlp.experts")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj holds codes"):
+        adapted(model, target_modules=[], target_parameters=["experts.down_proj"])
+    whole = adapted(model, target_modules=[], target_parameters=["model.layers.0.mlp.experts.down_proj"])
+    assert [n for n, p in whole.named_parameters() if "lora_" in n and ".layers.0." not in n] == []
+    assert any("lora_" in n for n, p in whole.named_parameters())
+
+
+def test_other_parameters_beside_codes_take_adapters(cell_of):
+    """Biases and routers are floats still."""
+    model = cell_of("mixtral", "int8").model
+    wrapped = adapted(model, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+    assert any("gate.lora_A" in n for n, p in wrapped.named_parameters())
 
 
 def test_experts_that_have_adapters_already_are_left(cell_of):

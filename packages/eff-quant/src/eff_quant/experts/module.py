@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -10,9 +12,10 @@ from eff_kernels.edit import uncompiled
 from torch import Tensor, nn
 
 from eff_quant.buffers import as_integers, dtype_after
+from eff_quant.experts.launch import ExpertProduct, one_launch, sort
 from eff_quant.experts.route import combine, grouped, route
 from eff_quant.experts.stack import Form, Stack
-from eff_quant.layer import WeightView
+from eff_quant.layer import StackedCodes, WeightView
 from eff_quant.linears import carry_hooks
 from eff_quant.stacked import matrices, matrix_shapes, refusal, stacks_of
 
@@ -145,17 +148,38 @@ class QuantizedExperts(nn.Module):
         return result
 
     def _run(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if one_launch(hidden, self.quantization) and all(self._stacked(name) for name in self.forms):
+            return self._run_at_once(hidden, ids, weights)
         order, runs = route(ids, self.num_experts)
         if not runs:
             return torch.zeros_like(hidden)
-        x = hidden[order // ids.shape[1]]
+        y = self._chain(hidden[order // ids.shape[1]], lambda name, x: grouped(x, runs, self._product(name)))
+        return combine(y, order, weights).to(hidden.dtype)
+
+    def _run_at_once(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        order, offsets = sort(ids, self.num_experts)
+
+        def product(name: str, x: Tensor) -> Tensor:
+            bias = self._parameters[f"{name}_bias"] if self.has_bias else None
+            dtype = self.quantization.out_dtype or x.dtype
+            result: Tensor = ExpertProduct.apply(x, bias, self._stacked(name), offsets, dtype)
+            return result
+
+        y = self._chain(hidden[order // max(ids.shape[1], 1)], product)
+        return combine(y, order, weights.masked_fill(ids >= self.num_experts, 0)).to(hidden.dtype)
+
+    def _chain(self, x: Tensor, product: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """What experts make of their sorted rows."""
         for name in self.forms:
-            x = grouped(x, runs, self._product(name))
+            x = product(name, x)
             if name != "down_proj":
                 x = self.source._apply_gate(self, x) if name == "gate_up_proj" else self.act_fn(x)
-        if getattr(self, "has_post_expert_norm", False):
-            x = self.post_expert_norm(x)
-        return combine(x, order, weights).to(hidden.dtype)
+        return self.post_expert_norm(x) if getattr(self, "has_post_expert_norm", False) else x
+
+    def _stacked(self, name: str) -> StackedCodes | None:
+        """How one kernel reads a stack; None if there is none for the settings."""
+        form, held = self.forms[name], self.tensors(name)
+        return form.layer.stacked({own: held[stored] for own, stored in form.names.items()}, form.config)
 
     def _product(self, name: str) -> Callable[[int, Tensor], Tensor]:
         form, tensors = self.forms[name], self.tensors(name)
@@ -175,6 +199,15 @@ class QuantizedExperts(nn.Module):
     def num_hidden_parameters(self) -> int:
         """How many weights the codes stand for."""
         return sum(self.num_experts * n * k for n, k in (form.like.weight_shape for form in self.forms.values()))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of `nn.Module`: biases and what inner modules have.
+
+        Raises:
+            ValueError: PEFT asks, and its ``target_parameters`` names a stack of codes.
+        """
+        refuse_adapters(self.forms, sys._getframe(1))
+        return super().named_parameters(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("forms", ()) and name not in self._buffers:
@@ -221,6 +254,28 @@ class QuantizedExperts(nn.Module):
         """What ``print(model)`` shows between the brackets."""
         shapes = ", ".join(f"{n}={list(Stack(self, n).weight_shape)}" for n in self.forms)
         return f"{self.source.__name__}: {shapes}, {self.quantization}"
+
+
+def refuse_adapters(stacks: Iterable[str], caller: FrameType) -> None:
+    """Raise ValueError if PEFT looks here for a parameter that is codes now.
+
+    PEFT walks through the parameters of each module to find those of ``target_parameters``, and says nothing of one
+    that is missing as long as any other is there. Who asks is the one thing that tells its search from other calls.
+
+    Args:
+        stacks: Names of the stacks.
+        caller: Frame of the function that asks.
+    """
+    if caller.f_code.co_name != "_inject_parameters" or not caller.f_globals["__name__"].startswith("peft."):
+        return
+    config, name = caller.f_locals["peft_config"], caller.f_locals["module_name"]
+    for stack in stacks:
+        for target in config.target_parameters or ():
+            if f".{name}.{stack}".endswith(f".{target}"):
+                raise ValueError(
+                    f"target_parameters has {target!r}, but {name}.{stack} holds codes, which have no such adapters; "
+                    "leave these experts in float (skip) or make them float again (dequantize_)"
+                )
 
 
 def check_no_experts(model: nn.Module, what: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from eff_quant.fp4.check import check_fp4_tensors
 from eff_quant.fp4.config import FP4Config
 from eff_quant.fp4.weight import FP4Weight, dequantize_weight, empty_weight, quantize_weight, shape_refusal
-from eff_quant.layer import QuantizedLinear
+from eff_quant.layer import QuantizedLinear, StackedCodes
 
 
 class FP4Linear(QuantizedLinear):
@@ -131,6 +131,19 @@ class FP4Linear(QuantizedLinear):
             out_dtype=config.out_dtype,
             backend=config.backend,
             **rounding,
+        )
+
+    @staticmethod
+    def stacked(tensors: Mapping[str, Any], config: FP4Config) -> StackedCodes | None:
+        """None where x is rounded too."""
+        if config.activations is not None:
+            return None
+        scale = tensors.get("weight_global_scale")
+        return StackedCodes(
+            format=config.format,
+            codes=tensors["weight_packed"],
+            blocks=tensors["weight_scale"].view(torch.uint8),
+            scale=None if scale is None else scale.reciprocal().squeeze(-1),
         )
 
     def _check_calibrated(self) -> None:

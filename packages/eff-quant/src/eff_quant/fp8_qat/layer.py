@@ -10,7 +10,7 @@ from eff_kernels import fp8_linear, fp8_quantize
 from torch import Tensor
 
 from eff_quant.fp8_qat.config import FP8Config
-from eff_quant.layer import QuantizedLinear
+from eff_quant.layer import QuantizedLinear, StackedCodes
 
 _BLOCK = 2**22  # weights that are quantised at a time
 
@@ -84,6 +84,15 @@ class FP8Linear(QuantizedLinear):
             out_dtype=config.out_dtype,
             backend=config.backend,
         )
+
+    @staticmethod
+    def stacked(tensors: Mapping[str, Any], config: FP8Config) -> StackedCodes | None:
+        """None where x is rounded too."""
+        if config.activations != "none":
+            return None
+        codes = tensors["codes"]
+        format = "e5m2" if codes.dtype == torch.float8_e5m2 else "e4m3"
+        return StackedCodes(format=format, codes=codes.view(torch.uint8), scale=tensors["weight_scale"].squeeze(-1))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [N, K] that the layer stands for: codes * scale."""

@@ -9,7 +9,7 @@ import torch
 from eff_kernels import int8_linear
 from torch import Tensor, nn
 
-from eff_quant.layer import QuantizedLinear, check_entry
+from eff_quant.layer import QuantizedLinear, StackedCodes, check_entry
 from eff_quant.llm_int8.config import Int8Config
 from eff_quant.llm_int8.weight import dequantize_weight, quantize_weight
 
@@ -139,6 +139,21 @@ class Int8Linear(QuantizedLinear):
         if self.outlier_columns is not None and self.outlier_weight is not None:
             weight[:, self.outlier_columns] = self.outlier_weight.to(dtype)
         return weight
+
+    @staticmethod
+    def stacked(tensors: Mapping[str, Any], config: Int8Config) -> StackedCodes | None:
+        """Rounded as `multiply` rounds."""
+        rounding = {
+            "threshold": config.threshold,
+            "per_token": config.per_token_outliers,
+            "group": config.activation_group,
+        }
+        return StackedCodes(
+            format="int8",
+            codes=tensors["codes"],
+            scale=tensors["SCB"] / 127,
+            rounding=rounding if config.activation == "dynamic" else None,
+        )
 
     @staticmethod
     def decode(tensors: Mapping[str, Any], config: Int8Config, dtype: torch.dtype) -> Tensor:
