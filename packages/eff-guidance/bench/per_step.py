@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "per_step.jsonl"
 SOURCES = (
     Path(__file__), Path(__file__).with_name("head_guidance_speed.py"), Path(__file__).parents[1] / "src"
 )  # fmt: skip
-STEPS, ROUNDS, SIDE = 8, 3, 24
+STEPS, ROUNDS, SIDE = 8, 3, 16
 
 
 class Memory(TorchDispatchMode):
@@ -77,7 +77,7 @@ def pipeline_of(transformer: Any) -> Any:
 
 
 def of_sd3() -> dict[str, Any]:
-    """Steps of SD3's class: 3 blocks, 6 heads of 64, 576 picture tokens and 77 of text, by the whole pipeline."""
+    """Steps of SD3's class: 3 blocks, 6 heads of 64, 256 picture tokens and 77 of text, by the whole pipeline."""
     from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
 
     model, given = sd3(blocks=3)
