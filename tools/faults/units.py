@@ -65,8 +65,9 @@ def units(root: Path) -> list[Unit]:
                 paths = [p for p in folder.rglob("*.py") if p.name not in NOT_METHODS]
                 found.append(_unit(root, package, folder.name, paths, [home / "tests" / folder.name]))
         shared = [p for p in _python(home / f"src/eff_{package}") if p.stat().st_size > 3000]
-        files = sorted((home / "tests").glob("test_*.py"))
-        if shared and files:
+        if shared:  # parts of many methods are tested with them
+            tests = home / "tests"
+            files = sorted(tests.glob("test_*.py")) if package == "quant" else [tests]
             found.append(_unit(root, package, "shared", shared, files))
     home = root / "apps/eff-serve"
     engine = home / "src/eff_serve/engine"

@@ -71,6 +71,16 @@ def test_too_little_memory_preempts_without_changing_the_text(hash_decoder, make
     assert engine.stats().kv_usage == 0
 
 
+def test_a_prompt_waits_until_there_is_room_for_it(hash_decoder, make_engine, ask):
+    """Beside a sequence that runs, a prompt begins only with its pages and one more free; else it would go back."""
+    decoder = hash_decoder(num_pages=5)
+    engine = make_engine(decoder, max_model_len=5 * PAGE, max_batch=2, chunk=PAGE, prefix_cache=False)
+    settings_ = {"max_tokens": 2 * PAGE, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+    long, short = ([(i + 3 * j) % 50 for j in range(n)] for i, n in ((0, 3 * PAGE), (1, 4)))
+    ask(engine, [(short, settings_), (short, settings_ | {"max_tokens": 2}), (long, settings_)])
+    assert sum(count for kind, count in decoder.batches if kind == "prefill") == 2 * len(short) + len(long)
+
+
 def test_decoding_goes_on_between_the_pieces_of_a_long_prompt(hash_decoder, make_engine, ask):
     decoder = hash_decoder()
     engine = make_engine(decoder, chunk=16)

@@ -67,7 +67,9 @@ def test_routers_from_prompts_find_their_experts(llama_case):
 
     mask = torch.ones(6, 9, dtype=torch.long)
     batches = {n: [{"input_ids": prompts(n), "attention_mask": mask}] for n in mixer.experts}
+    mixer.set_mode("soft")
     init_routers_from_prompts(mixer, batches, gain=4.0)
+    assert {layer.mode for layer in mixer.layers.values()} == {"soft"}  # as before
     for router in mixer.routers.values():
         torch.testing.assert_close(router.weight.norm(dim=-1), torch.full((2,), 4.0))
     mixer.set_mode("sparse")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from eff_attention.contrastive_focus import (
     CarveConfig,
     PictureCache,
@@ -55,6 +56,14 @@ def test_fusion():
         (t + 1) * fuse_attention(many[t : t + 1, i : i + 1], (3, 4), (9, 11)) for t in range(3) for i in range(2)
     )
     torch.testing.assert_close(fuse_attention(many, (3, 4), (9, 11)), parts, atol=1e-5, rtol=0)
+
+
+def test_regions_are_found_in_a_dtype_that_gpus_pool(monkeypatch):
+    """CUDA has no max_pool2d of integers, a CPU has."""
+    pooled, pool = set(), F.max_pool2d
+    monkeypatch.setattr(F, "max_pool2d", lambda x, *more: (pooled.add(x.dtype), pool(x, *more))[1])
+    attention_regions(torch.rand(4, 5), 0.5)
+    assert pooled == {torch.float64}
 
 
 def test_threshold_and_regions():

@@ -87,6 +87,12 @@ def test_pope_questions(split):
         assert [q.object for q in questions if not q.answer and q.picture == 3] == ["dog"]
 
 
+def test_of_objects_that_go_together_equally_often_the_more_frequent_is_asked():
+    pictures = [{"dog", "cat"}, {"dog", "bus"}, {"bus"}, {"dog"}]
+    asked = build_pope(pictures, "adversarial", each=1)
+    assert [q.object for q in asked if q.picture == 3] == ["dog", "bus"]
+
+
 def test_amber_by_hand():
     scores = amber_generative(
         ["A dog in a car with a man", "A cat"],

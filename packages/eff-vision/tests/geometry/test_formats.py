@@ -102,6 +102,13 @@ def test_points_come_back(write, read, name, coloured, tmp_path):
             write(tmp_path / name, bad)
 
 
+@pytest.mark.parametrize(("write", "read", "name"), [(write_ply, read_ply, "c.ply"), (write_glb, read_glb, "c.glb")])
+def test_colours_beyond_the_range_are_its_ends(write, read, name, tmp_path):
+    write(tmp_path / name, torch.zeros(3, 3), torch.tensor([[-0.1, 0.0, 0.5], [1.0, 1.2, 9.0], [-5.0, 1.01, 0.0]]))
+    wanted = torch.tensor([[0.0, 0.0, 0.5], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    torch.testing.assert_close(read(tmp_path / name)[1], wanted, rtol=0, atol=0.5 / 255 + 1e-6)
+
+
 def test_glb_is_gltf(tmp_path):
     write_glb(tmp_path / "c.glb", torch.randn(5, 3), torch.rand(5, 3))
     data = (tmp_path / "c.glb").read_bytes()
@@ -123,5 +130,5 @@ def test_refuses(tmp_path):
     with pytest.raises(ValueError, match="undistort"):
         read_colmap(tmp_path / "m")
     (tmp_path / "x.ply").write_bytes(b"plx")
-    with pytest.raises(ValueError, match="no PLY"):
+    with pytest.raises(ValueError, match="not a PLY"):
         read_ply(tmp_path / "x.ply")
