@@ -3,6 +3,7 @@
 import pytest
 import torch
 from eff_attention.sink_calibration import ACTConfig, calibrate_attention, find_attention_sinks
+from eff_attention.sink_calibration.functional import Row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,3 +180,14 @@ def test_maps_are_refused():
         calibrate_attention(MAP[None], torch.zeros(4, dtype=torch.bool), heads=[1])
     with pytest.raises(ValueError, match="beta=2"):
         calibrate_attention(MAP, torch.zeros(4, dtype=torch.bool), 2)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_a_row_is_calibrated_as_in_a_map(beta):
+    weights = torch.rand(2, 3, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    sinks = torch.zeros(2, 3, 6, dtype=torch.bool)
+    sinks[0, :2, 3], sinks[1, 0] = True, True  # one row has nothing but sinks, and keeps them
+    weights[0, 1, 0] = torch.tensor([0.0, 0, 0, 1, 0, 0])
+    row = Row.of(weights[:, :, 0], sinks)
+    torch.testing.assert_close(row.mass[..., 0], (weights[:, :, 0] * sinks).sum(-1))
+    torch.testing.assert_close(row.calibrated(beta), calibrate_attention(weights, sinks, beta)[:, :, 0])

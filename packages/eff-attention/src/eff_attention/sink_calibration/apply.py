@@ -34,7 +34,7 @@ class ACTHandle(Handle):
 def apply_act(model: PreTrainedModel, config: ACTConfig | None = None, *, order: float | None = None) -> ACTHandle:
     """Scale down the later attention sinks of chosen heads, and give their weight to the other tokens.
 
-    Sinks are found anew for each sequence and head (`find_attention_sinks`) and the weights changed by
+    Sinks are found again for each sequence and head (`find_attention_sinks`) and the weights changed by
     `calibrate_attention`. Prompts may come in pieces; what is known of a sequence is kept with its cache. A layer in
     which there is nothing to change runs the host's own attention.
 

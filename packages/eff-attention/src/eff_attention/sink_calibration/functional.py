@@ -150,11 +150,29 @@ def calibrate_attention(
     return torch.where(rest > 0, changed, weights).to(attn.dtype)
 
 
-def calibrate_row(weights: Tensor, sinks: Tensor, beta: float) -> Tensor:
-    """`calibrate_attention` of one query: weights [..., n] and sinks of the same shape, in as few steps as it takes."""
-    of_sinks = weights * sinks
-    others = weights - of_sinks
-    mass, rest = of_sinks.sum(-1, keepdim=True), others.sum(-1, keepdim=True)
-    # Where others have no weight their factor means nothing, and the sinks keep theirs.
-    gain = torch.where(rest > 0, 1.0 + (1.0 - beta) * mass / rest, 1.0)
-    return torch.where(rest > 0, of_sinks.mul_(beta).addcmul_(others, gain), weights)
+class Row(NamedTuple):
+    """The weights of one query, parted into those of sinks and others, [..., n], float32 or float64.
+
+    Attributes:
+        of_sinks: Weights of sinks; 0 elsewhere.
+        others: The rest.
+        mass: Sum over the sinks [..., 1].
+    """
+
+    of_sinks: Tensor
+    others: Tensor
+    mass: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor, sinks: Tensor) -> Row:
+        """Part weights by sinks of the same shape."""
+        of_sinks = weights * sinks
+        return cls(of_sinks, weights - of_sinks, of_sinks.sum(-1, keepdim=True))
+
+    def calibrated(self, beta: float) -> Tensor:
+        """`calibrate_attention` of the row, in as few steps as it takes; it can be asked once."""
+        rest = self.others.sum(-1, keepdim=True)
+        # Where others have no weight they cannot take any, and the sinks keep theirs.
+        own = torch.full_like(rest, beta).masked_fill_(rest <= 0, 1.0)
+        gain = 1.0 + (1.0 - own) * self.mass / rest.clamp(min=torch.finfo(rest.dtype).tiny)
+        return self.others.mul_(gain).addcmul_(self.of_sinks, own)

@@ -20,7 +20,7 @@ from eff_attention.plain import answer_of_one, obstacles
 from eff_attention.sink_calibration import fast
 from eff_attention.sink_calibration.config import ACTConfig
 from eff_attention.sink_calibration.frame import Frame, Pass
-from eff_attention.sink_calibration.functional import calibrate_attention, calibrate_row
+from eff_attention.sink_calibration.functional import Row, calibrate_attention
 from eff_attention.sink_calibration.measure import Seen, look
 from eff_attention.sink_calibration.state import ATTRIBUTE, SinkState
 from eff_attention.sink_calibration.statistics import SinkCounts
@@ -79,11 +79,19 @@ class CalibrationRule:
         if self.config.decode == "off" and not frame.prompt:
             return attend(call)
         sinks, seen = self._sinks(call, now, heads, frame, roles.position)
-        found = bool(sinks.any())
-        sums = None if seen is None else seen.sums[..., : sinks.shape[-1]]
-        self.counts.note(call, heads, sinks, sums, frame.queries)
-        if self.config.beta == 1.0 or not found:
+        row: Row | None = None  # of a single query whose weights are known
+        mass: Tensor | None = None
+        if seen is not None and seen.weights is not None:
+            row = Row.of(seen.weights, sinks)
+            mass = row.mass[..., 0].sum(0)
+        elif seen is not None:
+            mass = (seen.sums[..., : sinks.shape[-1]] * sinks).sum((0, 2))
+        count = sinks.sum((0, 2))
+        self.counts.note(call, heads, len(sinks), count, mass, frame.queries)
+        if self.config.beta == 1.0 or not bool(count.any()):
             return attend(call)
+        if row is not None and self.config.path == "auto" and attend.alone:
+            return _of_one(call, attend, heads, row.calibrated(self.config.beta))
         return self._changed(call, attend, heads, sinks, seen)
 
     def _sinks(
@@ -91,7 +99,7 @@ class CalibrationRule:
     ) -> tuple[Tensor, Seen | None]:
         """The sinks [B, h, n] for the queries of a call, and what was looked at to find them."""
         config, states, key, length = self.config, now.states, (self.name, call.layer or 0), frame.real.shape[1]
-        old = states.get(key) if position else None  # a cache that was reset begins anew
+        old = states.get(key) if position else None  # a cache that was reset starts over
         if old is not None and old.heads != heads:
             old = None
         if old is not None:
@@ -107,9 +115,8 @@ class CalibrationRule:
         if old is None:
             marks = key_bits(call.k[:, :, :length])
         else:
-            sums = sums.clone()
-            sums[..., : old.length] += old.sums
-            marks = old.seen_with(call.k, length)
+            sums = torch.nn.functional.pad(old.sums, (0, length - old.length)).add_(sums)
+            marks = old.marks_with(call.k, length)
         sinks = limits.sinks(sums)
         states[key] = SinkState(heads, sums, rows, sinks, marks)
         return sinks, seen
@@ -121,8 +128,6 @@ class CalibrationRule:
         full = sinks
         if sinks.shape[-1] != call.num_keys:
             full = torch.nn.functional.pad(sinks, (0, call.num_keys - sinks.shape[-1]))
-        if path == "auto" and seen is not None and seen.weights is not None and attend.alone:
-            return _of_one(call, attend, heads, calibrate_row(seen.weights, full, beta))
         missing = obstacles(call)
         if path == "fast" and missing:
             raise NotImplementedError(f"{call.name} has {missing}, which path='fast' does not know; use 'auto'")

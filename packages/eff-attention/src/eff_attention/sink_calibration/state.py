@@ -21,7 +21,7 @@ class SinkState:
         sums: Weight that each key got from all queries, before calibration, float32 [B, h, n].
         rows: Queries that could see it, int64 [B, n].
         sinks: Sinks after the last pass, bool [B, h, n].
-        marks: A few bits of each key, int64 [B, n]: by them rows are found again that the host put in another order.
+        marks: A few bits of keys, int64 [B, m]: by them rows are found again that the host put in another order.
     """
 
     heads: tuple[int, ...]
@@ -33,10 +33,12 @@ class SinkState:
     @property
     def length(self) -> int:
         """Tokens that it knows of."""
-        return self.marks.shape[-1]
+        return self.sums.shape[-1]
 
     def followed(self, key: Tensor, position: int, name: str) -> SinkState:
         """The state of the rows that the cache now has: the host may have reordered, repeated or dropped some.
+
+        A single row stays the same one, and its keys are not looked at.
 
         Args:
             key: Keys with those of the cache, [B, KV, S, D].
@@ -52,11 +54,9 @@ class SinkState:
                 f"{name}: the cache holds {position} tokens, sinks are known of {self.length}; sums of weights cannot "
                 "be cut. Use decode='prefill_sinks' where tokens are taken back after a prompt, or a copy of the cache"
             )
-        if key.shape[0] == self.marks.shape[0] == 1:  # one row has no other place: a look at its last key is enough
-            known = self.length - 1
-            if torch.equal(key_bits(key[:, :, known : self.length]), self.marks[:, known:]):
-                return self
-        now = key_bits(key[:, :, : self.length])
+        if key.shape[0] == self.marks.shape[0] == 1:
+            return self
+        now = key_bits(key[:, :, : self.marks.shape[-1]])
         if torch.equal(now, self.marks):
             return self
         same = (now[:, None] == self.marks).all(-1)
@@ -65,6 +65,8 @@ class SinkState:
         at = same.int().argmax(1)
         return SinkState(self.heads, self.sums[at], self.rows[at], self.sinks[at], self.marks[at])
 
-    def seen_with(self, key: Tensor, length: int) -> Tensor:
-        """Marks of the first ``length`` keys, those that are known already among them."""
-        return torch.cat([self.marks, key_bits(key[:, :, self.length : length])], 1)
+    def marks_with(self, key: Tensor, length: int) -> Tensor:
+        """Marks of the first ``length`` keys. A single row needs none of those that came after its first pass."""
+        if key.shape[0] == 1:
+            return self.marks
+        return torch.cat([self.marks, key_bits(key[:, :, self.marks.shape[-1] : length])], 1)

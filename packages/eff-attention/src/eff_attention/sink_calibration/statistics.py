@@ -44,27 +44,26 @@ class SinkCounts:
         self._sums: dict[tuple[int, tuple[int, ...]], _Sums] = {}
 
     def note(
-        self, call: AttentionCall, heads: tuple[int, ...], sinks: Tensor, sums: Tensor | None, queries: int
+        self, call: AttentionCall, heads: tuple[int, ...], batch: int, count: Tensor, mass: Tensor | None, queries: int
     ) -> None:
         """Add a call, unless it is a recomputation of gradient checkpointing.
 
         Args:
             call: The call.
             heads: Heads that were looked at.
-            sinks: bool [B, h, n].
-            sums: Weight that each key got from these queries [B, h, n]; None where sinks were kept from before.
+            batch: Sequences.
+            count: Sinks of all sequences, by head [h].
+            mass: Weight that all these queries gave them [h]; None where sinks were kept from before.
             queries: Queries that are no padding, of all sequences.
         """
         if call.recomputed:
             return
-        count = sinks.sum((0, 2))
-        mass = None if sums is None else (sums * sinks).sum((0, 2))
         key = call.layer or 0, heads
         with self._lock:
             held = self._sums.get(key)
             if held is None:
                 held = self._sums[key] = _Sums(count)
-            held.passes += sinks.shape[0]
+            held.passes += batch
             held.count += count.to(held.count.device)
             if mass is not None:
                 held.queries += queries
