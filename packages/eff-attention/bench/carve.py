@@ -1,6 +1,6 @@
 """Why CARVE does what it does to SmolLM2 with eyes: where its maps point, and what a second look makes of an answer.
 
-    uvx nox -s bench -- attention carve [--pictures 40] [--parts maps views captions] [--threads 1]
+    uvx nox -s bench -- attention carve [--pictures 40] [--parts maps tokens views captions] [--threads 1]
     uvx nox -s bench -- attention carve --table
     uvx nox -s bench -- attention carve --draw docs/images/carve.png
 
@@ -35,6 +35,7 @@ from eff_embedded.collages import everyday_pairs, sample
 from eff_embedded.eyes import load_smollm2_eyes
 from eff_embedded.eyes.evaluation import DESCRIBE, FIRST_SEED, WORLDS, tempting
 from eff_embedded.eyes.scores import ratio, score_caption
+from eff_kernels.edit.attention import decoder_attention, observe_attention, rows
 from eff_kernels.testing.records import environment
 from PIL import Image
 
@@ -164,6 +165,45 @@ def maps_part(model, cases, sums):
                 before = score
 
 
+def tokens_part(model, cases, sums):
+    names, config = decoder_attention(model.model), model.model.config
+    for i, case in enumerate(cases):
+        for text, wanted, number in case.questions:
+            inputs = prompts(model.processor, [[case.picture]], [text])
+            ids = inputs["input_ids"][0]
+            place = (ids == config.image_token_id).nonzero()[:, 0]
+            behind = list(range(int(place[-1]) + 1, len(ids)))
+            noun = noun_of(model.processor.tokenizer, ids[behind].tolist(), case.collage.names[number])
+            if wanted != "yes" or noun is None:
+                continue
+            seen, weights = case.outline(number), {}
+            with torch.no_grad(), observe_attention(model.model, keep_rows(weights, behind, place), where=names):
+                model.model(**inputs, logits_to_keep=1)
+            for layer, found in weights.items():
+                for name, query in (("noun", noun), ("last token", len(behind) - 1)):
+                    looks = torch.cat([found[:, query], found[:, query].mean(0, keepdim=True)]).view(-1, 1, 9, 9)
+                    scores = torch.nn.functional.interpolate(looks, size=case.size, mode="bilinear").flatten(1)
+                    right = seen.flatten()[scores.argmax(1)]
+                    sums.add(f"{name}, {layer}", "pointing", i, right[-1])
+                    sums.add(f"{name}, {layer}", "object_share", i, seen.float().mean())
+                    for head, hit in enumerate(right[:-1]):
+                        sums.add(f"{name}, {layer}", f"head_{head}", i, hit)
+
+
+def keep_rows(weights, queries, place):
+    def keep(call, output):
+        weights[call.layer] = rows(call, queries)[0][:, :, place].float()
+
+    return keep
+
+
+def noun_of(tokenizer, ids, name):
+    """Index of the last token of the object's name in the question."""
+    words = [tokenizer.decode([i]).strip() for i in ids]
+    last = name.split()[-1]
+    return max((i for i, w in enumerate(words) if w and last.endswith(w)), default=None)
+
+
 def pictures_of(case, mask):
     """What a second look may show for a mask: name -> pictures."""
     looks = {name: mask_crop_resize(case.picture, mask, **more)[0] for name, more in LOOKS.items()}
@@ -211,7 +251,7 @@ def captions_part(model, cases, sums):
             sums.add(name, "recall", i, len(score.there & score.named), len(score.there))
 
 
-PARTS = {"maps": maps_part, "views": views_part, "captions": captions_part}
+PARTS = {"maps": maps_part, "tokens": tokens_part, "views": views_part, "captions": captions_part}
 
 
 def measure(args):
@@ -249,7 +289,7 @@ def table():
         for (of, variant), record in last.items():
             if of == part and not variant.rpartition(", ")[2].isdigit():
                 print(f"| {variant} | {' | '.join(share(record, n) for n in names)} |")
-    for kind in ("contrast", "question"):
+    for kind in ("contrast", "question", "noun", "last token"):
         single = [r for (_, v), r in last.items() if v.startswith(kind) and v.rpartition(", ")[2].isdigit()]
         best = max(single, key=lambda r: r["pointing"]["value"])
         print(f"\nbest single layer, {kind}: {best['variant']} points right in {share(best, 'pointing')} %")
