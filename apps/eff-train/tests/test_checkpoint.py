@@ -55,7 +55,7 @@ def test_damage_is_said_and_the_one_before_is_taken(three, kind):
 def test_none_whole_is_an_error_and_none_at_all_is_none(three):
     for folder in checkpoint.folders(three):
         DAMAGE["cut"](folder)
-    with pytest.raises(DamagedCheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(DamagedCheckpointError, match="there is no complete checkpoint"):
         checkpoint.newest(three, print)
     assert checkpoint.newest(three / "nothing", pytest.fail) is None
 

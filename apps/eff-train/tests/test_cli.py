@@ -133,7 +133,7 @@ def test_evaluate(trained, capsys):
         (["evaluate", "RUN", "--require", "accurcy>=0.8"], "no metric accurcy; the evaluation gives accuracy, loss"),
         (["evaluate", "RUN", "--require", "accuracy=0.8"], "a threshold is written as"),
         (["evaluate", "RUN", "--checkpoint", "7"], "no checkpoint of update 7; it has 400, 600"),
-        (["evaluate", "RUN", "--checkpoint", "newest"], "best, last or a number of updates, got 'newest'"),
+        (["evaluate", "RUN", "--checkpoint", "newest"], "best, last or by a number of updates, got 'newest'"),
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["report", "nowhere"], "nowhere is not a run folder"),
         (["predict", "RUN", "nowhere.png"], "no file nowhere.png"),

@@ -43,7 +43,7 @@ class Model:
         adapter: LoRA adapters as name=folder, in the form of PEFT, or mixtures of them (lora_mixer); requests name them
             as model:name.
         prefix_cache: Keep what was read, so that a text that begins like an earlier one, such as the next turn of a
-            conversation, is not read anew.
+            conversation, is not read again.
         lookup: Tokens to guess ahead from what the text said before, while one answer runs alone; answers stay the
             same, and those that repeat their prompt come faster. 8 is a good number, 0 guesses nothing.
     """
@@ -131,7 +131,7 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chat:
-    """Chat in the terminal; /reset starts anew, /quit leaves, Ctrl-C stops an answer.
+    """Chat in the terminal; /reset starts over, /quit leaves, Ctrl-C stops an answer.
 
     Attributes:
         system: System message.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 Messages: TypeAlias = "list[dict[str, str]]"
-HELP = "/reset starts anew, /system TEXT too, /save FILE keeps the talk, /quit leaves, Ctrl-C stops an answer."
+HELP = "/reset starts over, /system TEXT too, /save FILE keeps the talk, /quit leaves, Ctrl-C stops an answer."
 
 
 def generate(loaded: LoadedModel, prompt: str, max_tokens: int, temperature: float, *, raw: bool) -> int:

@@ -99,13 +99,13 @@ BAD = {
     "no comma": ("data:image/png;base64", "must begin with data:image"),
     "no base64": ("data:image/svg+xml,<svg/>", "must begin with data:image"),
     "bad base64": ("data:image/png;base64,@@@@", "not valid base64"),
-    "no data": ("data:image/png;base64,", "no picture of format PNG, JPEG"),
-    "text": (data_url(b"I am no picture, whatever I am called"), "no picture of format PNG, JPEG"),
-    "svg": (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "no picture of format"),
-    "other format": (data_url(encoded(Image.new("RGB", (4, 4)), "BMP")), "no picture of format"),
+    "no data": ("data:image/png;base64,", "not a picture of format PNG, JPEG"),
+    "text": (data_url(b"I am no picture, whatever I am called"), "not a picture of format PNG, JPEG"),
+    "svg": (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "not a picture of format"),
+    "other format": (data_url(encoded(Image.new("RGB", (4, 4)), "BMP")), "not a picture of format"),
     "cut": (data_url(encoded(Image.effect_noise((64, 64), 50))[:-2000]), "damaged"),
-    "bomb": (data_url(bomb(8000, 8000)), "8000 x 8000 pixels; 32,000,000 are the most"),
-    "huge bomb": (data_url(bomb(60000, 60000)), "pixels; 32,000,000 are the most"),
+    "bomb": (data_url(bomb(8000, 8000)), "8000 x 8000 pixels; the limit is 32,000,000"),
+    "huge bomb": (data_url(bomb(60000, 60000)), "pixels; the limit is 32,000,000"),
 }
 
 
@@ -125,8 +125,8 @@ def test_what_is_no_picture_gets_400_and_loses_nothing(seeing, eyes, case):
 @pytest.mark.parametrize(
     ("body", "words", "param"),
     [
-        (turn(data_url(RED), role="assistant"), "belong into messages of the user", "messages[0].content[0].type"),
-        (turn(*[data_url(RED)] * 9), "holds 9 pictures; 8 are the most", "messages"),
+        (turn(data_url(RED), role="assistant"), "only for messages of the user", "messages[0].content[0].type"),
+        (turn(*[data_url(RED)] * 9), "holds 9 pictures; the limit is 8", "messages"),
         (turn(data_url(RED), detail="high"), "seen at one size", "messages[0].content[0].image_url.detail"),
         (turn(data_url(RED), size=3), "size", "messages[0].content[0].image_url.size"),
     ],
@@ -159,5 +159,5 @@ def test_pictures_are_turned_as_their_camera_says():
     assert read_picture(data_url(encoded(turned, exif=turned.getexif()))).size == (10, 20)
     wrapped = "\n".join(base64.b64encode(RED).decode()[i : i + 60] for i in range(0, 2000, 60))
     assert read_picture(f"DATA:image/png;charset=binary;base64,{wrapped}").size == (20, 10)
-    with pytest.raises(PictureError, match=r"20 x 10 pixels; 199 are the most"):
+    with pytest.raises(PictureError, match=r"20 x 10 pixels; the limit is 199"):
         read_picture(data_url(RED), max_pixels=199)

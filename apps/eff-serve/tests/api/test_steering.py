@@ -30,7 +30,7 @@ def test_steering_reaches_the_engine(chat, complete, engine, given, wanted):
         ({"act": {"betta": 0.4}}, "eff.act", "betta"),
         ({"paint": True, "pai": True}, "eff", "give one of them"),
         ({"act": "yes"}, "eff.act", ""),
-        ({"carve": True}, "eff.carve", "'carve' is nothing that this model takes; it takes no steering"),
+        ({"carve": True}, "eff.carve", "'carve' is not supported by this model; it supports no steering"),
         ({"carve": {"top_p": 0}}, "eff.carve", "top_p must be"),
         ({"carve": True, "act": True}, "eff", "leave out act"),
         ({"opera": True}, "eff.opera", ""),
@@ -46,7 +46,7 @@ def test_what_is_wrong_is_named(chat, engine, given, param, text):
 
 
 def test_a_refusal_of_the_engine_is_400(chat, engine):
-    engine.refusal = ValueError("steering by 'var' is nothing that this model takes; it takes 'act'")
+    engine.refusal = ValueError("steering by 'var' is not supported by this model; it supports 'act'")
     response = chat(eff={"var": True})
     assert response.status_code == 400
     assert "it takes 'act'" in response.json()["error"]["message"]

@@ -33,14 +33,14 @@ def test_what_is_no_picture_is_400(client, worker, data):
     for path in ("/api/pictures", "/api/settings"):
         answer = client.post(path, content=data)
         assert answer.status_code == 400
-        assert "no whole" in answer.json()["error"]["message"]
+        assert "not a complete" in answer.json()["error"]["message"]
     assert not list(worker.pictures.folder.iterdir())
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ({"kind": "generate"}, "not those of the studio"),
         ({"kind": "other", "settings": {}}, "wanted one of"),
         ({"settings": {"prompt": "x"}}, "wanted one of"),

@@ -111,13 +111,13 @@ def test_edit(ask, png, inserted):
     [
         (("image",), {}, "1 images and 0 masks"),
         (("image", "image", "mask"), {"future": "1"}, "future"),
-        (("image", "image", "mask"), {"seed": "x"}, "no number"),
+        (("image", "image", "mask"), {"seed": "x"}, "not a number"),
         (("image", "image", "mask"), {"strength": "2"}, "strength"),
         (("image", "image", "mask"), {"guidance": "nan"}, "guidance"),
         (("image", "image", "mask"), {"n": "2"}, "one picture"),
         (("image", "image", "mask"), {"response_format": "x"}, "response_format"),
         (("image", "image", "mask", "prompt"), {}, "prompt must not be a file"),
-        (("image", "image", "bad"), {}, "no whole"),
+        (("image", "image", "bad"), {}, "not a complete"),
         (("image", "image", "small"), {}, "differ in size"),
     ],
 )

@@ -92,10 +92,10 @@ def test_what_is_refused(png):
     frames[0].save(moving, format="WEBP", save_all=True, append_images=frames[1:])
     frames[0].save(gif, format="GIF")
     for data, words in [
-        (b"", "no whole"),
-        (b"<svg/>", "no whole"),
-        (png(64, 64)[:-200], "no whole"),
-        (gif.getvalue(), "no whole"),
+        (b"", "not a complete"),
+        (b"<svg/>", "not a complete"),
+        (png(64, 64)[:-200], "not a complete"),
+        (gif.getvalue(), "not a complete"),
         (moving.getvalue(), "moves"),
     ]:
         with pytest.raises(Rejected, match=words):
@@ -105,10 +105,10 @@ def test_what_is_refused(png):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"nonsense", "no whole"),
+        (b"nonsense", "not a complete"),
         (with_text("{}", key="other"), "holds no settings"),
-        (with_text("{"), "no JSON"),
-        (with_text("[" * 30_000), "no JSON"),
+        (with_text("{"), "not JSON"),
+        (with_text("[" * 30_000), "not JSON"),
         (with_text("[1]"), "not those of the studio"),
         (with_text('{"settings": 3}'), "not those of the studio"),
         (with_text(json.dumps({"settings": {"prompt": "x" * 70_000}})), "at most"),

@@ -27,7 +27,7 @@ def read_picture(file: object) -> Tensor:
         with Image.open(file) as image:  # type: ignore[arg-type]
             return from_image(image.convert("RGB"))
     except OSError as error:
-        raise ValueError(f"{file} is no picture that can be read: {error}") from error
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
 
 
 def from_image(image: Image.Image) -> Tensor:

@@ -138,7 +138,7 @@ def test_scenes_and_shelves_that_do_not_fit_are_refused(tmp_path):
         recipe.predict(recipe.build(), tmp_path / "a.txt", tmp_path)
     recipe = recipe_of("scanpath")
     for text, says in (
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ('{"picture": "s.png"}', "must hold picture"),
         ('{"picture": "s.png", "rows": 2, "columns": 2, "target": 4}', "no object 4"),
         ('{"picture": "s.png", "rows": 2, "columns": 9, "target": 4}', "reaches 6 rows and columns"),
@@ -170,7 +170,7 @@ def test_scenes_and_shelves_that_do_not_fit_are_refused(tmp_path):
         ("specvit", {"train": 1.0}, "train is a share"),
         ("specvit", {"smoothing": 1.0}, "smoothing is a share"),
         ("scanpath", {"rows": 1}, "at least 2 x 2"),
-        ("scanpath", {"width": 16}, "multiple of 8 from 24 on, got 16"),
+        ("scanpath", {"width": 16}, "multiple of 8 and at least 24, got 16"),
     ],
 )
 def test_options_out_of_range_are_refused(name, changed, says):

@@ -91,7 +91,7 @@ def test_sources_that_do_not_fit(llama_case):
         (({key.format("A"): [1.0]}, config), TypeError, "is a list, wanted a tensor"),
         ((state, None), TypeError, "settings are a mapping or a LoraConfig"),
         (state, TypeError, "a dict is no source.*alpha is not in the weights"),
-        ("nowhere", FileNotFoundError, "expert 'x': nowhere is no folder"),
+        ("nowhere", FileNotFoundError, "expert 'x': nowhere is not a folder"),
     ):
         with pytest.raises(error, match=text):
             apply_lora_mixer(model, settings(), experts={"x": source})

@@ -101,11 +101,11 @@ def test_a_failed_load_changes_nothing(llama_case, saved):
     weights = folder / "experts" / "b" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    refused(ValueError, "expert 'b'.*no whole safetensors")
+    refused(ValueError, "expert 'b'.*not a complete safetensors")
     weights.write_bytes(whole)
     routers = (folder / "routers.safetensors").read_bytes()
     (folder / "routers.safetensors").write_bytes(routers[:-9])
-    refused(ValueError, "routers.safetensors is no whole")
+    refused(ValueError, "routers.safetensors is not a complete")
     (folder / "routers.safetensors").unlink()
     refused(FileNotFoundError, "no routers.safetensors")
     from safetensors.torch import save_file
@@ -116,7 +116,7 @@ def test_a_failed_load_changes_nothing(llama_case, saved):
     content = json.loads((folder / "mixer_config.json").read_text())
     for change, text in (
         ({"version": 7}, "version 7"),
-        ({"format": "other"}, "no configuration of a mixture"),
+        ({"format": "other"}, "not the configuration of a mixture"),
         ({"experts": "b"}, "'experts'"),
         ({"experts": ["../b"]}, "expert name"),
         ({"modules": content["modules"][:-1]}, "other projections"),
@@ -150,12 +150,12 @@ def test_adapters_that_are_refused(llama_case, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "some_new_thing": None, "other_new": False}))
     assert len(read_adapter(folder).weights) == 8
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         read_adapter(folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
         read_adapter(folder)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_adapter(tmp_path / "b")
 
 

@@ -221,7 +221,7 @@ def test_wrong_settings(draw_layer, more, text):
     [
         ({"b": torch.zeros(2, 4, 3)}, r"\[2, 5, 3\] and \[2, 4, 3\]|do not fit"),
         ({"router": Router(torch.zeros(3, 6))}, r"router of that shape"),
-        ({"scaling": [1.0]}, "as many scalings"),
+        ({"scaling": [1.0]}, "one scaling each"),
     ],
 )
 def test_wrong_shapes(change, text):

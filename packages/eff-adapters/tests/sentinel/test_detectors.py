@@ -99,7 +99,7 @@ def test_each_name_is_asked_alone(owl, image):
 
 
 def test_wrong_detectors(owl, processor):
-    with pytest.raises(TypeError, match="no processor of a zero-shot"):
+    with pytest.raises(TypeError, match="not the processor of a zero-shot"):
         ZeroShotDetector(owl[0], processor)
     with pytest.raises(ValueError, match="where the name goes"):
         ZeroShotDetector(*owl, template="dog")

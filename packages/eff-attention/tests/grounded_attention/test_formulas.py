@@ -143,7 +143,7 @@ def test_selection():
         (lambda: PAINTConfig(local_ratio=1.5), "local_ratio=1.5"),
         (lambda: PAINTConfig(spatial_ratio=-0.1), "spatial_ratio"),
         (lambda: PAINTConfig(summary_iqr=-1.0), "summary_iqr"),
-        (lambda: PAINTConfig(first_layer=3, last_layer=2), "no last before"),
+        (lambda: PAINTConfig(first_layer=3, last_layer=2), "use 0 <= first_layer <= last_layer"),
         (lambda: PAIConfig(last_layer=9).layers(4), r"layers 0\.\.3"),
         (lambda: PAIConfig(head_gain=((-1.0,),)), "head_gain=-1.0"),
         (lambda: PAIConfig(head_gain=((1.0,),)).gains(2, 4), "2 layers and 4 heads"),

@@ -11,7 +11,7 @@ def test_comes_back_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
     [
-        (("full",), (-1, -1), "as long as each other"),
+        (("full",), (-1, -1), "must have one length"),
         (("sparse",), (-1,), r"kind\[0\]='sparse'; use one of"),
         (("full", "anchor"), (-1, 0), "layer 1 is of kind 'anchor' and must have source -1, got 0"),
         (("full", "reuse"), (-1, 1), "layer 1 must reuse one of the layers 0 to 0, got source 1"),

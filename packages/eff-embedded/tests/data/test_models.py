@@ -149,7 +149,7 @@ def test_broken_ctranslate2_files_are_refused(tmp_path):
         ((head + variable + alias)[4:], "version 6"),
         (head + variable[:-4], "cannot be read"),
         (head + variable, "ends in the middle"),
-        (head + variable + alias + b"x", "1 bytes behind"),
+        (head + variable + alias + b"x", "1 bytes after"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):

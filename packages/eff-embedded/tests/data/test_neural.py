@@ -23,7 +23,7 @@ def test_cell_fires_after_loud_sound(cell, needs):
 
 
 def test_no_third_cell():
-    with pytest.raises(ValueError, match="cell=3; there are 1 and 2"):
+    with pytest.raises(ValueError, match="cell=3; use 1 or 2"):
         grasshopper_neuron(3)
 
 

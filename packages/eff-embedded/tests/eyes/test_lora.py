@@ -169,5 +169,5 @@ def test_refusals(eyes, prompts):
         logits(eyes, prompts("text"), **{ARGUMENT: torch.ones(1, 2, dtype=torch.bool)})
     with torch.inference_mode():
         cache = eyes(**prompts("picture"), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cache is of 1 sequences, the call of 2"):
+        with pytest.raises(ValueError, match="cache holds 1 sequences, the call has 2"):
             eyes(input_ids=torch.tensor([[1], [2]]), past_key_values=cache)

@@ -116,5 +116,5 @@ def test_another_network_is_refused(monkeypatch, tmp_path):
     path = tmp_path / "other.onnx"
     onnx.save(helper.make_model(graph), path)
     monkeypatch.setattr(vision, "vit_onnx", lambda: path)
-    with pytest.raises(FileNotFoundError, match="another network"):
+    with pytest.raises(FileNotFoundError, match="does not hold the network"):
         vision.vit_folder()

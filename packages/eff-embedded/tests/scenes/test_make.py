@@ -175,7 +175,7 @@ def test_wrong_settings_are_refused(wrong):
 
 
 def test_full_rooms_say_so():
-    with pytest.raises(ValueError, match="found no place"):
+    with pytest.raises(ValueError, match="could not be placed"):
         make_scene(SceneConfig(num_objects=(200, 200), room_width=(3, 3), room_depth=(3, 3)), seed=0)
     with pytest.raises(ValueError, match="no room to place"):
         make_camera(Scene(objects=(), room=None, light=Light(position=(0, 0, 0))), seed=0)

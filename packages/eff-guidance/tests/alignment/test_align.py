@@ -250,7 +250,7 @@ def test_refusals(setting):
         ({"attention_pairs": [[1, 4]]}, r"name blocks \[4\]; the teacher has 0 to 3"),
         ({"heads": 5}, "heads=5; the teacher has 4 heads"),
         ({"teacher_dim": 31}, "teacher_dim=31; the teacher's features have 32"),
-        ({"blocks": ["nothing*"]}, "takes in none"),
+        ({"blocks": ["nothing*"]}, "selects no module"),
     ):
         with pytest.raises(ValueError, match=text):
             setting.aligned(student, config(**changes))
@@ -286,9 +286,9 @@ def test_refusals(setting):
     with pytest.raises(ValueError, match=r"wanted \[B, 3, H, W\]"):
         alignment.teacher(batch["pictures"][0])
     alignment.teacher.size = None
-    with pytest.raises(ValueError, match="no multiples of 14; set size="):
+    with pytest.raises(ValueError, match="not multiples of 14; set size="):
         alignment.teacher(batch["pictures"])
-    with pytest.raises(ValueError, match="does not tell its patch"):
+    with pytest.raises(ValueError, match="does not say what its patch"):
         type(alignment.teacher)(torch.nn.Linear(2, 2))
     alignment.teacher.free()
     with pytest.raises(RuntimeError, match="freed"):

@@ -184,7 +184,7 @@ def test_refusals():
         attention_alignment_loss(q, k, qt, kt, heads=0)
     with pytest.raises(ValueError, match="9 tokens, the teacher 4; interpolate=True"):
         attention_alignment_loss(q, k, *maps(1, tokens=4))
-    with pytest.raises(ValueError, match="make no square; say how they lie in teacher_grid"):
+    with pytest.raises(ValueError, match="do not form a square; give their grid as teacher_grid"):
         attention_alignment_loss(q, k, *maps(1, tokens=6), interpolate=True)
     with pytest.raises(ValueError, match=r"teacher grid \(2, 4\) has 8 places, but there are 6"):
         attention_alignment_loss(q, k, *maps(1, tokens=6), interpolate=True, teacher_grid=(2, 4))

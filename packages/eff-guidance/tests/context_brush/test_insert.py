@@ -127,10 +127,10 @@ def test_refusals(tiny):
         make(pipe, tiny, config=ContextBrushConfig(blend=False))
     with pytest.raises(TypeError, match="bool"):
         LatentBlendCallback(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="as many dimensions"):
+    with pytest.raises(ValueError, match="equally many dimensions"):
         LatentBlendCallback(torch.zeros(1, 2, 1), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
     blend = LatentBlendCallback(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(KeyError, match="must name 'latents'"):
         blend(pipe, 0, 0, {})
-    with pytest.raises(RuntimeError, match="tells no noise level"):
+    with pytest.raises(RuntimeError, match="does not give the noise level"):
         blend(type("P", (), {"scheduler": object()})(), 0, 0, {"latents": torch.zeros(1, 2)})

@@ -190,8 +190,8 @@ def test_cross_attention_of_a_unet_cannot_be_named(tiny):
 @pytest.mark.parametrize(
     ("values", "error", "text"),
     [
-        ({"heads": [(0,)]}, ValueError, "is no head"),
-        ({"heads": [(0, 1, "attn3")]}, ValueError, "is no head"),
+        ({"heads": [(0,)]}, ValueError, "is not a head"),
+        ({"heads": [(0, 1, "attn3")]}, ValueError, "is not a head"),
         ({"heads": "some"}, ValueError, "all"),
         ({"heads": "all", "strength": -0.1}, ValueError, "strength=-0.1; use 0 to 1"),
         ({"heads": [(0, 1)], "strength": (1.0, 0.5)}, ValueError, "2 strengths for 1 heads"),

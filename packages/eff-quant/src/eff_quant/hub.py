@@ -179,7 +179,7 @@ def save_as(
             del model.config.quantization_config
     written = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
     if written != json.loads(json.dumps(settings)):
-        raise RuntimeError(f"transformers wrote other settings than given: {written}")
+        raise RuntimeError(f"transformers wrote settings that differ from those given: {written}")
 
 
 def check_transformers_model(model: nn.Module, verb: str) -> None:

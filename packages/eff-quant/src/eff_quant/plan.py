@@ -135,7 +135,7 @@ def report_plan(action: str, found: Sequence[Found]) -> Report:
 
 
 def exactly(name: str) -> str:
-    """A pattern that takes in the layer of this name alone."""
+    """A pattern that matches only the layer of this name."""
     return f"re:{re.escape(name)}"
 
 

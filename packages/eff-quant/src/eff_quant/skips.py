@@ -17,7 +17,7 @@ HEADS = "lm_head"
 def on_skip_list(model: nn.Module, skip: Sequence[str], names: Sequence[str], module: nn.Module) -> str:
     """Why a skip list takes a layer in; "" if it does not.
 
-    A pattern takes in a layer, or a module with all layers inside.
+    A pattern selects a layer, or a module with all layers inside.
     """
     around = [name.rsplit(".", n)[0] for name in names for n in range(name.count(".") + 1)]
     if pattern := next((p for p in skip if any(fits(p, name, module) for name in around)), None):
@@ -68,7 +68,7 @@ def in_float32(model: nn.Module, names: Sequence[str]) -> bool:
 
 
 def check_used(model: nn.Module, skip: Sequence[str], where: Where = "*") -> None:
-    """Check that each pattern takes in something.
+    """Check that each pattern matches something.
 
     Raises:
         ValueError: one does not; a misspelt name would be passed over without a word.
@@ -77,4 +77,4 @@ def check_used(model: nn.Module, skip: Sequence[str], where: Where = "*") -> Non
     patterns = [where] if isinstance(where, str) else where if not callable(where) else ()
     for what, given in (("skip", [p for p in skip if p != HEADS]), ("where", [p for p in patterns if p != "*"])):
         if idle := [p for p in given if not any(fits(p, n, m) for n, m in modules)]:
-            raise ValueError(f"{what}: {', '.join(map(repr, idle))} fits no module of the model")
+            raise ValueError(f"{what}: {', '.join(map(repr, idle))} matches no module of the model")

@@ -65,7 +65,7 @@ def folder(tmp_path, fp4_model):
         (lambda s: s.pop(f"{UP}.weight_scale"), KeyError, f"{UP}: weight_packed without weight_scale"),
         (lambda s: s.pop(f"{UP}.weight_global_scale"), KeyError, f"{UP}: weight_packed without weight_global_scale"),
         (lambda s: s.pop(f"{UP}.input_global_scale"), KeyError, f"{UP}: no input_global_scale"),
-        (lambda s: s.pop(f"{UP}.weight_packed"), KeyError, f"{UP}.weight_scale belongs to no FP4 weight"),
+        (lambda s: s.pop(f"{UP}.weight_packed"), KeyError, f"{UP}.weight_scale has no FP4 weight"),
         (put(f"{UP}.weight_packed", torch.zeros(128, 16, dtype=torch.uint8)), ValueError, r"shape \[128, 4\], wanted"),
         (put(f"{UP}.weight_packed", torch.zeros(128, 32)), TypeError, r"weight_packed has dtype torch\.float32"),
         (put(f"{UP}.weight_scale", torch.zeros(128, 4)), TypeError, r"weight_scale has dtype torch\.float32"),
@@ -102,7 +102,7 @@ def test_nan_bytes_of_mxfp4_are_an_error(tmp_path, fp4_model):
 def test_a_truncated_file_is_an_error_that_names_it(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         load_fp4_checkpoint(folder)
 
 
@@ -152,7 +152,7 @@ def test_other_folders_are_refused(llama, tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quant_method=None; wanted 'compressed-tensors' or 'modelopt'"):
         load_fp4_checkpoint(tmp_path)
-    with pytest.raises(OSError, match="nowhere is no folder"):
+    with pytest.raises(OSError, match="nowhere is not a folder"):
         load_fp4_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="holds no safetensors files"):
@@ -198,9 +198,7 @@ def test_models_that_others_cannot_load_are_not_exported(llama, ids, tmp_path):
             save_fp4_checkpoint(model, tmp_path, layout="modelopt")
     model = llama()
     quantize_(model, {"*.mlp.*": FP4Config(), "*.self_attn.*": Int8Config()})
-    with pytest.raises(
-        ValueError, match=r"self_attn\.q_proj is a Int8Linear; a folder of FP4 layers takes float layers"
-    ):
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj is a Int8Linear; layers of a folder must be FP4 or float"):
         save_fp4_checkpoint(model, tmp_path)
     model = llama()
     quantize_(model, {"*.mlp.*": FP4Config(), "*.self_attn.*": FP4Config(format="mxfp4")})

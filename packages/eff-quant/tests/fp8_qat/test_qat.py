@@ -230,7 +230,7 @@ def test_freezing_names_patterns_that_take_in_nothing():
     net = nn.ModuleDict({"block": nn.ModuleDict({"proj_lin": nn.Linear(2, 2), "mlp": nn.Linear(2, 2)})})
     assert freeze_except_(net, ["proj_lin"]) == ["block.proj_lin.weight", "block.proj_lin.bias"]
     assert freeze_except_(net, ["*.bias", "block.mlp"]) == ["block.proj_lin.bias", "block.mlp.weight", "block.mlp.bias"]
-    with pytest.raises(ValueError, match=r"\['head'\] take in no parameter"):
+    with pytest.raises(ValueError, match=r"\['head'\] match no parameter"):
         freeze_except_(net, ["mlp", "head"])
     with pytest.raises(TypeError, match="one string"):
         freeze_except_(net, "mlp")

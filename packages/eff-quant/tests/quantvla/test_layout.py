@@ -80,13 +80,13 @@ def test_the_dit_preset_fits_diffusers_models():
 
 def test_a_layout_that_fits_nothing_raises():
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"1 linear layers and none fits .*transformer_.*: 0$"):
+    with pytest.raises(ValueError, match=r"none of the 1 linear layers fits .*transformer_.*: 0$"):
         QuantLayout.preset("dit").linears(model)
 
 
 def test_half_a_model_is_not_taken_without_a_word():
     renamed = [n.replace("transformer_blocks", "layers") for n in gr00t()]
-    with pytest.raises(ValueError, match=r"none fits 're:.*action_head"):
+    with pytest.raises(ValueError, match=r"linear layers fits 're:.*action_head"):
         QuantLayout.preset("gr00t_n1_5").select_names(renamed)
 
 

@@ -222,7 +222,7 @@ def test_what_cannot_be_measured_is_refused(plain, targets, batches, says):
 
 def test_attention_without_logits_is_refused(plain, tokens):
     model = plain()
-    with pytest.raises(ValueError, match="attn: no attention logits were seen"):
+    with pytest.raises(ValueError, match="attn: saw no attention logits"):
         collect_attention_stats(model, tokens, ["attn"], run=lambda m, b: m["attn"].q(b))
 
 

@@ -101,7 +101,7 @@ def test_budgets_that_cannot_be_are_named(report):
         ({"budget_bytes": 1e6, "budget_kl": 1.0}, "give exactly one"),
         ({"budget_bytes": 100.0}, "is below the"),
         ({"budget_kl": -1.0}, "budget_kl=-1.0"),
-        ({"budget_kl": 1.0, "fallback": "int8"}, "fallback 'int8' was not looked at"),
+        ({"budget_kl": 1.0, "fallback": "int8"}, "fallback 'int8' was not measured"),
         ({"budget_kl": 1.0, "fallback": "fp5"}, "format 'fp5'"),
         ({"budget_kl": 1.0, "kept_bits": 8}, "each has to be larger"),
     ):

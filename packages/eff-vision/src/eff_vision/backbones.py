@@ -82,7 +82,7 @@ def patch_grid(pictures: Tensor, size: int) -> tuple[int, int]:
     """
     height, width = pictures.shape[-2:]
     if height % size or width % size:
-        raise ValueError(f"pictures of {height} x {width} are no multiple of the patch size {size}")
+        raise ValueError(f"pictures of {height} x {width} are not a multiple of the patch size {size}")
     return height // size, width // size
 
 

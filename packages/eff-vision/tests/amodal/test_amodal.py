@@ -312,7 +312,7 @@ class TestModel:
         model, (crops, k) = make(config), clip()
         model(crops).full.sum().backward()
         assert model.fusion.slot_code.grad.any()
-        with pytest.raises(ValueError, match="no bird's-eye view"):
+        with pytest.raises(ValueError, match="only used with a bird's-eye view"):
             model(crops, k)
 
     def test_any_network_is_an_encoder(self):

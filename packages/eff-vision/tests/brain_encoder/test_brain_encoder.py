@@ -280,7 +280,7 @@ def test_timm_backbone():
         (lambda: make()(torch.zeros(1, 6, 15), (2, 3)), r"\[B, S, 16\]"),
         (lambda: make()(torch.zeros(1, 6, 16), (2, 3), patch_mask=torch.zeros(1, 6, dtype=torch.bool)), "real patch"),
         (lambda: RoiMasks(torch.tensor([[True, False]]), ("a",)), "1 targets are in no region"),
-        (lambda: RoiMasks(torch.tensor([[True]]), ("a", "b")), "as many names"),
+        (lambda: RoiMasks(torch.tensor([[True]]), ("a", "b")), "one name each"),
         (lambda: RoiQueryConfig(num_heads=5), "num_heads=5 does not divide"),
         (lambda: RoiQueryConfig(position=None, key_source="position"), "needs a position code"),
         (lambda: RidgeEncoder([0.0]), "alphas must be positive"),

@@ -189,7 +189,7 @@ def test_probes_say_which_side_to_keep():
         (lambda: ReweightingHead(4)(torch.zeros(2, 5)), "wanted 4 features, got 5"),
         (lambda: choose_kappa(1.0), "above 1"),
         (lambda: nt_xent(torch.zeros(1, 2), torch.zeros(1, 2)), "two items or more"),
-        (lambda: nt_xent(torch.zeros(2, 2), torch.zeros(2, 3)), "alike"),
+        (lambda: nt_xent(torch.zeros(2, 2), torch.zeros(2, 3)), "of one shape"),
         (lambda: nt_xent(torch.zeros(2, 2), torch.zeros(2, 2), temperature=0), "temperature"),
         (lambda: supcon(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(3)), "labels must be"),
         (lambda: optimal_linear_weights([1.0], 0.1, layer=3, depth=2), "layer must be"),

@@ -160,7 +160,7 @@ def test_pictures_that_come_again_are_read_once():
         torch.testing.assert_close(
             model(**s, images=stock, looks=looks).logits, model(**s, images=stock[looks]).logits, rtol=1e-5, atol=1e-5
         )
-    with pytest.raises(ValueError, match="looks are places"):
+    with pytest.raises(ValueError, match="looks are indices"):
         model(**s, images=stock[looks], looks=looks)
 
 

@@ -234,7 +234,7 @@ def test_small_pieces():
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: make()(torch.zeros(1, 3, 30, 32)), ValueError, "no multiple of the patch size"),
+        (lambda: make()(torch.zeros(1, 3, 30, 32)), ValueError, "not a multiple of the patch size"),
         (lambda: StudentConfig(dim=30, num_heads=4), ValueError, "num_heads=4 does not divide dim=30"),
         (lambda: AttentionTap(make(), [7]), IndexError, "range"),
         (lambda: AttentionTap(torch.nn.Linear(2, 2)), ValueError, "no attention"),

@@ -59,7 +59,7 @@ def _inside(root: Path | None, path: str) -> Path:
     try:
         folder = (home / path).resolve()
     except (OSError, ValueError) as error:  # a zero byte, a loop of links
-        raise bad_request("lora_path is no path", "lora_path") from error
+        raise bad_request("lora_path is not a path", "lora_path") from error
     if home not in folder.parents:
         raise bad_request("lora_path must be a folder inside of the server's adapter root", "lora_path")
     return folder

@@ -98,7 +98,7 @@ def _check(serving: Serving, texts: Sequence[Sequence[int]], dimensions: int | N
     limit, vocab = engine.max_model_len, serving.tokenizer.vocab_size
     for i, text in enumerate(texts):
         if not 1 <= len(text) <= limit:
-            raise bad_request(f"input[{i}] has {len(text)} tokens; 1 to {limit} are taken", f"input[{i}]")
+            raise bad_request(f"input[{i}] has {len(text)} tokens; the limits are 1 and {limit}", f"input[{i}]")
         if max(text) >= vocab:
             raise bad_request(f"input[{i}]: token {max(text)} is outside the vocabulary of {vocab}", f"input[{i}]")
 

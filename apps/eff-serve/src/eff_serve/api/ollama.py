@@ -63,7 +63,7 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     if not body.prompt:
         return await _loaded(request, body, bare=True)
     if body.raw and (body.system or body.images):
-        raise bad_request("raw=true leaves no place for system or images", "raw")
+        raise bad_request("raw=true cannot be used with system or images", "raw")
     turns: list[dict[str, Any]] = [{"role": "system", "content": body.system}] if body.system else []
     turns.append({"role": "user", "content": _with_pictures(body.prompt, body.images)})
     given = _as_chat(body, name, turns, None)

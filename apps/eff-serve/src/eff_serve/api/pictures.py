@@ -48,11 +48,11 @@ def check(messages: Sequence[Message], eyes: Eyes | None) -> None:
             f"{path}.type",
         )
     if len(found) > MAX_PICTURES:
-        raise bad_request(f"the conversation holds {len(found)} pictures; {MAX_PICTURES} are the most", "messages")
+        raise bad_request(f"the conversation holds {len(found)} pictures; the limit is {MAX_PICTURES}", "messages")
     for path, _ in found:
         role = messages[int(path[len("messages[") : path.index("]")])].role
         if role != "user":
-            raise bad_request(f"pictures belong into messages of the user, not of role {role!r}", f"{path}.type")
+            raise bad_request(f"pictures are only for messages of the user, got role {role!r}", f"{path}.type")
 
 
 async def look(messages: Sequence[Message], prompt: Sequence[int], eyes: Eyes | None) -> Any:

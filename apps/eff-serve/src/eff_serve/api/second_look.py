@@ -42,7 +42,7 @@ def check(body: ChatRequest, serving: Serving) -> CarveConfig | None:
         return None
     if "carve" not in serving.steering:
         known = ", ".join(map(repr, serving.steering)) or "no steering"
-        raise bad_request(f"steering by 'carve' is nothing that this model takes; it takes {known}", "eff.carve")
+        raise bad_request(f"steering by 'carve' is not supported by this model; it supports {known}", "eff.carve")
     if (count := len(pictures.placed(body.messages))) != 1:
         raise bad_request(f"eff.carve looks twice at one picture, and the conversation has {count}", "eff.carve")
     last = body.messages[-1]

@@ -55,13 +55,13 @@ def _decode(raw: bytes, max_pixels: int) -> Image:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
-            raise PictureError(f"the picture has {width} x {height} pixels; {max_pixels:,} are the most")
+            raise PictureError(f"the picture has {width} x {height} pixels; the limit is {max_pixels:,}")
         image.load()
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise PictureError(f"the {len(raw)} bytes are no picture of format {', '.join(FORMATS)}") from None
+        raise PictureError(f"the {len(raw)} bytes are not a picture of format {', '.join(FORMATS)}") from None
     except bombs:
-        raise PictureError(f"the picture has too many pixels; {max_pixels:,} are the most") from None
+        raise PictureError(f"the picture has too many pixels; the limit is {max_pixels:,}") from None
     except PictureError:
         raise
     except Exception as error:  # decoders raise a dozen kinds for damaged files

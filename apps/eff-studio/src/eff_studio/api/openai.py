@@ -94,7 +94,7 @@ async def edits(request: Request) -> Response:
         values |= {name: int(texts[name]) for name in ("seed", "steps") if name in texts}
         values |= {name: float(texts[name]) for name in ("guidance", "strength") if name in texts}
     except ValueError as error:
-        raise bad_request(f"a field is no number: {error}") from None
+        raise bad_request(f"a field is not a number: {error}") from None
     format_ = texts.get("response_format")
     if format_ not in (None, "b64_json", "url"):
         raise bad_request(f"response_format={format_[:30]!r}; wanted b64_json or url", "response_format")
@@ -142,9 +142,7 @@ async def _form(request: Request, studio: Studio) -> dict[str, list[Any]]:
 def _check_model(studio: Studio, name: str | None) -> None:
     served = studio.worker.model.name
     if name is not None and name != served:
-        raise ApiError(
-            404, f"the model {name[:100]!r} is not here; use {served!r}", param="model", code="model_not_found"
-        )
+        raise ApiError(404, f"there is no model {name[:100]!r}; use {served!r}", param="model", code="model_not_found")
 
 
 def _size(size: str | None) -> dict[str, int]:

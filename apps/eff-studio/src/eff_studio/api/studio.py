@@ -43,7 +43,7 @@ class Studio:
             raise self.closing()
         waiting = self.jobs.waiting()
         if waiting >= self.settings.max_waiting:
-            raise retry_later(429, f"{waiting} jobs are waiting, which is the most this server takes", "queue_full", 5)
+            raise retry_later(429, f"{waiting} jobs are waiting, and this server takes no more", "queue_full", 5)
         job = self.jobs.add(work)
         self.worker.submit(job)
         return job

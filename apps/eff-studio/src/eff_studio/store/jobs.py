@@ -80,7 +80,7 @@ class Jobs:
             self._db.execute(f"pragma user_version={_VERSION}")
         except sqlite3.DatabaseError as error:
             self._db.close()
-            raise ValueError(f"{path} is no database of eff-studio: {error}") from None
+            raise ValueError(f"{path} is not a database of eff-studio: {error}") from None
         except ValueError:
             self._db.close()
             raise

@@ -99,7 +99,7 @@ def read_picture(data: bytes) -> Image.Image:
     except Rejected:
         raise
     except Exception as error:
-        raise Rejected(f"the file is no whole PNG, JPEG or WebP picture ({type(error).__name__})") from None
+        raise Rejected(f"the file is not a complete PNG, JPEG or WebP picture ({type(error).__name__})") from None
 
 
 def _check_size(image: Image.Image) -> None:
@@ -122,7 +122,7 @@ def read_settings(data: bytes) -> dict[str, Any]:
     except Rejected:
         raise
     except Exception as error:
-        raise Rejected(f"the file is no whole PNG picture ({type(error).__name__})") from None
+        raise Rejected(f"the file is not a complete PNG picture ({type(error).__name__})") from None
     if not text:
         raise Rejected("the picture was not made by the studio: it holds no settings")
     if len(text) > MAX_SETTINGS:
@@ -130,7 +130,7 @@ def read_settings(data: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        raise Rejected("the picture's settings are no JSON") from None
+        raise Rejected("the picture's settings are not JSON") from None
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise Rejected("the picture's settings are not those of the studio")
     return found

@@ -114,7 +114,7 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
             say(f"going back to {folder.name}; the updates after it are computed again")
         return found
     if problems:
-        raise DamagedCheckpointError("no checkpoint is whole: " + "; ".join(problems))
+        raise DamagedCheckpointError("there is no complete checkpoint: " + "; ".join(problems))
     return None
 
 

@@ -63,7 +63,7 @@ class MetricsFile:
             with self.path.open("ab", buffering=0) as file:
                 data = "".join(self.waiting).encode()
                 if file.write(data) != len(data):
-                    raise OSError(f"{self.path.name} took only a part of a line")
+                    raise OSError(f"{self.path.name} was written only in part: the last line is cut")
         except OSError as error:
             if len(self.waiting) == 1:
                 self.say(f"metrics wait in memory, {self.path} cannot be written: {error}")

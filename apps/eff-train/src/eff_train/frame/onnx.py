@@ -64,7 +64,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[st
             raise ValueError(f"{file}: {name} is {list(other.shape)}, from PyTorch {list(mine.shape)}")
         finite = mine.isfinite()
         if not torch.equal(finite, other.isfinite()):
-            raise ValueError(f"{file}: {name} is finite at other places than PyTorch's")
+            raise ValueError(f"{file}: {name} is not finite in the same places as in PyTorch")
         apart = (mine - other)[finite].abs().max() / mine[finite].abs().max().clamp_min(1e-9)
         worst = max(worst, float(apart))
     if not worst <= TOLERANCE:

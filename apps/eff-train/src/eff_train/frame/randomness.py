@@ -46,7 +46,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """A block with random states seeded anew; the states from before come back after it."""
+    """A block with random states reseeded; the states from before come back after it."""
     held = random_state()
     seed_all(seed)
     try:

@@ -183,7 +183,7 @@ def choose_checkpoint(run: Run, which: str, best: str, say: Callable[[str], None
             raise ValueError(f"{run.folder} has no checkpoint yet")
         return found
     if not which.isdecimal():
-        raise ValueError(f"a checkpoint is best, last or a number of updates, got {which!r}")
+        raise ValueError(f"a checkpoint is named best, last or by a number of updates, got {which!r}")
     folder = run.checkpoints / f"step-{int(which):08d}"
     if not folder.is_dir():
         steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in checkpoint.folders(run.checkpoints))

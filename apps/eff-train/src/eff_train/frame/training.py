@@ -50,7 +50,7 @@ class Training:
         c, ranks = self.config, self.workers
         share = ranks.share(range(self.step * c.batch_size, (self.step + 1) * c.batch_size))
         if len(share) % c.accumulate:
-            raise ValueError(f"a process's {len(share)} samples cannot be computed in accumulate={c.accumulate} parts")
+            raise ValueError(f"a process's {len(share)} samples cannot be split into accumulate={c.accumulate} parts")
         size = len(share) // c.accumulate
         parts = [self.recipe.batch(share[i : i + size]) for i in range(0, len(share), size)]
         weights = [float(self.recipe.weight(part)) for part in parts]
@@ -162,7 +162,9 @@ class Training:
             set_random_state(own["random"])
             return
         if any(p["data"] for p in processes):
-            raise ValueError(f"data with a state resumes on {len(processes)} processes only, not {self.workers.count}")
+            raise ValueError(
+                f"data with a state must be resumed on {len(processes)} processes, not {self.workers.count}"
+            )
         if self.workers.main:
             self.means = _joined([p["means"] for p in processes], self.workers.device)
         self._seed_process()

@@ -73,7 +73,7 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.side < 28 or self.side % 14:
-            raise ValueError(f"side must be a multiple of 14 from 28 on, got {self.side}")
+            raise ValueError(f"side must be a multiple of 14 and at least 28, got {self.side}")
         if not 1 <= self.layer <= 12:
             raise ValueError(f"the ViT has layers 1 to 12, got {self.layer}")
         if min(self.pictures, self.test_pictures) < 2 or self.vertices < 1:

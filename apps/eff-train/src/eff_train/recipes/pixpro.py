@@ -73,7 +73,8 @@ class Config(TrainConfig):
         super().__post_init__()
         if self.accumulate != 1:
             raise ValueError(
-                f"accumulate={self.accumulate}: the copy moves once an update, and batch norm sees its part"
+                f"accumulate={self.accumulate} is not supported: the momentum copy moves once an update and batch norm "
+                "would see a part of the batch"
             )
         if not 0 < self.least <= 1:
             raise ValueError(f"least is a share above 0 up to 1, got {self.least}")

@@ -70,7 +70,7 @@ class LoraMixerConfig(Settings):
         if self.preserve_experts and not self.preserve_coef:
             raise ValueError(f"preserve_experts={self.preserve_experts} without preserve_coef does nothing; set it too")
         if self.expert_dtype is not None and not self.expert_dtype.is_floating_point:
-            raise ValueError(f"expert_dtype={self.expert_dtype} is no float dtype")
+            raise ValueError(f"expert_dtype={self.expert_dtype} is not a float dtype")
 
     def check_experts(self, names: tuple[str, ...]) -> None:
         """Refuse a number of experts, or names, that do not fit these settings."""

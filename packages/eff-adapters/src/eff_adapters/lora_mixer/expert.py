@@ -86,7 +86,7 @@ class LoraExpert:
             if found is None:
                 other.append(key)
             elif found["factor"] in factors.setdefault(found["module"].removeprefix(_PREFIX), {}):
-                raise ValueError(f"several adapters lie in one state dict: {key} is there twice; pass one adapter")
+                raise ValueError(f"the state dict holds several adapters: {key} occurs twice; pass one adapter")
             else:
                 factors[found["module"].removeprefix(_PREFIX)][found["factor"]] = tensor
         if other:

@@ -49,7 +49,7 @@ def load_routers(mixer: LoraMixer, file: str | Path) -> None:
     """See `LoraMixer.load_routers`."""
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file")
+        raise FileNotFoundError(f"{file} is not a file")
     put_routers(mixer, read_tensors(file), file)
 
 
@@ -84,13 +84,13 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: it is broken, of something else, or of a newer version.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}; it is no folder of a mixture, or not whole")
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; it is not a mixture's folder, or is incomplete")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no configuration of a mixture: format must be {_FORMAT!r}")
+        raise ValueError(f"{path} is not the configuration of a mixture: format must be {_FORMAT!r}")
     if content.get("version") != _VERSION:
         raise ValueError(f"{path} is of version {content.get('version')!r}; this release reads {_VERSION}")
     kinds = {"config": dict, "experts": list, "modules": list, "mode": str}

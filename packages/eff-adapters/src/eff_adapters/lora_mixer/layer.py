@@ -95,7 +95,7 @@ class RoutedLoraLinear(nn.Module):
             raise ValueError(f"a [E, R, in] and b [E, out, R] do not fit: got {list(a.shape)} and {list(b.shape)}")
         if len(scaling) != num_experts or self.router.weight.shape != (num_experts, a.shape[2]):
             raise ValueError(
-                f"{num_experts} experts of {a.shape[2]} inputs need as many scalings and a router of that shape, got "
+                f"{num_experts} experts of {a.shape[2]} inputs need one scaling each and a router of that shape, got "
                 f"{len(scaling)} and {list(self.router.weight.shape)}"
             )
         if not 1 <= self.top_k <= num_experts:

@@ -127,7 +127,7 @@ class LoraMixer(Handle):
     def set_trainable(self, *, experts: bool | Sequence[str] | None = None, routers: bool | None = None) -> None:
         """Say what gets a gradient: all experts, none or those named; the routers or not. None leaves it as it is.
 
-        Optimizers are to be made anew after this, with `parameter_groups`.
+        Optimizers must be rebuilt after this, with `parameter_groups`.
 
         Raises:
             ValueError: no expert of that name.
@@ -188,7 +188,7 @@ class LoraMixer(Handle):
         if any(r.lost_gradient and torch.is_grad_enabled() for r in records.values()):
             raise RuntimeError(
                 "the forward ran without gradients, as with reentrant checkpointing: this loss would teach nothing; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}, or no_grad for numbers alone"
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}, or no_grad to read numbers only"
             )
         found = [
             specialization_balance_loss(
@@ -240,7 +240,7 @@ class LoraMixer(Handle):
         }
 
     def add_expert(self, name: str, source: Any) -> None:
-        """Add an expert, last in order, with new router rows; optimizers are to be made anew.
+        """Add an expert, last in order, with new router rows; optimizers must be rebuilt.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: as `apply_lora_mixer`; nothing has changed then.
@@ -250,7 +250,7 @@ class LoraMixer(Handle):
         add_expert(self, name, source)
 
     def remove_expert(self, name: str) -> None:
-        """Take an expert away. Projections that have no other are no longer routed; optimizers are to be made anew.
+        """Take an expert away. Projections that have no other are no longer routed; optimizers must be rebuilt.
 
         Raises:
             ValueError: no expert of that name, or too few would be left for ``top_k``; nothing has changed then.

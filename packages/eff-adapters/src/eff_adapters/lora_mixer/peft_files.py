@@ -24,7 +24,7 @@ def read_adapter(folder: str | Path) -> LoraExpert:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; an adapter is a folder that PEFT wrote")
+        raise FileNotFoundError(f"{folder} is not a folder; an adapter is a folder that PEFT wrote")
     if not (folder / _WEIGHTS).is_file() and (folder / _PICKLE).is_file():
         raise ValueError(
             f"{folder} holds {_PICKLE}, a pickle, which can run code when it is opened; load it with PEFT where you "
@@ -36,7 +36,7 @@ def read_adapter(folder: str | Path) -> LoraExpert:
     try:
         settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / _SETTINGS} is no JSON: {error}") from error
+        raise ValueError(f"{folder / _SETTINGS} is not JSON: {error}") from error
     state = read_tensors(folder / _WEIGHTS)
     try:
         return LoraExpert.from_state_dict(state, settings)
@@ -72,4 +72,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error

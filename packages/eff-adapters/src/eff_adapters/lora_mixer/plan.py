@@ -63,7 +63,7 @@ def read_experts(experts: Mapping[str, Source]) -> dict[str, Expert]:
                 found[name] = LoraExpert.from_state_dict(*source)
             else:
                 raise TypeError(
-                    f"a {type(source).__name__} is no source; use a folder, LoraExpert, FreshExpert or the pair "
+                    f"a {type(source).__name__} cannot be an expert; use a folder, LoraExpert, FreshExpert or the pair "
                     "(state dict, LoraConfig), for alpha is not in the weights"
                 )
         except (ValueError, TypeError, FileNotFoundError) as error:

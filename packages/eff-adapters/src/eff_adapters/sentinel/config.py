@@ -20,7 +20,7 @@ class SentinelConfig(Settings):
         temperature, top_p: Of sampling.
         require_coherent: A pair's good sentence names something that its context names; at the beginning nothing is
             named yet, and any good sentence will do.
-        retries: How often a context without a good sentence is sampled anew before its picture is left.
+        retries: How often a context without a good sentence is sampled again before its picture is left.
         seed: Of all sampling; each picture and step draws by itself, in whatever order pictures come.
     """
 

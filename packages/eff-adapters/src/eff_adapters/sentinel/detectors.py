@@ -30,7 +30,7 @@ class ZeroShotDetector:
         batch_size: int = 16,
     ) -> None:
         if not hasattr(processor, "post_process_grounded_object_detection"):
-            raise TypeError(f"{type(processor).__name__} is no processor of a zero-shot object detector")
+            raise TypeError(f"{type(processor).__name__} is not the processor of a zero-shot object detector")
         if "{}" not in template:
             raise ValueError(f"template={template!r}; use a text with {{}} where the name goes")
         self.model, self.processor = model, processor

@@ -126,7 +126,7 @@ def carve_answers(
 def _general(
     model: nn.Module, processor: Any, pictures: Sequence[Any], c: CarveConfig, cache: PictureCache | None
 ) -> list[ImageAttention]:
-    """Attention under the general request, of those pictures anew that the cache does not know."""
+    """Attention under the general request, for the pictures that are not in the cache."""
     keys = [(p.size, p.mode, p.tobytes(), c, id(model)) for p in pictures]
     known = {key: found for key in keys if cache is not None and (found := cache.get(key)) is not None}
     missing = {key: p for key, p in zip(keys, pictures, strict=True) if key not in known}

@@ -38,7 +38,7 @@ class PAIConfig(Settings):
         check_strength("alpha", self.alpha)
         if self.first_layer < 0 or (self.last_layer is not None and self.last_layer < self.first_layer):
             raise ValueError(
-                f"first_layer={self.first_layer}, last_layer={self.last_layer}; use 0 or more, and no last before it"
+                f"first_layer={self.first_layer}, last_layer={self.last_layer}; use 0 <= first_layer <= last_layer"
             )
         if not isinstance(self.head_gain, str):
             for row in self.head_gain:

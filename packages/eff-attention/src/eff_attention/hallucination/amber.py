@@ -43,7 +43,8 @@ def amber_generative(
         safe: Objects that never count as invented.
     """
     if not len(texts) == len(truth) == len(tempting) or not texts:
-        raise ValueError(f"wanted as many texts as sets of objects, got {len(texts)}, {len(truth)}, {len(tempting)}")
+        counts = f"{len(texts)}, {len(truth)}, {len(tempting)}"
+        raise ValueError(f"wanted equal numbers of texts and of sets of objects, got {counts}")
     mentions = [vocabulary.mentions(t) for t in texts]
     invented = [[m for m in ms if m not in t and m not in safe] for ms, t in zip(mentions, truth, strict=True)]
     covered = sum(len(set(ms) & set(t)) for ms, t in zip(mentions, truth, strict=True))
@@ -62,7 +63,7 @@ def amber_discriminative(answers: Sequence[str], truth: Sequence[bool]) -> PopeS
     ``yes_ratio`` is the share of answers that are "No".
     """
     if len(answers) != len(truth) or not answers:
-        raise ValueError(f"wanted as many answers as questions, at least one, got {len(answers)} and {len(truth)}")
+        raise ValueError(f"wanted one answer for each question, at least one, got {len(answers)} and {len(truth)}")
     said_no = [a.strip() == "No" for a in answers]
     scores = pope_scores(said_no, [not t for t in truth])
     right = sum(a.strip() == ("Yes" if t else "No") for a, t in zip(answers, truth, strict=True))

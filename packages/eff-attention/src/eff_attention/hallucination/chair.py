@@ -72,7 +72,7 @@ def chair(captions: Sequence[str], truth: Sequence[Collection[str]], vocabulary:
         ValueError: the numbers differ, or an object is not in the vocabulary.
     """
     if len(captions) != len(truth):
-        raise ValueError(f"{len(captions)} captions need as many sets of true objects, got {len(truth)}")
+        raise ValueError(f"{len(captions)} captions need one set of true objects each, got {len(truth)}")
     entries = []
     for text, objects in zip(captions, truth, strict=True):
         if unknown := sorted(set(objects) - vocabulary.objects):

@@ -42,7 +42,7 @@ def pope_scores(answers: Sequence[bool], truth: Sequence[bool]) -> PopeScores:
         ValueError: the numbers differ, or there are none.
     """
     if len(answers) != len(truth) or not answers:
-        raise ValueError(f"wanted as many answers as questions, at least one, got {len(answers)} and {len(truth)}")
+        raise ValueError(f"wanted one answer for each question, at least one, got {len(answers)} and {len(truth)}")
     counts = collections.Counter(zip(map(bool, answers), map(bool, truth), strict=True))
     hits, wrong_yes, wrong_no = counts[True, True], counts[True, False], counts[False, True]
     precision = _ratio(hits, hits + wrong_yes)

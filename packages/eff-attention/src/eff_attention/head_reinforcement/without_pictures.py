@@ -1,4 +1,4 @@
-"""The arguments of a decoder's pass as if its prompt had no pictures: tokens are dropped and the others numbered anew.
+"""The arguments of a decoder's pass as if its prompt had no pictures: tokens are dropped and the others renumbered.
 
 Separators around pictures stay. What is dropped stands in front as padding, so that the last tokens stay the last.
 """

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def growing_cache(config: PretrainedConfig) -> DynamicCache:
     """A `DynamicCache` whose layers of full attention keep room to grow.
 
-    transformers' own concatenates all keys and values anew at each step, which at thousands of tokens takes longer than
+    transformers' own copies all keys and values at each step, which at thousands of tokens takes longer than
     attention to them. Pass it as ``past_key_values`` (``cache`` from transformers 5.24 on) to ``generate`` or a forward
     pass; it holds the same values, with an eighth more memory (at least 256 tokens). Keys and values are views into it:
     what `crop` drops is written over by what comes next.

@@ -31,7 +31,7 @@ class LayerReusePolicy(Record):
     def check(self) -> None:
         """See `Settings`."""
         if len(self.kind) != len(self.source):
-            raise ValueError(f"kind and source must be as long as each other, got {len(self.kind)}, {len(self.source)}")
+            raise ValueError(f"kind and source must have one length, got {len(self.kind)}, {len(self.source)}")
         for layer, (kind, source) in enumerate(zip(self.kind, self.source, strict=True)):
             if kind != "reuse" and source != -1:
                 raise ValueError(f"layer {layer} is of kind {kind!r} and must have source -1, got {source}")

@@ -1,7 +1,7 @@
 """Search for a policy: exact dynamic programmes over the layers (HyLRA, arXiv 2602.00777, and its public code).
 
 Between layers i < j, ``overlap[i, j]`` is the share of the blocks of j that i would have chosen too. A plan is a
-sequence of resets, layers that choose anew; the layers between take the blocks of the last reset.
+sequence of resets, layers that choose again; the layers between take the blocks of the last reset.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def search_policy(
         objective: "min_full": the fewest resets such that every reuse overlaps by ``theta`` (the paper); of those the
             largest sum of overlaps. "max_min": with at most ``ceil(L * sparsity * compute_ratio)`` resets, and one for
             each full layer, the largest smallest overlap (the public code); of those the largest sum.
-            "any_source": going up, a layer chooses anew only where no layer that chose overlaps by ``theta``, and else
+            "any_source": going up, a layer chooses again only where no layer that chose overlaps by ``theta``, and else
             takes the blocks of the best of them, however far below (ours; the run time can).
         theta: Least overlap of a reuse, for "min_full" and "any_source".
         sparsity: For "max_min": 1 - the share of layers that stay full, those with the most diffuse attention.
-        compute_ratio: For "max_min": share of the others that may choose anew.
+        compute_ratio: For "max_min": share of the others that may choose again.
         force_full: Layers that stay full in any case, negative ones from the end.
         bridge_full: Whether blocks may be taken across a full layer, and from it. The public code does neither.
         head_merge: How the overlaps of the key-value heads become one: the smallest, the mean, or a quantile.
@@ -170,7 +170,7 @@ def _within_budget(overlap: Matrix, budget: int, forced: set[int], bridge: bool,
                     after[source, count] = new
         best = after
     if not best:
-        more = "" if bridge else ", and those after them that must choose anew: use bridge_full=True, or more resets"
+        more = "" if bridge else ", and those after them that must select again: use bridge_full=True, or more resets"
         raise ValueError(f"a budget of {budget} resets does not cover the {len(forced)} layers that stay full{more}")
     return max(best.values(), key=lambda s: s.value)
 

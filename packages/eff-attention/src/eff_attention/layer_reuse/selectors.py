@@ -3,7 +3,7 @@
 A new token adds one key to the index. The run time says when a pass over other tokens or with another cache came
 between (`KeyIndex.forget`). That nothing else happened to the cache, such as the reordering of beams, is told by the
 last keys: a layer's key at a position depends on every token up to it (in layer 0 on one token alone, so that layer
-keeps no index from step to step). Where they are others, the index is made anew.
+keeps no index from step to step). Where they are others, the index is rebuilt.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class KeyIndex(ABC):
         return self._rank(q.unflatten(1, (k.size(1), -1)), scale)
 
     def forget(self) -> None:
-        """Make the index anew at the next step."""
+        """Rebuild the index at the next step."""
         self.last = None
 
     def _ends(self, k: Tensor, firsts: list[int], lengths: list[int]) -> Tensor:

@@ -137,7 +137,7 @@ def _bias(rpb: Tensor, query: Tensor, windows: tuple[list[Any], ...]) -> Tensor:
     """Rpb of each query and slot, [H, *S, slots]."""
     window, _, dilation, causal = windows
     if any(causal):
-        raise ValueError("rpb does not go with a causal axis: it has no entries for what the window lacks")
+        raise ValueError("rpb cannot be used with a causal axis: it has no entries for keys outside the window")
     wanted = (query.size(1), *(2 * k - 1 for k in window))
     if rpb.shape != wanted:
         raise ValueError(f"rpb must have shape {list(wanted)}, got {list(rpb.shape)}")

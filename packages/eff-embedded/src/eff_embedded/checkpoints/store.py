@@ -89,11 +89,11 @@ def save_checkpoint(
     """
     root = root or _ROOT
     if not _NAME.fullmatch(name):
-        raise ValueError(f"name={name!r}; use small letters, digits and hyphens, and a version: smollm2-eyes-v1")
+        raise ValueError(f"name={name!r}; use lower-case letters, digits and hyphens, and a version: smollm2-eyes-v1")
     if missing := [key for key in RECORD_KEYS if key not in record]:
         raise ValueError(f"the record of {name} lacks {missing}; it must have {RECORD_KEYS}")
     if (root / name).exists():
-        raise FileExistsError(f"there is a checkpoint {name} already, and none is overwritten; use the next version")
+        raise FileExistsError(f"checkpoint {name} exists already and is never overwritten; use the next version")
     scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     try:
         write(scratch)
@@ -112,9 +112,9 @@ def _check(folder: Path) -> None:
 
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MAX_BYTES:
-        raise ValueError(f"the checkpoint takes {size:,} bytes; {MAX_BYTES:,} are the most")
+        raise ValueError(f"the checkpoint takes {size:,} bytes; the limit is {MAX_BYTES:,}")
     if (folder / MANIFEST).exists():
-        raise ValueError(f"{MANIFEST} is the name of the list of checksums; write no file of that name")
+        raise ValueError(f"{MANIFEST} is reserved for the list of checksums; name the file differently")
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         raise ValueError("the checkpoint holds no safetensors file")

@@ -91,7 +91,8 @@ def _photograph(name: str) -> Image.Image:
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "photographs lie in scikit-image; install it with: pip install 'eff-embedded[photographs]'", name="skimage"
+            "photographs come from scikit-image; install it with: pip install 'eff-embedded[photographs]'",
+            name="skimage",
         )
     with Image.open(Path(spec.submodule_search_locations[0]) / "data" / name) as file:
         return file.convert("RGB")

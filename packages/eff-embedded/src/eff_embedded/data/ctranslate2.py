@@ -66,7 +66,7 @@ def read_ctranslate2(path: Path) -> dict[str, Tensor]:
         alias, target = text(), text()
         found[alias] = found[target]
     if at != len(data):
-        raise ValueError(f"{path.name} has {len(data) - at} bytes behind its last variable")
+        raise ValueError(f"{path.name} has {len(data) - at} bytes after its last variable")
     return found
 
 

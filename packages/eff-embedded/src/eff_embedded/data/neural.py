@@ -50,7 +50,7 @@ def grasshopper_neuron(cell: int = 1) -> SpikeTrain:
         ImportError: nitime is not installed.
     """
     if cell not in (1, 2):
-        raise ValueError(f"cell={cell}; there are 1 and 2")
+        raise ValueError(f"cell={cell}; use 1 or 2")
     spikes = np.loadtxt(package_file("nitime", "data", f"grasshopper_spike_times{cell}.txt", install=_EXTRA))
     sound = np.loadtxt(package_file("nitime", "data", f"grasshopper_stimulus{cell}.txt", install=_EXTRA))
     step = sound[1, 0] - sound[0, 0]  # microseconds, like the spikes

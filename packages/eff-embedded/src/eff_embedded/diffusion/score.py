@@ -90,7 +90,7 @@ def score(cases: Sequence[Case], readings: Sequence[Reading], *, resamples: int 
         ValueError: there are no cases, or not as many readings.
     """
     if not cases or len(cases) != len(readings):
-        raise ValueError(f"{len(cases)} cases and {len(readings)} readings; wanted as many, at least one")
+        raise ValueError(f"{len(cases)} cases and {len(readings)} readings; wanted equal numbers, at least one")
     both = list(zip(cases, readings, strict=True))
     found = [[name in reading.names for name in case.objects] for case, reading in both]
     present = [all(each) for each in found]

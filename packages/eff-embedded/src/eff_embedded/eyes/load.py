@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> tuple[EyesConfig, dict[str, Tensor]]:
     ranks = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(".lora_a")}
     targets = {name.split(".")[-2] for name in weights if name.endswith(".lora_a")}
     if not {"picture_size", "layers"} <= stored.keys() or len(ranks) != 1:
-        raise ValueError(f"{path} is no checkpoint of SmolLM2 with eyes: picture_size, layers or LoRA are missing")
+        raise ValueError(f"{path} is not a checkpoint of SmolLM2 with eyes: picture_size, layers or LoRA are missing")
     return (
         EyesConfig(
             picture_size=int(stored["picture_size"]),

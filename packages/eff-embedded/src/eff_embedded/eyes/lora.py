@@ -101,7 +101,7 @@ def _mark(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     behind = here.cumsum(-1) > 0 if pictures else torch.zeros_like(here)
     if before is not None:
         if before.shape[0] != shape[0]:
-            raise ValueError(f"the cache is of {before.shape[0]} sequences, the call of {shape[0]}")
+            raise ValueError(f"the cache holds {before.shape[0]} sequences, the call has {shape[0]}")
         behind = behind | before[:, None].to(behind.device)
     return args, {**kwargs, ARGUMENT: behind}
 

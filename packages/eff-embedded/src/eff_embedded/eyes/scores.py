@@ -24,7 +24,7 @@ class Interval:
 
     Attributes:
         value: Sum of the numerators over sum of the denominators.
-        low, high: Percentiles 2.5 and 97.5 when whole pictures are drawn anew.
+        low, high: Percentiles 2.5 and 97.5 when whole pictures are drawn again.
         n: Sum of the denominators.
     """
 

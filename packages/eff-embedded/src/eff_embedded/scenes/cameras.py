@@ -129,7 +129,7 @@ class Camera:
         rotation = matrix[:3, :3]
         rigid = np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-6 and np.linalg.det(rotation) > 0
         if not rigid or np.abs(matrix[3] - (0, 0, 0, 1)).max() > 0:
-            raise ValueError(f"world_to_camera is no rotation with a translation: {matrix.tolist()}")
+            raise ValueError(f"world_to_camera is not a rotation and a translation: {matrix.tolist()}")
 
     @classmethod
     def of_matrix(cls, lens: Lens, matrix: Array) -> Camera:

@@ -44,7 +44,9 @@ def look_at(eye: Vector, target: Vector) -> Array:
     forward = np.asarray(target, dtype=np.float64) - position
     right = np.cross((0.0, 1.0, 0.0), forward)
     if np.linalg.norm(right) < 1e-9 * max(1.0, float(np.linalg.norm(forward))):
-        raise ValueError(f"target {tuple(target)} is not beside the eye {tuple(eye)}; use Camera.level with a pitch")
+        raise ValueError(
+            f"target {tuple(target)} is straight above or below the eye {tuple(eye)}; use Camera.level with a pitch"
+        )
     forward, right = forward / np.linalg.norm(forward), right / np.linalg.norm(right)
     return world_to_camera(position, np.stack([right, np.cross(forward, right), forward], axis=1))
 

@@ -45,7 +45,7 @@ def make_scene(config: SceneConfig | None = None, *, seed: int) -> Scene:
         if len(objects) >= config.num_objects[0]:
             return Scene(objects=tuple(objects), room=room, light=_light(config, room, objects, rng))
     raise ValueError(
-        f"num_objects={config.num_objects} found no place in 20 rooms; ask for fewer, a larger room, or less motion"
+        f"num_objects={config.num_objects} could not be placed in 20 rooms; use fewer, a larger room, or less motion"
     )
 
 

@@ -24,7 +24,7 @@ def grid_of(tokens: int, grid: Grid | None, whose: str) -> Grid:
         return grid
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ValueError(f"{tokens} tokens of the {whose} make no square; say how they lie in {whose}_grid")
+        raise ValueError(f"{tokens} tokens of the {whose} do not form a square; give their grid as {whose}_grid")
     return side, side
 
 

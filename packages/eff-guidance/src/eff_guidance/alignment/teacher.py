@@ -147,7 +147,7 @@ class TeacherAdapter:
             values = F.interpolate(values, (self.size, self.size), mode="bicubic", align_corners=False).clamp(0, 1)
         if any(side % self.patch or not side for side in values.shape[-2:]):
             raise ValueError(
-                f"pictures of {list(values.shape[-2:])} points are no multiples of {self.patch}; set size="
+                f"pictures of {list(values.shape[-2:])} points are not multiples of {self.patch}; set size="
             )
         mean, std = (values.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return ((values - mean) / std).to(where.dtype)
@@ -175,5 +175,5 @@ def _side(patch: Any) -> int | None:
 def _told(name: str, given: int | None, own: int | None) -> int:
     found = own if given is None else given
     if found is None:
-        raise ValueError(f"the teacher does not tell its {name}; give {name}=")
+        raise ValueError(f"the teacher does not say what its {name} is; give {name}=")
     return int(found)

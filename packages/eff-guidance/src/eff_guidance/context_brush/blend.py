@@ -35,7 +35,7 @@ class LatentBlendCallback:
         for name, value in (("source", source), ("noise", noise)):
             if value.dim() != hole.dim():
                 raise ValueError(
-                    f"{name} is {list(value.shape)}, the hole {list(hole.shape)}; wanted as many dimensions"
+                    f"{name} is {list(value.shape)}, the hole {list(hole.shape)}; wanted equally many dimensions"
                 )
         torch.broadcast_shapes(source.shape, noise.shape, hole.shape)
         self.source, self.noise, self.hole, self.then = source, noise, hole, then
@@ -63,7 +63,7 @@ def next_sigma(scheduler: Any) -> float:
     sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
     if sigmas is None or index is None:
         raise RuntimeError(
-            f"{type(scheduler).__name__} tells no noise level after a step; blending needs a flow-matching scheduler "
-            "that counts its steps, such as FlowMatchEulerDiscreteScheduler"
+            f"{type(scheduler).__name__} does not give the noise level after a step; blending needs a flow-matching "
+            "scheduler that counts its steps, such as FlowMatchEulerDiscreteScheduler"
         )
     return float(sigmas[index])

@@ -86,7 +86,7 @@ def build_incontext_canvas(
     subjects = list(subject) if isinstance(subject, Sequence) else [subject]
     cutouts = list(subject_mask) if isinstance(subject_mask, list | tuple) else [subject_mask] * len(subjects)
     if not subjects or len(cutouts) != len(subjects):
-        raise ValueError(f"{len(subjects)} subjects and {len(cutouts)} masks of them; wanted as many, at least one")
+        raise ValueError(f"{len(subjects)} subjects and {len(cutouts)} masks; wanted equal numbers, at least one")
     for picture in (*subjects, target):
         if not isinstance(picture, Image.Image):
             raise TypeError(f"pictures must be PIL pictures, got {type(picture).__name__}")

@@ -64,7 +64,7 @@ def incontext_insert(
     packed = type(pipe.transformer).__name__.startswith("Flux")
     fill = "mask_image" in _names(pipe)
     if not fill and not config.blend:
-        raise ValueError(f"blend=False: {type(pipe).__name__} is not told the hole, so that nothing would be kept")
+        raise ValueError(f"blend=False: {type(pipe).__name__} does not know the hole, so nothing would be kept")
     token = pipe.vae_scale_factor * (2 if packed else pipe.transformer.config.patch_size)
     laid = build_incontext_canvas(subject, target, hole, **{"token": token, **(canvas or {})})
     source = encode_canvas(pipe, laid, packed=packed)

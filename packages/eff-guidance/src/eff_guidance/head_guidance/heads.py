@@ -107,7 +107,7 @@ def read_head(value: Written) -> Head:
     part = "attn" if len(row) == 2 else row[2] if len(row) == 3 else None
     part = "attn" if part == "attn1" else part
     if part not in ("attn", "attn2") or not isinstance(row[1], int) or isinstance(row[1], bool):
-        raise ValueError(f"{value!r} is no head; use (layer, head) or (layer, head, 'attn2')")
+        raise ValueError(f"{value!r} is not a head; use (layer, head) or (layer, head, 'attn2')")
     return Head(row[0], row[1], part)
 
 

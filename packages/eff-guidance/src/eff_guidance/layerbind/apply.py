@@ -125,7 +125,7 @@ class Evaluate(Forward):
 
 
 def _evaluate(run: Run, forward: Evaluate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A step with layers, eagerly: its many shapes would each be compiled anew."""
+    """A step with layers, eagerly: its many shapes would each be recompiled."""
     with torch.compiler.set_stance("force_eager"):
         return run.evaluate(forward.module, forward.plain, named_arguments(forward.by_class, args, kwargs))
 

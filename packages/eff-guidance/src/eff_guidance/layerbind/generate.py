@@ -1,4 +1,4 @@
-"""Pictures with what is needed to change them: edit one layer or the order without starting anew."""
+"""Pictures with what is needed to change them: edit one layer or the order without starting over."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LayerBindResult(NamedTuple):
 class LayerBindState:
     """What a run left at the end of its branches.
 
-    `edit` and `reorder` give new pictures: an edited layer's branch is made anew against the background as it was, the
+    `edit` and `reorder` give new pictures: an edited layer's branch is rebuilt against the background as it was, the
     others are taken over, and the second phase runs. With reverse adaptation that is an approximation, since the
     background would have seen the new branch.
 
@@ -64,7 +64,7 @@ class LayerBindState:
                 encoder.
         """
         if unknown := set(changes) - {"prompt", "negative"}:
-            raise ValueError(f"edit changes prompt and negative, not {sorted(unknown)}; draw anew with the new layout")
+            raise ValueError(f"edit changes prompt and negative, not {sorted(unknown)}; draw again with the new layout")
         layout = self.layout.edit(layer, **changes)
         branches: list[Tensor | None] = [b if i != layer else None for i, b in enumerate(self.branches)]
         return self._again(layout, None, branches)
@@ -80,7 +80,7 @@ class LayerBindState:
 
     def _again(self, layout: Layout, prompts: LayoutPrompts | None, branches: list[Tensor | None]) -> LayerBindResult:
         if not self.branches:
-            raise ValueError("there were no branches to keep: draw anew with the new layout")
+            raise ValueError("there were no branches to keep: draw again with the new layout")
         cached = Cached(self.background, branches[::-1])
         return _generate(self._run.pipe, layout, self.config, prompts, self._call, cached)
 

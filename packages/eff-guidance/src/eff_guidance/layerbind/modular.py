@@ -143,7 +143,7 @@ class _Denoise:
         check_parts(components, binding)
         run = Run(components, binding, lambda: _guidance(components))
         _guidance(components)
-        # A guider that wraps the transformer does so anew outside of the layout's forward, and is out before that goes.
+        # A guider wraps the transformer outside of the layout's forward each time, and is out before that goes.
         release = getattr(getattr(components, "guider", None), "release", lambda: None)
         release()
         with Handle() as handle:

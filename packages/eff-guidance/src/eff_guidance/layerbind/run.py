@@ -53,7 +53,7 @@ class Cached:
 
     Attributes:
         background: Latents of the background at each step of phase 1 and after it.
-        branches: Of each layer at the end of phase 1; None for one that is to be made anew.
+        branches: Of each layer at the end of phase 1; None for one that is to be rebuilt.
     """
 
     background: Sequence[Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class MemoryBank(nn.Module):
     """First in, first out: holds the last ``size`` of the rows that were pushed; row number n lies at n modulo size.
 
-    All of it is in ``state_dict()``. Positions are tensors, so that a compiled graph is not made anew at each step.
+    All of it is in ``state_dict()``. Positions are tensors, so that a compiled graph is not rebuilt at each step.
 
     Args:
         size: Rows that it holds.

@@ -32,7 +32,7 @@ class StyleUse:
         unconditional: Rows at the front of the batch that get no style; None asks ``pipe``.
         keep: Which of the other rows get it, bool [B], or None for all.
         pipe: The pipeline, for its scheduler and whether it guides.
-        kept: Keys and values of style by layer, with what they were made of; None to make them anew each time.
+        kept: Keys and values of style by layer, with what they were made of; None to rebuild them each time.
     """
 
     weights: Tensor

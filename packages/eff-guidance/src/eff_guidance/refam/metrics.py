@@ -10,11 +10,11 @@ from torch import Tensor
 
 def _pairs(masks: Sequence[Tensor], truth: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     if not len(masks) or len(masks) != len(truth):
-        raise ValueError(f"{len(masks)} masks and {len(truth)} true ones; wanted as many, at least one")
+        raise ValueError(f"{len(masks)} masks and {len(truth)} true ones; wanted equal numbers, at least one")
     both = [(torch.as_tensor(a).bool(), torch.as_tensor(b).bool()) for a, b in zip(masks, truth, strict=True)]
     for a, b in both:
         if a.shape != b.shape:
-            raise ValueError(f"a mask of {list(a.shape)} beside a true one of {list(b.shape)}")
+            raise ValueError(f"a mask of {list(a.shape)} cannot be compared with a true one of {list(b.shape)}")
     return both
 
 
@@ -46,7 +46,7 @@ def point_accuracy(points: Sequence[tuple[float, float]], truth: Sequence[Tensor
         ValueError: not as many points as masks, none at all, or a point outside of its picture.
     """
     if not len(points) or len(points) != len(truth):
-        raise ValueError(f"{len(points)} points and {len(truth)} masks; wanted as many, at least one")
+        raise ValueError(f"{len(points)} points and {len(truth)} masks; wanted equal numbers, at least one")
     hits = 0
     for (x, y), mask in zip(points, truth, strict=True):
         height, width = mask.shape

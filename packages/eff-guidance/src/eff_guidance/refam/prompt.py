@@ -106,7 +106,7 @@ def add_magnets(
 def _tokens(tokenizer: Any, text: str, spans: list[tuple[int, int, TokenRole]]) -> list[tuple[int, str, TokenRole]]:
     """Id, text and role of each token of a text with the tokenizer's special tokens."""
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"{type(tokenizer).__name__} tells no places of its tokens; use a fast tokenizer")
+        raise TypeError(f"{type(tokenizer).__name__} does not give the positions of its tokens; use a fast tokenizer")
     found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     names = tokenizer.convert_ids_to_tokens(found["input_ids"])
     special = found["special_tokens_mask"]

@@ -102,7 +102,7 @@ class PhasedLoss(nn.Module):
             ValueError: the state is of before the end of the phase, which has come here.
         """
         if state["active"] and not self.active:
-            raise ValueError("this loss has been switched off for good; load a state of before into a new one")
+            raise ValueError("this loss has been switched off for good; load an earlier state into a new one")
         if self.trigger is not None and state["trigger"] is not None:
             self.trigger.load_state_dict(state["trigger"])
         if not state["active"]:
@@ -126,12 +126,12 @@ class PhasedLoss(nn.Module):
         found = self._seen.pop(key, None)
         if found is None:
             why = "run the student before each call" if self.attached else "attach() the loss to a student"
-            raise RuntimeError(f"there are no hidden states of the student to look at; {why}")
+            raise RuntimeError(f"there are no hidden states of the student; {why}")
         tensor = found if isinstance(found, Tensor) else found[0]
         if torch.is_grad_enabled() and not tensor.requires_grad:
             raise RuntimeError(
                 "the student's hidden states carry no gradient: it ran under torch.no_grad, is frozen, or checkpoints "
-                "its blocks reentrantly (use_reentrant=False is wanted)"
+                "its blocks reentrantly (use use_reentrant=False)"
             )
         return found
 

@@ -80,7 +80,7 @@ def calibrate_fp4(model: nn.Module, batches: Iterable[Any], *, where: Where = "*
     with _float_activations(model):
         calibrate(model, batches, dict.fromkeys(layers, see))
     if not seen:
-        raise ValueError("calibrate_fp4 saw no tokens: no linear layer that where takes in was run")
+        raise ValueError("calibrate_fp4 saw no tokens: no linear layer selected by where was run")
     amax = {name: float(value) for name, value in seen.items()}
     if wrong := [name for name, value in amax.items() if not math.isfinite(value)]:
         raise ValueError(f"the input of {wrong[0]} holds inf or NaN; check the model and the batches")

@@ -97,7 +97,7 @@ def check_exportable(model: nn.Module, layers: Mapping[str, FP4Linear]) -> FP4Co
             continue
         codes = isinstance(module, QuantizedLinear) or module.weight.dtype.itemsize == 1
         if name not in layers and codes:
-            raise ValueError(f"{name} is a {type(module).__name__}; a folder of FP4 layers takes float layers beside")
+            raise ValueError(f"{name} is a {type(module).__name__}; layers of a folder must be FP4 or float")
     check_no_experts(model, "a folder of FP4 layers")
     for f in find_linears(model):
         if not is_linear(f.module):

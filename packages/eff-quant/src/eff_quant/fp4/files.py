@@ -39,7 +39,7 @@ class Folder:
         self.path = Path(path)
         self.modelopt = False
         if not self.path.is_dir():
-            raise OSError(f"{path} is no folder; download the model first (huggingface_hub.snapshot_download)")
+            raise OSError(f"{path} is not a folder; download the model first (huggingface_hub.snapshot_download)")
         self._files: dict[str, Path] = {}
         self._headers: dict[str, Tensor] = {}
         for file in self._all_files():
@@ -69,7 +69,7 @@ class Folder:
                     self._headers[key] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
                     self._files[key] = file
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
     def check_modelopt(self, settings: Mapping[str, Any]) -> Activations | None:
         """Take the folder as one of ModelOpt NVFP4, and return what its activations are.
@@ -114,11 +114,11 @@ class Folder:
             check_fp4_tensors(name, found, format)
             layers[name] = found
         if not layers:
-            raise ValueError(f"{self.path} holds no {mark}, so no FP4 weights")
+            raise ValueError(f"{self.path} has no {mark}, so it holds no FP4 weights")
         if lone := sorted(
             k for k in self._headers if k.endswith(".weight_scale") and k.rpartition(".")[0] not in layers
         ):
-            raise KeyError(f"{lone[0]} belongs to no FP4 weight: there is no {mark} beside it")
+            raise KeyError(f"{lone[0]} has no FP4 weight: its {mark} is missing")
         return layers
 
     def as_compressed_tensors(self, layers: Mapping[str, Any]) -> dict[str, Tensor]:

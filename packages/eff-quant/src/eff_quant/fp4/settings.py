@@ -134,7 +134,7 @@ def stored_fp4(settings: Mapping[str, Any]) -> FP4Config:
         ValueError: as `read_compressed_tensors`, or it is ModelOpt's, whose other file says what it means.
     """
     if settings.get("quant_method") != "compressed-tensors":
-        raise ValueError("NVFP4 of modelopt is told by a folder's hf_quant_config.json; use load_fp4_checkpoint")
+        raise ValueError("modelopt keeps its NVFP4 settings in hf_quant_config.json; use load_fp4_checkpoint")
     format, activations = read_compressed_tensors(settings)
     return FP4Config(format=format, activations=activations, scale_rounding=file_rounding(format))
 

@@ -40,8 +40,8 @@ def convert_qat_(model: nn.Module, target: Target = "fp8_weight_only", *, allow_
     wrong = [f"{name}: {text}" for name, m in layers if (text := _mismatch(m.fp8_qat.config, target))]
     if wrong and not allow_mismatch:
         raise ValueError(
-            f"{len(wrong)} layers were prepared for something else than {target!r}; allow_mismatch=True converts them "
-            "all the same\n  " + "\n  ".join(wrong)
+            f"{len(wrong)} layers were prepared for another target than {target!r}; allow_mismatch=True converts them "
+            "anyway\n  " + "\n  ".join(wrong)
         )
     report = Report(f"convert_qat_ to {target}")
     for name, module in model.named_modules():

@@ -125,7 +125,7 @@ def compressed_settings(model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"the model has layers with activations {sorted(activations)}; a folder holds one setting")
     for name, layer in layers.items():
         if layer.config.dtype != "e4m3":
-            raise ValueError(f"{name} has dtype={layer.config.dtype!r}; compressed-tensors has 'e4m3' alone")
+            raise ValueError(f"{name} has dtype={layer.config.dtype!r}; compressed-tensors supports only 'e4m3'")
         if layer.transposed:
             raise ValueError(f"{name} was a Conv1D, which compressed-tensors does not load; use save_pretrained")
     dynamic = activations == {"dynamic"}

@@ -98,7 +98,7 @@ def outlier_report(
     calibrate(model, batches, dict.fromkeys(seen, lambda call: seen[call.name].add(call.rows(call.input), threshold)))
     seen = {name: columns for name, columns in seen.items() if columns.tokens}
     if not seen:
-        raise ValueError("outlier_report saw no tokens: no linear layer that where takes in was run")
+        raise ValueError("outlier_report saw no tokens: no linear layer selected by where was run")
     tokens = max(c.tokens for c in seen.values())
     return OutlierReport(float(threshold), tokens, {name: c.result() for name, c in seen.items()})
 

@@ -44,7 +44,7 @@ def calibrate_activations(
     run: Run | None = None,
     seed: int = 0,
 ) -> ActivationCalibration:
-    """Run a float model and find the scale of each input column of the layers that the layout takes in.
+    """Run a float model and find the scale of each input column of the layers selected by the layout.
 
     scale = percentile(|x P R|) / 127, at least 1e-6, where the percentiles of all calls are put together by
     ``config.reduce``. With ``config.permute`` the batches are run twice: the order comes first.

@@ -67,13 +67,14 @@ class QuantLayout(Settings):
         """The names of the layers that the layout quantises, in their order.
 
         Raises:
-            ValueError: a pattern of ``include`` fits none; the message names it.
+            ValueError: a pattern of ``include`` fits no name; the message names the pattern.
         """
         names = list(names)
         chosen = [n for n in names if self(n)]
         idle = [p for p in self.include if not any(matches(n, p) for n in chosen)]
         if idle:
-            raise ValueError(f"{len(names)} linear layers and none fits {', '.join(map(repr, idle))}: {_some(names)}")
+            patterns = ", ".join(map(repr, idle))
+            raise ValueError(f"none of the {len(names)} linear layers fits {patterns}: {_some(names)}")
         return chosen
 
     def linears(self, model: nn.Module) -> list[str]:

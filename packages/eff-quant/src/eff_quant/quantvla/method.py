@@ -26,7 +26,7 @@ from eff_quant.registry import register
 def quantize_layout_(
     model: nn.Module, layout: QuantLayout, config: W4A8Config, calibration: ActivationCalibration | None = None
 ) -> Report:
-    """Replace the linear layers that a layout takes in by `W4A8Linear`, in place.
+    """Replace the linear layers selected by a layout by `W4A8Linear`, in place.
 
     A model of transformers or diffusers saves and loads afterwards as after `eff_quant.quantize_`.
 

@@ -86,7 +86,7 @@ def collect_attention_stats(
 
 
 def find_attention(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """The attention modules that the patterns take in, by name.
+    """The attention modules that the patterns select, by name.
 
     Raises:
         ValueError: no patterns, or one that fits no module.
@@ -137,7 +137,7 @@ class _Seen:
 
     def result(self, name: str) -> ModuleStats:
         if self.std is None or not self.samples:
-            raise ValueError(f"{name}: no attention logits were seen with an output that is projected; was it called?")
+            raise ValueError(f"{name}: saw no attention logits and output projection; was the module called?")
         rms = sum(self.squares) / len(self.squares)
         return ModuleStats(tuple((self.std / self.samples).tolist()), rms, len(self.squares))
 

@@ -132,7 +132,7 @@ def _units(
     estimates = report.estimates(format)
     if missing := [la.name for la in report.layers if ladder[1] not in la.block_error]:
         known = ", ".join(map(repr, report.layers[0].block_error))
-        raise ValueError(f"fallback {ladder[1]!r} was not looked at ({missing[0]}); the report has {known}")
+        raise ValueError(f"fallback {ladder[1]!r} was not measured ({missing[0]}); the report has {known}")
     groups: dict[tuple[int, str], list[Layer]] = {}
     for layer in report.layers:
         fused = next((g for g in fuse if layer.component in g), (layer.component,))

@@ -30,7 +30,7 @@ class BEVConfig(Settings):
             if not low < high:
                 raise ValueError(f"{name} must be a range (low, high), got {(low, high)}")
         if self.depth[0] < 0:
-            raise ValueError(f"depth must begin at 0 or farther away, got {self.depth}")
+            raise ValueError(f"depth must begin at 0 or more, got {self.depth}")
         if min(self.cells) < 1 or self.cells[0] % 4 or self.cells[2] % 4:
             raise ValueError(f"cells along x and z must be positive multiples of 4, got {self.cells}")
 
@@ -74,7 +74,7 @@ class EoRaSConfig(Settings):
         if self.d_model % self.heads or self.d_model % 4:
             raise ValueError(f"d_model={self.d_model} must be a multiple of 4 and of heads={self.heads}")
         if self.crop < 16 or self.crop % 8:
-            raise ValueError(f"crop must be a multiple of 8 from 16 on, got {self.crop}")
+            raise ValueError(f"crop must be a multiple of 8 and at least 16, got {self.crop}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
 

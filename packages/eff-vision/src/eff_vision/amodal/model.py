@@ -117,11 +117,15 @@ class EoRaS(nn.Module):
         if batch == 0 or frames == 0:
             raise ValueError(f"a clip needs at least one frame, got crops {list(crops.shape)}")
         if (intrinsics is None) != (self.lift is None):
-            raise ValueError("the bird's-eye view needs intrinsics" if self.lift else "there is no bird's-eye view")
+            raise ValueError(
+                "the bird's-eye view needs intrinsics"
+                if self.lift
+                else "intrinsics are only used with a bird's-eye view"
+            )
         if intrinsics is not None and tuple(intrinsics.shape) != (batch, frames, 3, 3):
             raise ValueError(f"intrinsics must be [{batch}, {frames}, 3, 3], got {list(intrinsics.shape)}")
         if tilt is not None and self.lift is None:
-            raise ValueError("tilt means something with a bird's-eye view only")
+            raise ValueError("tilt is only used with a bird's-eye view")
         if valid is None:
             valid = torch.ones(batch, frames, dtype=torch.bool, device=crops.device)
         elif valid.dtype != torch.bool or tuple(valid.shape) != (batch, frames):

@@ -87,7 +87,7 @@ class SpatialFeatureEncoder(nn.Module):
     def __init__(self, num_patches: int, feature_dim: int, groups: Tensor) -> None:
         super().__init__()
         if groups.ndim != 1 or int(groups.min()) < 0:
-            raise ValueError("groups must be int [V], from 0 on")
+            raise ValueError("groups must be integers [V] of 0 or more")
         self.place = nn.Parameter(torch.zeros(int(groups.max()) + 1, num_patches))
         self.readout = nn.Linear(feature_dim, groups.numel())
         self.register_buffer("groups", groups)

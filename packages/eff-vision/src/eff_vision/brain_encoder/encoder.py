@@ -177,7 +177,7 @@ class RoiQueryEncoder(nn.Module):
         if grid[0] * grid[1] != features.size(1):
             raise ValueError(
                 f"a grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} patches, got {features.size(1)} tokens; "
-                "class and register tokens are to be left out"
+                "leave out class and register tokens"
             )
         if c.position == "learned" and max(grid) > c.max_grid:
             raise ValueError(f"the learnt position table holds {c.max_grid} rows and columns, got {grid}")

@@ -17,7 +17,9 @@ def pearson_columns(prediction: Tensor, target: Tensor) -> Tensor:
         ValueError: the shapes differ, or there are fewer than two rows.
     """
     if prediction.shape != target.shape or prediction.ndim != 2 or prediction.size(0) < 2:
-        raise ValueError(f"wanted [N >= 2, V] alike, got {list(prediction.shape)} and {list(target.shape)}")
+        raise ValueError(
+            f"wanted two tensors [N >= 2, V] of one shape, got {list(prediction.shape)} and {list(target.shape)}"
+        )
     p, t = (x.double() - x.double().mean(0) for x in (prediction, target))
     return (p * t).sum(0) / (p.square().sum(0) * t.square().sum(0)).sqrt()
 

@@ -25,7 +25,7 @@ class RoiMasks:
         if self.masks.ndim != 2 or self.masks.dtype != torch.bool:
             raise ValueError(f"masks must be bool [R, V], got {self.masks.dtype} {list(self.masks.shape)}")
         if len(self.names) != self.masks.size(0):
-            raise ValueError(f"{self.masks.size(0)} regions need as many names, got {len(self.names)}")
+            raise ValueError(f"{self.masks.size(0)} regions need one name each, got {len(self.names)}")
         outside = ~self.masks.any(0)
         if bool(outside.any()):
             first = int(outside.nonzero()[0])
@@ -51,7 +51,7 @@ class RoiMasks:
         named = [x for x in found if x != rest]
         texts = list(names) if names is not None else [str(x) for x in named]
         if len(texts) != len(named):
-            raise ValueError(f"{len(named)} labels other than {rest} need as many names, got {len(texts)}")
+            raise ValueError(f"{len(named)} labels other than {rest} need one name each, got {len(texts)}")
         if rest in found:
             named, texts = [*named, rest], [*texts, "rest"]
         return cls(torch.stack([labels == x for x in named]), tuple(texts))

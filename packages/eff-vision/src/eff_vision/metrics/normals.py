@@ -45,7 +45,9 @@ def normal_metrics(prediction: Tensor, target: Tensor, valid: Tensor | None = No
         ValueError: the shapes differ or nothing is valid.
     """
     if prediction.shape != target.shape or prediction.shape[-1] != 3:
-        raise ValueError(f"normals must be [..., 3] alike, got {list(prediction.shape)} and {list(target.shape)}")
+        raise ValueError(
+            f"normals must be [..., 3] of one shape, got {list(prediction.shape)} and {list(target.shape)}"
+        )
     angles = torch.rad2deg(angle_between(prediction, target))
     angles = angles.flatten() if valid is None else angles[valid]
     if not angles.numel():

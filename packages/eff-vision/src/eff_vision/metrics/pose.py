@@ -36,7 +36,9 @@ def pose_metrics(prediction: Tensor, target: Tensor, *, threshold: float = 30.0,
         ValueError: the shapes differ or there are fewer than two views.
     """
     if prediction.shape != target.shape or prediction.ndim != 3 or prediction.size(0) < 2:
-        raise ValueError(f"wanted poses [S >= 2, 3, 4] alike, got {list(prediction.shape)} and {list(target.shape)}")
+        raise ValueError(
+            f"wanted two sets of poses [S >= 2, 3, 4], got {list(prediction.shape)} and {list(target.shape)}"
+        )
     p, g = relative_poses(prediction.double(), reference), relative_poses(target.double(), reference)
     others = [i for i in range(len(p)) if i != reference]
     rotation = torch.rad2deg(rotation_angle(p[others, :, :3], g[others, :, :3])).mean()

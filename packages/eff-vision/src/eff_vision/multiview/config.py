@@ -67,13 +67,13 @@ class MultiViewConfig(Settings):
         if len(self.taps) != wanted or not all(0 <= t < self.depth for t in self.taps):
             raise ValueError(f"taps must be {wanted} of 0 .. {self.depth - 1} for head={self.head!r}, got {self.taps}")
         if self.encoder == "conv" and self.patch_size % 4:
-            raise ValueError(f"encoder='conv' wants a patch_size that 4 divides, got {self.patch_size}")
+            raise ValueError(f"encoder='conv' needs a patch_size divisible by 4, got {self.patch_size}")
         if self.head == "shuffle" and self.patch_size % 4:
-            raise ValueError(f"head='shuffle' wants a patch_size that 4 divides, got {self.patch_size}")
+            raise ValueError(f"head='shuffle' needs a patch_size divisible by 4, got {self.patch_size}")
         if self.encoder == "conv" and (self.encoder_depth or self.encoder_registers):
-            raise ValueError("encoder_depth and encoder_registers mean something with encoder='vit' only")
+            raise ValueError("encoder_depth and encoder_registers are only used with encoder='vit'")
         if self.encoder == "vit" and self.encoder_depth < 1:
-            raise ValueError(f"encoder='vit' wants encoder_depth of 1 or more, got {self.encoder_depth}")
+            raise ValueError(f"encoder='vit' needs encoder_depth of 1 or more, got {self.encoder_depth}")
 
     @classmethod
     def vggt_1b(cls) -> MultiViewConfig:

@@ -47,7 +47,7 @@ def head_dims(layers: dict[str, nn.Module]) -> dict[str, int]:
         heads = getattr(layer, "num_heads", None)
         width = getattr(getattr(layer, "proj", None), "in_features", None)
         if not isinstance(heads, int) or not isinstance(width, int):
-            raise ValueError(f"{name} does not tell its heads and its width")
+            raise ValueError(f"{name} does not say how many heads it has or how wide it is")
         found[name] = width // heads
     return found
 

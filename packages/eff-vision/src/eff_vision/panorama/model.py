@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -120,11 +119,6 @@ class PDBridgeNet(nn.Module):
             ]
             main[task] = self.decoders[task](maps, height, width)
         return PanoOutput(main, intermediate)
-
-    def warmup_parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained in the first steps while all else stands still: aggregators and heads (section 4)."""
-        for part in (self.aggregate, self.features, self.predict, self.decoders):
-            yield from part.parameters()
 
 
 def _task_features(dim: int) -> nn.Sequential:

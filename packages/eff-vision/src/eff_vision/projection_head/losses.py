@@ -9,7 +9,7 @@ from torch import Tensor
 
 def _check_views(z1: Tensor, z2: Tensor) -> None:
     if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(f"the two views must be [B, d] alike, got {list(z1.shape)} and {list(z2.shape)}")
+        raise ValueError(f"the two views must be [B, d] of one shape, got {list(z1.shape)} and {list(z2.shape)}")
     if z1.size(0) < 2:
         raise ValueError("a contrastive loss needs a batch of two items or more, got 1")
 

@@ -163,7 +163,7 @@ class ObjectScanpathTransformer(nn.Module):
         if (features is None) != (self.config.feature_dim is None):
             raise ValueError("the model reads features where feature_dim is set, else images")
         if looks is not None and (images is None or images.ndim != 4):
-            raise ValueError("looks are places among images [K, 3, H, W]")
+            raise ValueError("looks are indices into images [K, 3, H, W], so give images of that shape")
         if images is not None and looks is not None:
             seen = self.appearance(images)[looks]
         elif images is not None:

@@ -56,7 +56,9 @@ class LolaSpecViTConfig(Settings):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not len(self.dims) == len(self.depths) == len(self.heads) or not self.dims:
-            raise ValueError(f"dims, depths and heads must be as long, got {self.dims}, {self.depths}, {self.heads}")
+            raise ValueError(
+                f"dims, depths and heads must have one length, got {self.dims}, {self.depths}, {self.heads}"
+            )
         for dim, heads in zip(self.dims, self.heads, strict=True):
             if dim % heads:
                 raise ValueError(f"{heads} heads do not divide a width of {dim}")

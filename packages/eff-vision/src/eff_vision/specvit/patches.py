@@ -38,7 +38,7 @@ class HsiPatches(Dataset[tuple[Tensor, int]]):
         if patch < 1 or patch % 2 == 0:
             raise ValueError(f"patch must be odd, so that it has a centre, got {patch}")
         if mask.shape != scene.labels.shape or (scene.labels[mask] == 0).any():
-            raise ValueError("the mask must be [H, W] and hold labelled pixels alone")
+            raise ValueError("the mask must be [H, W] and mark labelled pixels only")
         self.patch, self.standardize = patch, standardize
         values = scene.cube if reducer is None else reducer.transform(scene.cube)
         half = patch // 2

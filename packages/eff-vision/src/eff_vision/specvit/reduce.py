@@ -29,7 +29,7 @@ class PCAReducer:
         pixels = pixels.astype(np.float64)
         if min(pixels.shape) < self.num_components:
             raise ValueError(
-                f"{pixels.shape[0]} pixels of {pixels.shape[1]} bands give no {self.num_components} components"
+                f"{pixels.shape[0]} pixels of {pixels.shape[1]} bands are too few for {self.num_components} components"
             )
         self.mean = pixels.mean(0)
         covariance = np.cov(pixels - self.mean, rowvar=False).reshape(pixels.shape[1], -1)

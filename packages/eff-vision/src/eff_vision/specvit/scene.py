@@ -34,7 +34,7 @@ class HsiScene:
         if self.labels.min() < 0:
             raise ValueError(f"labels must not be negative, got {self.labels.min()}")
         if self.names and len(self.names) < self.num_classes:
-            raise ValueError(f"{self.num_classes} classes need as many names, got {len(self.names)}")
+            raise ValueError(f"{self.num_classes} classes need one name each, got {len(self.names)}")
 
     @property
     def num_classes(self) -> int:

@@ -110,7 +110,7 @@ class StudentViT(nn.Module):
         """Tokens [B, 1 + N, dim] after each block."""
         size = self.config.patch_size
         if pictures.size(-1) % size or pictures.size(-2) % size:
-            raise ValueError(f"pictures of {list(pictures.shape[-2:])} are no multiple of the patch size {size}")
+            raise ValueError(f"pictures of {list(pictures.shape[-2:])} are not a multiple of the patch size {size}")
         x = self.patch_embed(pictures)
         place = sine_position(x.size(-2), x.size(-1), self.config.dim).to(x)
         tokens = x.flatten(2).mT + place
@@ -120,11 +120,6 @@ class StudentViT(nn.Module):
             tokens = block(tokens)
             found.append(tokens)
         return found
-
-    def patch_map(self, pictures: Tensor) -> Tensor:
-        """Tokens of the patches as a map [B, dim, rows, columns]."""
-        rows = pictures.size(-2) // self.config.patch_size
-        return self.forward(pictures)[:, 1:].mT.unflatten(-1, (rows, -1))
 
 
 def rehead_last_block(model: nn.Module, num_heads: int) -> int:

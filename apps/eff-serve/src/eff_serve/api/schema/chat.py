@@ -117,7 +117,7 @@ class Message(RequestModel):
     @model_validator(mode="after")
     def _fields_of_the_role(self) -> Message:
         if self.tool_calls and self.role != "assistant":
-            raise refuse(f"tool_calls belong into messages of the assistant, not of role {self.role!r}", "tool_calls")
+            raise refuse(f"tool_calls are only for messages of the assistant, got role {self.role!r}", "tool_calls")
         if self.content is None and not self.tool_calls:
             raise refuse("content is null; only a message with tool_calls needs no text", "content")
         if (self.role == "tool") != (self.tool_call_id is not None):

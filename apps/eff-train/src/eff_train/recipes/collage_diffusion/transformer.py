@@ -232,7 +232,7 @@ def start(model: Any) -> None:
 
 @contextmanager
 def plain(model: Any) -> Iterator[None]:
-    """The model without its compiled blocks, which would be compiled anew for other sizes of batches."""
+    """The model without its compiled blocks, which would be recompiled for other sizes of batches."""
     held = [block._compiled_call_impl for block in model.transformer_blocks]
     try:
         for block in model.transformer_blocks:

@@ -81,7 +81,9 @@ def task_of(prompt: str) -> int:
     marks = {"Backwards:": "backwards", "Kind of": "kind"}
     task = next((t for mark, t in marks.items() if prompt.startswith(mark)), "sum" if "+" in prompt else "")
     if not task:
-        raise ValueError(f"{prompt!r} is no question; ask '12 + 34 =', 'Backwards: a b c d =' or 'Kind of dog:'")
+        raise ValueError(
+            f"{prompt!r} is not a question of these tasks; ask '12 + 34 =', 'Backwards: a b c d =' or 'Kind of dog:'"
+        )
     return list(TASKS).index(task)
 
 

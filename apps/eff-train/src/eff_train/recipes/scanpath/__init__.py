@@ -78,7 +78,7 @@ class Config(TrainConfig):
             )
         least = 4 * max(self.rows, self.columns)  # exact codes of as many rows and columns, each a fourth of the width
         if self.width % 8 or self.width < least:
-            raise ValueError(f"width must be a multiple of 8 from {least} on, got {self.width}")
+            raise ValueError(f"width must be a multiple of 8 and at least {least}, got {self.width}")
 
 
 class Scanpath(Recipe[Config]):

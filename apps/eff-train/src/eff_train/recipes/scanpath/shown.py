@@ -40,7 +40,7 @@ def read_shelf(file: Path) -> dict[str, Any]:
     try:
         asked = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}") from error
     wanted = {"picture": str, "target": int, "rows": int, "columns": int}
     if not isinstance(asked, dict) or any(type(asked.get(k)) is not t for k, t in wanted.items()):
         raise ValueError(f"{file} must hold picture (text), target, rows and columns (whole numbers), got {asked!r}")

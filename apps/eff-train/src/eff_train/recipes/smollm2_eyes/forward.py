@@ -74,7 +74,7 @@ def block(
 
 
 def layer_weights(layer: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Weights of a layer for `block`; those that are trained are cast anew at each step."""
+    """Weights of a layer for `block`; those that are trained are cast again at each step."""
     a, m = layer.self_attn, layer.mlp
     found: list[Tensor] = [layer.input_layernorm.weight]
     for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj):

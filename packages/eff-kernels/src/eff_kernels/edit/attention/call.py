@@ -60,7 +60,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of attention: immutable, made anew for each call; change it by `replace`.
+    """One call of attention: immutable, rebuilt for each call; change it by `replace`.
 
     What is visible is what ``mask`` lets through, and of it only the past if ``causal``. See `keep_mask`.
 

@@ -73,7 +73,7 @@ def read_glb(path: Path) -> tuple[Tensor, Tensor | None]:
         or struct.unpack_from("<II", data) != (_MAGIC, 2)
         or struct.unpack_from("<I", data, 8)[0] != len(data)
     ):
-        raise ValueError(f"{path} is no whole GLB file")
+        raise ValueError(f"{path} is not a complete GLB file")
     size = struct.unpack_from("<I", data, 12)[0]
     try:
         scene = json.loads(data[20 : 20 + size])
@@ -85,7 +85,7 @@ def read_glb(path: Path) -> tuple[Tensor, Tensor | None]:
             shades = _array(scene, body, attributes["COLOR_0"], np.dtype("u1"), 4)
             colours = torch.from_numpy(shades[:, :3].astype(np.float32) / 255)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} holds no point cloud of this form: {error}") from None
+        raise ValueError(f"{path} does not hold a point cloud as written here: {error}") from None
     return torch.from_numpy(places * _FLIP), colours
 
 

@@ -43,7 +43,7 @@ def read_ply(path: Path) -> tuple[Tensor, Tensor | None]:
     data = path.read_bytes()
     end = data.find(b"end_header")
     if not data.startswith(b"ply") or end < 0:
-        raise ValueError(f"{path} is no PLY file")
+        raise ValueError(f"{path} is not a PLY file")
     head, body = data[:end].decode("ascii", "replace").splitlines(), data[data.index(b"\n", end) + 1 :]
     if "format binary_little_endian 1.0" not in head:
         raise ValueError(f"{path} is not binary and little endian")

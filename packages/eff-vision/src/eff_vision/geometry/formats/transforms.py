@@ -40,7 +40,7 @@ def read_transforms(path: Path) -> PosedViews:
         raise ValueError(f"{path} has no frames")
     names, poses, lenses, size = [], [], [], (int(found.get("h", 0)), int(found.get("w", 0)))
     if min(size) < 1:
-        raise ValueError(f"{path} does not tell w and h of the pictures")
+        raise ValueError(f"{path} does not give w and h of the pictures")
     for frame in frames:
         both = {**found, **frame}
         if bent := [n for n in ("k1", "k2", "k3", "k4", "p1", "p2") if both.get(n)]:
