@@ -12,7 +12,15 @@ from eff_quant.experts import module as module_file
 from eff_quant.experts.route import grouped, route
 
 pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(not triton_interprets(), reason="the tests of the ops run Triton natively")
+DEVICE = "cpu" if triton_interprets() else "cuda"
+
+
+def on_device(test):
+    """Runs under the interpreter, and natively where there is a GPU."""
+    if triton_interprets():
+        return test
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
 
 FORMATS = {
     "int8": Int8Config(activation="none"),
@@ -40,11 +48,11 @@ def tokens(t=40, experts=5, none=True, dtype=torch.float32):
     ids[:, 0] = torch.where(ids[:, 1] == 1, 0, 1)
     if none:
         ids[::7, 1] = experts
-    return x, ids, torch.rand(t, 2, generator=g).to(dtype)
+    return x.to(DEVICE), ids.to(DEVICE), torch.rand(t, 2, generator=g).to(DEVICE, dtype)
 
 
 def made(source, config, backend="triton"):
-    return QuantizedExperts.from_experts(source, dataclasses.replace(config, backend=backend))
+    return QuantizedExperts.from_experts(source.to(DEVICE), dataclasses.replace(config, backend=backend))
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def both_ways(module, x, ids, name="gate_up_proj"):
     return found, wanted
 
 
-@interpreted
+@on_device
 @formats
 def test_equals_one_expert_after_the_other(experts, name):
     module = made(experts(has_bias=True, is_transposed=True), FORMATS[name])
@@ -87,7 +95,7 @@ def test_equals_one_expert_after_the_other(experts, name):
         assert (a - b).norm() < 1e-6 * b.norm()
 
 
-@interpreted
+@on_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["int8 outliers", "mxfp4"])
 def test_half_precision(experts, name, dtype):
@@ -97,7 +105,7 @@ def test_half_precision(experts, name, dtype):
         assert (a.float() - b.float()).norm() < (8e-3 if dtype == torch.bfloat16 else 1e-3) * b.float().norm()
 
 
-@interpreted
+@on_device
 @pytest.mark.parametrize("has_gate", [True, False])
 def test_a_whole_module(experts, launches, has_gate):
     source = experts(has_gate=has_gate)
@@ -106,7 +114,7 @@ def test_a_whole_module(experts, launches, has_gate):
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
-@interpreted
+@on_device
 def test_outlier_columns_are_those_of_an_expert(experts, launches):
     """One large number changes nothing for tokens of other experts, and the columns of its own."""
     module = made(experts(), Int8Config(threshold=6.0))
@@ -122,7 +130,7 @@ def test_outlier_columns_are_those_of_an_expert(experts, launches):
     assert not torch.equal(before[mine], after[mine])
 
 
-@interpreted
+@on_device
 @formats
 def test_no_rows_and_no_experts(experts, launches, name):
     module = made(experts(), FORMATS[name])
@@ -133,23 +141,25 @@ def test_no_rows_and_no_experts(experts, launches, name):
     assert len(launches) == 6
 
 
-@interpreted
+@on_device
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_the_kernel_does_not_round_goes_one_by_one(experts, launches, name):
     made(experts(), OTHERS[name])(*tokens(3, none=False))
     assert launches == []
 
 
+@on_device
 @formats
 def test_other_backends_and_dtypes_go_one_by_one(experts, launches, name):
     x, ids, weights = tokens(8)
-    for backend in ("auto", "reference"):
+    for backend in ("auto", "reference") if DEVICE == "cpu" else ("reference",):
         made(experts(), FORMATS[name], backend)(x, ids, weights)
     assert launches == []
     assert not launch.one_launch(x.double(), dataclasses.replace(FORMATS[name], backend="triton"))
     assert not launch.one_launch(x, dataclasses.replace(FORMATS[name], backend="triton", out_dtype=torch.float64))
 
 
+@on_device
 def test_sorted_as_the_host_sorts():
     _, ids, _ = tokens()
     order, runs = route(ids, 5)
