@@ -90,7 +90,7 @@ def test_sources_that_do_not_fit(llama_case):
         (({}, config), ValueError, "no lora_A and lora_B"),
         (({key.format("A"): [1.0]}, config), TypeError, "is a list, wanted a tensor"),
         ((state, None), TypeError, "settings are a mapping or a LoraConfig"),
-        (state, TypeError, "a dict is no source.*alpha is not in the weights"),
+        (state, TypeError, "a dict cannot be an expert.*alpha is not in the weights"),
         ("nowhere", FileNotFoundError, "expert 'x': nowhere is not a folder"),
     ):
         with pytest.raises(error, match=text):
