@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -26,6 +27,7 @@ nox.options.error_on_external_run = True
 nox.options.sessions = ["lint", "types", "tests"]
 
 ROOT = Path(__file__).parent
+OLDEST = ("torch==2.11.*", "triton==3.6.* ; sys_platform == 'linux'", "transformers==5.17.*")
 CPU = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": None}
 
 
@@ -156,12 +158,29 @@ def wheel(session: nox.Session, member: str) -> None:
         "python", "-I", "-c", f"import {module} as m; assert 'site-packages' in m.__file__, m.__file__", env=CPU
     )
     session.run("uv", "pip", "check", external=True)
-    extras = ",".join(e for e in read(member).get("optional-dependencies", {}) if e != "replicas")
     groups = TARGETS[member.removeprefix("eff-")].groups
-    whole = f"{files.pop(member)}[{extras}]" if extras else files.pop(member)
+    whole = f"{files.pop(member)}[{extras(member)}]" if extras(member) else files.pop(member)
     session.install(whole, *files.values(), *(f"--group={g}" for g in groups))
     folder = MEMBERS[member].relative_to(ROOT)
     session.run("pytest", str(folder), "--timeout=600", "-m", "not gpu and not cluster", *session.posargs, env=CPU)
+
+
+@nox.session
+@each_target
+def oldest(session: nox.Session, target: Target) -> None:
+    """Run the tests with the oldest torch, Triton and transformers that the packages allow."""
+    members = [m for m in MEMBERS if target.member is None or m in closure(target.member)]
+    wanted = [
+        a for m in members for a in ("--editable", f"{MEMBERS[m]}[{extras(m)}]" if extras(m) else str(MEMBERS[m]))
+    ]
+    groups = [f"--group={ROOT / 'pyproject.toml'}:{g}" for g in target.groups]
+    with (
+        TemporaryDirectory() as outside,
+        session.chdir(outside),
+    ):  # uv does not see the workspace, which wants torch new
+        Path("overrides.txt").write_text("\n".join(workspace("override-dependencies")))
+        session.install(*wanted, *groups, "--override=overrides.txt", *OLDEST)
+    session.run("pytest", target.folder, "--timeout=600", "-m", "not gpu and not cluster", *session.posargs, env=CPU)
 
 
 @nox.session
@@ -252,6 +271,16 @@ def bench_scripts(folder: Path) -> Iterator[tuple[str, str]]:
 def read(member: str) -> dict:
     """The ``[project]`` table of a member."""
     return tomllib.loads((MEMBERS[member] / "pyproject.toml").read_text())["project"]
+
+
+def extras(member: str) -> str:
+    """Names of a member's extras, without that of Ray, which has a session of its own."""
+    return ",".join(e for e in read(member).get("optional-dependencies", {}) if e != "replicas")
+
+
+def workspace(key: str) -> list[str]:
+    """A list in the workspace's settings of uv."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"][key]
 
 
 def closure(member: str) -> set[str]:
