@@ -335,5 +335,5 @@ def test_the_name_alone_is_refused(zoo):
     with intercept_attention(model, steer):
         pass
     model.set_attn_implementation("eff_attention")
-    with pytest.raises(RuntimeError, match="is set by intercept_attention alone"):
+    with pytest.raises(RuntimeError, match="is set only by intercept_attention"):
         model(**arguments)

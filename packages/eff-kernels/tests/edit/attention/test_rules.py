@@ -228,7 +228,7 @@ def test_a_rule_without_weights_inside_of_one_that_edits_them(zoo):
     model, arguments = zoo("llama")
     inner = intercept_attention(model, lambda c, a: c.q, order=1)
     outer = intercept_attention(model, lambda c, a: a.with_weights(c, lambda w, p: w), order=0)
-    with pytest.raises(RuntimeError, match="computes no weights, which a rule outside of it changes"):
+    with pytest.raises(RuntimeError, match="computes no weights, but an outer rule changes them"):
         model(**arguments)
     inner.remove()
     outer.remove()
@@ -251,9 +251,9 @@ def test_what_cannot_be_reached_is_named(zoo):
     assert "torch.nn.MultiheadAttention computes inside PyTorch" in found["head.attention"]
     with pytest.raises(SkippedModulesError, match=r"head\.attention"):
         intercept_attention(model, plain, strict=True)
-    with pytest.raises(ValueError, match="no attention was found to take"):
+    with pytest.raises(ValueError, match="no attention layer was found to intercept"):
         intercept_attention(model, plain, where="head.attention")
-    with pytest.raises(ValueError, match="no attention was found to take"):
+    with pytest.raises(ValueError, match="no attention layer was found to intercept"):
         intercept_attention(torch.nn.Linear(2, 2), plain)
 
 

@@ -107,7 +107,7 @@ def follow(model: nn.Module, names: list[str], handle: Handle) -> None:
     modules = dict(model.named_modules())
     decoders = {d: None for n in names if (d := decoder_of(modules, n)) is not None}
     if not decoders:
-        raise ValueError("roles of tokens are known in decoders of transformers alone, and no such attention was taken")
+        raise ValueError("roles of tokens are known only in decoders of transformers, and none of them was intercepted")
     for name in decoders:
         decoder = modules[name]
         handle.on_remove(decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True).remove)

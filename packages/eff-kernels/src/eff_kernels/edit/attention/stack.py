@@ -113,7 +113,7 @@ class Attend:
             return _observe(entry, call, inner(call))
         result = entry.rule(call, inner)
         if call.edits and not inner._used:
-            raise RuntimeError(f"{call.name}: {entry.rule!r} computes no weights, which a rule outside of it changes")
+            raise RuntimeError(f"{call.name}: {entry.rule!r} computes no weights, but an outer rule changes them")
         return _output(call, entry, result)
 
     def with_weights(

@@ -92,7 +92,7 @@ def attention(
     """The registered function: sends the call through the module's stack; [B, H, S, D] in, [B, S, H, D] out."""
     stack = stack_of(module)
     if stack is None:
-        raise RuntimeError(f"attn_implementation={NAME!r} is set by intercept_attention alone, not by hand")
+        raise RuntimeError(f"attn_implementation={NAME!r} is set only by intercept_attention, not by hand")
     if args:
         kwargs = {**dict(zip(("scaling", "dropout"), args, strict=False)), **kwargs}
     if kwargs.get("cache") is not None:
