@@ -251,9 +251,9 @@ def test_what_cannot_be_reached_is_named(zoo):
     assert "torch.nn.MultiheadAttention computes inside PyTorch" in found["head.attention"]
     with pytest.raises(SkippedModulesError, match=r"head\.attention"):
         intercept_attention(model, plain, strict=True)
-    with pytest.raises(ValueError, match="no attention layer was found to intercept"):
+    with pytest.raises(ValueError, match="no attention was found to intercept"):
         intercept_attention(model, plain, where="head.attention")
-    with pytest.raises(ValueError, match="no attention layer was found to intercept"):
+    with pytest.raises(ValueError, match="no attention was found to intercept"):
         intercept_attention(torch.nn.Linear(2, 2), plain)
 
 

@@ -175,7 +175,7 @@ def _put(model: nn.Module, entry: Entry, where: Where | None, strict: bool, acti
             _enter(handle, names, name, module, way, entry)
             handle.report.change(name)
         if not handle.report.changed:
-            raise ValueError(f"no attention layer was found to intercept\n{handle.report}")
+            raise ValueError(f"no attention was found to intercept\n{handle.report}")
         if strict:
             handle.report.raise_if_skipped()
         if "roles" in entry.needs:
