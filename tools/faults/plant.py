@@ -374,10 +374,10 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{u.label}: {', '.join(u.tests)}" for u in chosen))
     elif options.report:
+        PAGE.write_text(page())
         print(report())
         there = counts()
         print("nothing planted in:", ", ".join(u.label for u in every if u.label not in there) or "none")
-        PAGE.write_text(page())
     elif not chosen:
         parser.error(f"no unit is called {options.wanted}; --list names them")
     else:

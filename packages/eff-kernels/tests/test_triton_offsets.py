@@ -1,4 +1,4 @@
-"""Offsets that grow with the number of programs are 64-bit: 32 bits overflow from 2**31 elements on, which no test holds."""
+"""Offsets that grow with the number of programs have 64 bits: 32 overflow from 2**31 elements on, beyond any test."""
 
 import ast
 from pathlib import Path
