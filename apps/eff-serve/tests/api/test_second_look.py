@@ -143,7 +143,7 @@ def test_what_cannot_be_looked_at_twice_is_refused(seeing, engine):
     bare = seeing.post("/v1/completions", json={"prompt": "What?", "eff": {"carve": True}})
     assert bare.json()["error"]["param"] == "eff.carve"
     engine.steering = ("act",)
-    assert "it takes 'act'" in ask(seeing).json()["error"]["message"]
+    assert "it supports 'act'" in ask(seeing).json()["error"]["message"]
     assert not engine.submitted
 
 

@@ -49,7 +49,7 @@ def test_a_refusal_of_the_engine_is_400(chat, engine):
     engine.refusal = ValueError("steering by 'var' is not supported by this model; it supports 'act'")
     response = chat(eff={"var": True})
     assert response.status_code == 400
-    assert "it takes 'act'" in response.json()["error"]["message"]
+    assert "it supports 'act'" in response.json()["error"]["message"]
 
 
 def test_models_tell_what_they_take(client, engine):

@@ -156,7 +156,7 @@ def test_refusals(tmp_path, tiny_model):
             read_reuse(saved(tmp_path, meta=meta), num_layers=3, **options)
     (tmp_path / "other.json").write_text("{}")
     for name in ("other.json", "missing.json"):
-        with pytest.raises(ValueError, match=f"{name} is no policy of layer reuse"):
+        with pytest.raises(ValueError, match=f"{name} is not a policy of layer reuse"):
             read_reuse(tmp_path / name, num_layers=3, **options)
     with pytest.raises(ValueError, match="need a policy"):
         load_engine(EngineConfig(model=str(tiny_model("llama")), reuse_top_k=128), progress=False)

@@ -181,7 +181,7 @@ def test_models_of_transformers_take_calibration(make_engine, tmp_path):
         assert [token for token, _ in answer] == wanted
         torch.testing.assert_close(torch.tensor([x for _, x in answer]), scores, rtol=1e-3, atol=2e-4)
     assert len({str(answer) for answer in found}) == 3
-    with pytest.raises(ValueError, match="'pai' is nothing that this model takes; it takes 'act'"):
+    with pytest.raises(ValueError, match="'pai' is not supported by this model; it supports 'act'"):
         ask(engine, [(TEXT, Steering(pai=PAIConfig()), None)])
 
 
@@ -233,7 +233,7 @@ def test_dimensions_of_sinks_are_found(make_decoder):
     ("steering", "eyes", "text"),
     [
         (Steering(act=ACTConfig(layers=(5,))), True, "the model has 0..2"),
-        (Steering(var=VAR), False, "'var' is nothing that this model takes; it takes 'act'"),
+        (Steering(var=VAR), False, "'var' is not supported by this model; it supports 'act'"),
         (Steering(pai=PAIConfig()), True, "needs a picture"),
     ],
 )

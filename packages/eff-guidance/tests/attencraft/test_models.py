@@ -130,8 +130,9 @@ def test_the_attention_loss_draws_words_apart(whole):
         for _ in range(12):
             train.step()
         reading = reader_of(pipe, latents())("a photo of <new1> and <new2>")
-        first, second = (places[0] for places in spans(reading.tokens, CONCEPTS))
-        with torch.no_grad(), AttentionStore(pipe.unet, [first, second], cross_size=(8, 8)) as store:
+        places = spans(reading.tokens, CONCEPTS)
+        words = [places[0][0], places[1][0]]
+        with torch.no_grad(), AttentionStore(pipe.unet, words, cross_size=(8, 8)) as store:
             pipe.unet(latents(), torch.tensor([300]), **reading.arguments)
             one, other = normalize_map(store.cross)
         shared[weight] = float(torch.minimum(one, other).sum() / torch.maximum(one, other).sum())
@@ -346,7 +347,7 @@ def test_what_is_refused(whole, tiny):
     with pytest.raises(ValueError, match="for 2 concepts and the background"):
         AttenCraftTrainer(pipe, latents(), CONCEPTS, masks=masks()[:2])
     assert "<new1>" not in pipe.tokenizer.get_vocab()
-    with pytest.raises(ValueError, match="no whole sides"):
+    with pytest.raises(ValueError, match="not give whole sides"):
         map_sizes(pipe.unet, torch.zeros(1, 4, 15, 15), 0.25, 0.5)
     train = AttenCraftTrainer(pipe, latents(), CONCEPTS, masks=torch.rand(3, 16, 16))  # its cross maps: 4 x 4
     with pytest.raises(ValueError, match="no attention of"):

@@ -80,7 +80,7 @@ def read_mixture(name: str, folder: Path, shapes: Mapping[str, tuple[int, int]],
         check_name(expert)
     config.check_experts(tuple(names))
     if mode not in ("sparse", "soft"):
-        raise ValueError(f"the mixture {name!r} was saved in mode {mode!r}, which nobody can choose here; use 'sparse'")
+        raise ValueError(f"the mixture {name!r} was saved in mode {mode!r}, which is not supported here; use 'sparse'")
     if not (folder / ROUTERS_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {ROUTERS_FILE}")
     tensors = read_tensors(folder / ROUTERS_FILE)

@@ -72,7 +72,7 @@ class BlockPool:
     def keep(self, block: int) -> None:
         """Mark a held block as worth keeping once it is given back."""
         if not self._holders[block]:
-            raise ValueError(f"block {block} has no holder that could mark it")
+            raise ValueError(f"block {block} is not held, so it cannot be marked")
         self._worth.add(block)
 
     def give_back(self, blocks: list[int]) -> None:
@@ -82,7 +82,7 @@ class BlockPool:
         """
         for block in reversed(blocks):
             if not self._holders[block]:
-                raise ValueError(f"block {block} is given back, but nobody holds it")
+                raise ValueError(f"block {block} is given back, but is not held")
             self._holders[block] -= 1
             if self._holders[block]:
                 continue

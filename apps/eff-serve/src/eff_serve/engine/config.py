@@ -66,7 +66,7 @@ class DecoderConfig:
         """
         path = folder / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+            raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
         config = read_json(path)
         try:
             return cls._from_config(folder, config)

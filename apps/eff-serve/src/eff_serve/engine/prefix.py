@@ -85,7 +85,7 @@ def root_of(sampling: Sampling, adapter: int = -1) -> bytes:
 
     Args:
         sampling: The request's settings; those that act on the model count.
-        adapter: Number of its adapter, which is another one where a name was loaded anew.
+        adapter: Number of its adapter, which is another one where a name was reloaded.
     """
     acting = [(f.name, getattr(sampling, f.name)) for f in fields(sampling) if f.name not in _CHOICE]
     return hashlib.blake2b(repr((adapter, acting)).encode(), digest_size=16).digest()

@@ -146,7 +146,7 @@ def read_reuse(
     try:
         policy = LayerReusePolicy.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no policy of layer reuse: {error}") from error
+        raise ValueError(f"{path} is not a policy of layer reuse: {error}") from error
     default = LayerReuseConfig()
     given = {"top_k": top_k, "min_seq_len": min_seq_len}
     block, keys, least = (

@@ -87,7 +87,7 @@ class Scheduler:
     def make_room(self, sequence: Sequence, count: int) -> bool:
         """Give a running sequence blocks for ``count`` more tokens.
 
-        Where none are free the youngest sequence gives its blocks back and waits; it is computed anew later, from the
+        Where none are free the youngest sequence gives its blocks back and waits; it is recomputed later, from the
         same tokens and the same random state, so that its text does not change.
 
         Returns:

@@ -76,7 +76,7 @@ class Steering(Settings):
             default = PAINTConfig()
             for name in ("local_layer", "summary_layer", "saliency", "spatial_ratio"):
                 if (value := getattr(self.paint, name)) != getattr(default, name):
-                    raise ValueError(f"paint.{name}={value!r}; a server has {getattr(default, name)!r} alone")
+                    raise ValueError(f"paint.{name}={value!r}; a server supports only {getattr(default, name)!r}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class Steerer:
                 raised.layers(c.num_layers)
                 raised.gains(c.num_layers, c.num_heads)
         if steering.paint is not None and (pictures is None or pictures.saliency is None):
-            raise ValueError("steering by 'paint' needs a vision tower that tells what it attends to; use 'pai'")
+            raise ValueError("steering by 'paint' needs a vision tower whose attention can be read; use 'pai'")
 
     def _check_watch(self, watch: PictureWatch, pictures: PromptPictures | None) -> None:
         count = self._decoder.config.num_layers
@@ -233,7 +233,7 @@ def check_takes(steering: Steering, takes: tuple[str, ...]) -> None:
     for name in steering.names:
         if name not in takes:
             known = ", ".join(map(repr, takes)) or "no steering"
-            raise ValueError(f"steering by {name!r} is nothing that this model takes; it takes {known}")
+            raise ValueError(f"steering by {name!r} is not supported by this model; it supports {known}")
 
 
 def _note_first(rows: list[Tensor], layer: int, hidden: Tensor) -> None:

@@ -84,7 +84,7 @@ def host_mask(
             "use 'sdpa', 'eager' or 'flex_attention'"
         )
     past = cache.get_seq_length() if cache is not None else 0
-    if attention_mask is None:  # else positions that start anew in a row would be read as packed sequences
+    if attention_mask is None:  # else positions that start over in a row would be read as packed sequences
         attention_mask = embeds.new_ones(len(blocks), past + blocks.shape[1], dtype=torch.bool)
     arguments = {
         "config": config,

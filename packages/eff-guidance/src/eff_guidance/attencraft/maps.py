@@ -16,7 +16,7 @@ def normalize_map(values: Tensor, dims: int = 2) -> Tensor:
     flat = values.flatten(-dims)
     low, high = flat.amin(-1), flat.amax(-1)
     if bool((high <= low).any()):
-        raise ValueError(f"{int((high <= low).sum())} of {high.numel()} attention maps are flat; nothing can be told")
+        raise ValueError(f"{int((high <= low).sum())} of {high.numel()} attention maps are flat; they show no concept")
     shape = (*low.shape, *([1] * dims))
     return (values - low.reshape(shape)) / (high - low).reshape(shape)
 

@@ -156,6 +156,6 @@ def map_sizes(model: nn.Module, latents: Tensor, cross_share: float, self_share:
     for share in (cross_share, self_share):
         size = (height * share, width * share)
         if any(side != int(side) or side < 1 for side in size):
-            raise ValueError(f"a share of {share} of latents {height} x {width} gives no whole sides")
+            raise ValueError(f"a share of {share} of latents {height} x {width} does not give whole sides")
         sizes.append((int(size[0]), int(size[1])))
     return sizes

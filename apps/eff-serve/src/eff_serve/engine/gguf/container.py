@@ -80,7 +80,7 @@ class GGUFFile:
                 raise GGUFError(f"{path} is empty") from error
         reader = _Reader(path, self._map)
         if reader.bytes(4) != b"GGUF":
-            raise GGUFError(f"{path} is no GGUF file: it does not begin with 'GGUF'")
+            raise GGUFError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
         version = reader.number("I")
         if version not in (2, 3):
             raise GGUFError(f"{path} is GGUF version {version}; versions 2 and 3, little-endian, can be read")

@@ -142,7 +142,7 @@ class GGUFModel:
         hidden, heads = number("embedding_length"), number("attention.head_count")
         head_dim = number("attention.key_length", max(1, hidden // heads))
         if head_dim % 8:
-            raise GGUFError(f"{self.path}: heads of {head_dim} numbers; a multiple of 8 is wanted")
+            raise GGUFError(f"{self.path}: heads of {head_dim} numbers; it must be a multiple of 8")
         for key in ("attention.value_length", "rope.dimension_count"):
             if number(key, head_dim) != head_dim:
                 raise GGUFError(f"{self.path}: {family}.{key} other than {head_dim}, the head's size, does not run")
