@@ -120,11 +120,13 @@ class Sums:
         return found
 
 
-def rate(sums, variant, picture, score, seen):
+def rate(sums, variant, picture, score, seen, mask=True):
     """How a score fits an outline."""
-    mask, best = region(score), int(score.argmax())
+    sums.add(variant, "pointing", picture, seen.flatten()[int(score.argmax())])
+    if not mask:
+        return
+    mask = region(score)
     both = float((mask & seen).sum())
-    sums.add(variant, "pointing", picture, seen.flatten()[best])
     sums.add(variant, "iou", picture, both / float((mask | seen).sum()))
     sums.add(variant, "object_kept", picture, both / float(seen.sum()))
     sums.add(variant, "mask_share", picture, mask.float().mean())
@@ -157,8 +159,9 @@ def maps_part(model, cases, sums):
         seen = case.outline(number)
         for name, layers in LAYERS.items():
             score = score_of(own, general, case, layers)
-            rate(sums, f"contrast, {name}", i, score, seen)
-            rate(sums, f"question, {name}", i, score_of(own, general, case, layers, contrast=False), seen)
+            several = len(layers) > 1
+            rate(sums, f"contrast, {name}", i, score, seen, several)
+            rate(sums, f"question, {name}", i, score_of(own, general, case, layers, contrast=False), seen, several)
             if name == "18 to 23":
                 if before is not None:
                     rate(sums, "of another picture", i, before, seen)

@@ -145,6 +145,24 @@ def test_recorded_rows_are_those_of_eager_attention():
             torch.testing.assert_close(seen.maps[t, i], want.detach(), atol=1e-5, rtol=0)
 
 
+def test_pictures_smaller_than_the_config_says():
+    """A tower that takes any size: the config's 16 tokens of 4 x 4 are 9 of 3 x 3 here, in raster order."""
+    model, ids = llava(), torch.tensor([[1, 5, *[39] * 9, 7, 8]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)),
+    }
+    tower = model.model.vision_tower
+    forward = tower.forward
+    tower.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "interpolate_pos_encoding": True})
+    seen = record_image_attention(model, inputs, [1], max_new_tokens=1)
+    model.set_attn_implementation("eager")
+    wanted = model(**inputs, output_attentions=True).attentions[1][0, :, -1, 2:11].mean(0)
+    assert seen.grid == (3, 3)
+    torch.testing.assert_close(seen.maps[0, 0], wanted.detach(), atol=1e-5, rtol=0)
+
+
 def test_default_layers():
     seen = record_image_attention(llava(), question([7]), max_new_tokens=1)
     assert seen.layers == (0, 1, 2, 3)
