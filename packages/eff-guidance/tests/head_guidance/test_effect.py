@@ -24,15 +24,15 @@ def distances(pictures, others):
 @pytest.mark.slow
 @torch.no_grad()
 def test_guidance_by_handicapped_heads_undoes_the_handicap(collages):
-    """Half a step of damage in three heads is undone by pushing away from the other half, and by no other heads."""
+    """A quarter of a step of damage is undone, to first order, by a third of the way from the other three quarters."""
     nothing = SoftPAGConfig(heads=())
     clean = draw(collages, nothing)
-    with perturbed_heads(collages.transformer, SoftPAGConfig(heads=PLANTED, strength=0.5), order=0):
+    with perturbed_heads(collages.transformer, SoftPAGConfig(heads=PLANTED, strength=0.25), order=0):
         hurt = distances(draw(collages, nothing), clean)
-        right = distances(draw(collages, SoftPAGConfig(heads=PLANTED, scale=1.0)), clean)
-        wrong = distances(draw(collages, SoftPAGConfig(heads=OTHERS, scale=1.0)), clean)
-    assert np.mean(right) < 0.7 * np.mean(hurt)
-    assert np.mean(right) < 0.7 * np.mean(wrong)
+        right = distances(draw(collages, SoftPAGConfig(heads=PLANTED, scale=1 / 3)), clean)
+        wrong = distances(draw(collages, SoftPAGConfig(heads=OTHERS, scale=1 / 3)), clean)
+    assert all(a < b for a, b in zip(right, hurt, strict=True)), (right, hurt)
+    assert np.mean(right) < np.mean(wrong)
 
 
 @pytest.mark.slow
