@@ -4,7 +4,7 @@
     uvx nox -s bench -- attention steering_cost --table
 
 SmolLM2 with eyes reads pictures and text, ``--tokens`` together, and then goes on. In each round, after one that is not
-counted, all methods read the prompt in turn, and then say ``--decode`` tokens in turn, three times: each time is
+counted, all methods read the prompt in turn, and then say ``--decode`` tokens in turn, twice: each time is
 compared with that of the plain model beside it. A line for each method goes to results/steering_cost.jsonl.
 """
 
@@ -34,7 +34,7 @@ from eff_kernels.testing.records import environment
 RESULTS = Path(__file__).parent / "results" / "steering_cost.jsonl"
 SOURCES = (Path(eff_attention.__file__).parent, Path(eff_kernels.__file__).parent)
 PICTURE_TOKENS = 81
-BLOCKS = 3
+BLOCKS = 2
 TARGETS = (1.15, 1.10)  # of the prompt and of a token
 KNOWN = "VHR, text known"
 METHODS = {
@@ -100,6 +100,11 @@ def measure(args):
             for name in methods:
                 prefill[name].append(found[0][name])
                 token[name] += found[1][name]
+            write(args, methods, prefill, token, number)
+
+
+def write(args, methods, prefill, token, rounds):
+    """Lines for what was measured in so many rounds; a later line takes the place of an earlier one in the table."""
     about = environment("cpu", (Path(__file__), *SOURCES))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
@@ -118,7 +123,7 @@ def measure(args):
                 "clock_to_none": [round(statistics.median(x), 4) for x in clock],
                 "prefill_ratios": [round(min(ratios[0]), 3), round(max(ratios[0]), 3)],
                 "token_ratios": [round(x, 3) for x in statistics.quantiles(ratios[1], n=4)],
-                "rounds": args.rounds,
+                "rounds": rounds,
                 "decode": args.decode,
                 "dtype": args.dtype,
                 **about,
