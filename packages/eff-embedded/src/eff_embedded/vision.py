@@ -108,7 +108,7 @@ def vit_pixels(pictures: Tensor, size: int | None = None) -> Tensor:
 def vit_features(
     model: Dinov2Model, pictures: Tensor, *, size: int | None = None, layers: Sequence[int] = VIT_LAYERS
 ) -> Tensor:
-    """Features of the patches after some layers, one beside the other.
+    """Features of the patches after some layers, side by side.
 
     Args:
         model: From `load_vit`.

@@ -52,7 +52,7 @@ def _probe(kind: Any, bias: bool) -> nn.Module | None:
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
-    """What a layer holds beside its weights and its sizes; what libraries note at it begins with an underscore."""
+    """What a layer holds besides its weights and its sizes; what libraries note at it begins with an underscore."""
     sizes = ("in_features", "out_features", "training")
     held = {k: v for k, v in vars(layer).items() if not k.startswith("_") and k not in sizes}
     plain = {k: v if isinstance(v, int | float | str | bool | None) else type(v) for k, v in held.items()}

@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Linear):
         config: Settings of the method.
         device: Of all tensors.
         dtype: Of the bias, and of `weight`.
-        more: What the buffers depend on beside, see `empty_tensors`.
+        more: What else the buffers depend on, see `empty_tensors`.
     """
 
     config_class: ClassVar[type[Any]]
@@ -99,7 +99,7 @@ class QuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def requantized_tensors(self, weight: Tensor) -> dict[str, Tensor]:
-        """The same for another weight of this very layer, with all that it has beside its settings."""
+        """The same for another weight of this very layer, with all that it has besides its settings."""
         return self.quantized_tensors(weight, self.config)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -197,7 +197,7 @@ def without_wrapper(name: str) -> str:
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:
-    """All modules that PEFT put beside the layers of a model: low-rank factors, trainable copies of whole layers."""
+    """All modules that PEFT added to the layers of a model: low-rank factors, trainable copies of whole layers."""
     added: set[nn.Module] = set()
     for module in model.modules():
         if any(

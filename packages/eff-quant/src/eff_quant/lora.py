@@ -46,7 +46,7 @@ def merge_lora(peft_model: Any, *, adapter_names: list[str] | None = None) -> tu
         tensors = [layer.requantized_tensors(linear.weight) for (_, layer), linear in zip(below, merged, strict=True)]
         done = True
     finally:
-        if not done:  # as it was: the adapters still lie beside the layers, or PEFT has taken some away
+        if not done:  # as it was: the adapters are still attached to the layers, or PEFT has taken some away
             for (name, layer), inner in zip(below, names, strict=True):
                 _put_back(peft_model, name, inner, layer)
     report = Report("merge_lora")

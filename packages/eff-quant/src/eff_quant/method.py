@@ -35,8 +35,8 @@ class Method:
     Attributes:
         config: Class of its settings, a `MethodConfig`; it has the class method ``from_dict``.
         layer: Class of its layers.
-        more: ``more(name, config)``: arguments by name, beside the settings, for an unfilled layer of this name and for
-            its tensors.
+        more: ``more(name, config)``: arguments by name, in addition to the settings, for an unfilled layer of this name
+            and for its tensors.
         refuse: ``refuse(linear, config)`` says why a layer of this shape cannot be stored so; "" if it can.
         experts: ``experts(name, config)`` says why experts that are stacked in one parameter cannot be stored so; "" if
             they can. The layer's class then has ``multiply`` and ``decode``.

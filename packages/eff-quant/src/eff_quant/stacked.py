@@ -26,7 +26,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def routers_of(model: nn.Module) -> set[nn.Module]:
-    """Linear layers that choose between experts: gates and routers beside a module of experts, shared ones included.
+    """Linear layers that choose between experts: gates and routers next to a module of experts, shared ones included.
 
     A rounded router sends tokens elsewhere, and has next to no weights; most are no linear layers at all.
     """

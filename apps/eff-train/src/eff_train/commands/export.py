@@ -27,7 +27,7 @@ class Export:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``eff-train export RUN FOLDER [options]``; ``training.json`` beside the model says how it was made."""
+    """Run ``eff-train export RUN FOLDER [options]``; ``training.json`` next to the model says how it was made."""
     args = tyro.cli(Export, args=list(argv), prog="eff-train export")
     from eff_train.commands._common import opened
     from eff_train.errors import Refused

@@ -263,7 +263,7 @@ class BrainEncoder(Recipe[Config]):
         return torch.cat([model(x.to(self.device)).cpu() for x in features.split(100)])
 
     def samples(self, model: nn.Module, folder: Path) -> None:
-        """Accuracy beside the ceiling for each region, and where queries look."""
+        """Accuracy next to the ceiling for each region, and where queries look."""
         features, responses = self.test()
         accuracy = encoding_accuracy(self._answers(model, features), responses)
         shown = {

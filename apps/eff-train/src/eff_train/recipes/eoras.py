@@ -181,7 +181,7 @@ class Amodal(Recipe[Config]):
         Image.fromarray(np.concatenate(rows)).save(folder / "masks.png")
 
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
-        """Full masks of a folder of frames (000.png ...) with visible masks beside them (000-mask.png ...)."""
+        """Full masks of a folder of frames (000.png ...) with their visible masks (000-mask.png ...)."""
         from eff_vision.amodal import predict_track
         from eff_vision.geometry import intrinsics_from_fov
 

@@ -43,7 +43,7 @@ class Config(TrainConfig):
     Attributes:
         objective: Agreement after propagation, contrast of cells, or the image-level branch alone (BYOL) as a baseline.
         architecture: A small ResNet, the same with a feature pyramid, or a small ViT whose patches are the cells.
-        instance_weight: Of the image-level branch beside the cells.
+        instance_weight: Of the image-level branch, in addition to the cells.
         dim: Features of a projected cell.
         hidden: Width inside the projector.
         momentum: Of the copy at the beginning.

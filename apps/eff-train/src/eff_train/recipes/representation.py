@@ -20,7 +20,7 @@ TEACHER_SIDE = 112  # 8 x 8 patches, one for each token of the 32 x 32 latents i
 
 @dataclass(frozen=True, kw_only=True)
 class Config(transformer.Config):
-    """Options of this recipe, beside those of the transformer of collage diffusion.
+    """Options of this recipe, in addition to those of the transformer of collage diffusion.
 
     Attributes:
         method: What is added to the loss of the velocity.

@@ -29,7 +29,7 @@ def load_smollm2_eyes(
     """SmolLM2 with eyes and its processor, of transformers' own classes, in evaluation mode.
 
     LoRA acts on tokens from a sequence's first picture on, so a sequence without a picture gets SmolLM2's logits bit
-    for bit, also beside others with pictures in the cache of one ``generate``. Whoever calls the model with
+    for bit, also when others in the cache of one ``generate`` have pictures. Whoever calls the model with
     ``inputs_embeds`` that pictures were put into already says so by ``behind_picture``, bool [batch, tokens].
 
     Args:

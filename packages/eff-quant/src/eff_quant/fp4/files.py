@@ -15,7 +15,7 @@ from eff_quant.fp4.config import Activations, Format
 from eff_quant.fp4.settings import warn_of_cache
 from eff_quant.hub import DTYPES
 
-# ModelOpt's names beside ours. Its tensor scales multiply, ours divide.
+# ModelOpt's names next to ours. Its tensor scales multiply, ours divide.
 _NAMES = {
     "weight": "weight_packed",
     "weight_scale": "weight_scale",

@@ -63,7 +63,7 @@ def quantize_layout_(
 
 
 class QuantizedPolicy(NamedTuple):
-    """What `calibrate_vla` made, beside the model that it changed.
+    """What `calibrate_vla` made, in addition to the model that it changed.
 
     Attributes:
         report: The layers.

@@ -63,7 +63,7 @@ class _Sums:
 
 @torch.no_grad()
 def measure_layers(runner: Runner, formats: Sequence[str], advance: Callable[[], object]) -> list[Layer]:
-    """Run the model as it is, and beside it each layer in each format on the same input.
+    """Run the model as it is, and with it each layer in each format on the same input.
 
     Args:
         runner: The model and its windows.

@@ -91,7 +91,7 @@ class EoRaSConfig(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AmodalLossConfig(Settings):
-    """Weights of the loss beside that of full masks.
+    """Weights of the loss in addition to that of full masks.
 
     Attributes:
         visible: Of visible masks.

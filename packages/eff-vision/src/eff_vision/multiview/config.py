@@ -17,7 +17,7 @@ class MultiViewConfig(Settings):
         dim: Width of tokens.
         heads: Heads of all attention.
         depth: Pairs of a frame block (each view by itself) and a global block (all views).
-        registers: Register tokens a view, beside the camera token.
+        registers: Register tokens a view, in addition to the camera token.
         encoder: "conv" makes patches by two convolutions, "vit" by a vision transformer with ``encoder_depth`` blocks.
         encoder_depth: Blocks of that transformer.
         encoder_registers: Its register tokens.
@@ -26,7 +26,7 @@ class MultiViewConfig(Settings):
         qk_norm: Normalise queries and keys of frame, global and camera blocks.
         layer_scale: First value of the factors on branches.
         taps: Pairs of blocks whose tokens the dense heads read, 0-based: two for "shuffle", four for "dpt".
-        head: "shuffle" makes maps by two pixel shuffles with the picture beside them, "dpt" by DPT's pyramid.
+        head: "shuffle" makes maps by two pixel shuffles with the picture as a second input, "dpt" by DPT's pyramid.
         head_dim: Channels of the dense heads.
         points: Whether a second dense head gives points of the world.
         camera_depth: Blocks of the camera head.

@@ -97,7 +97,7 @@ class DenseHead(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """Two pixel shuffles with the picture beside them: for small patches."""
+    """Two pixel shuffles with the picture as a second input: for small patches."""
 
     def __init__(self, config: MultiViewConfig, channels: int) -> None:
         super().__init__()

@@ -171,7 +171,7 @@ class Scanpath(Recipe[Config]):
         return [[p[:n].tolist() for p, n in zip(a, b, strict=True)] for a, b in zip(found, lengths, strict=True)]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Drawn paths beside the searcher's own: alignment, behaviour and geometry; and what simple rules reach."""
+        """Drawn paths next to the searcher's own: alignment, behaviour and geometry; and what simple rules reach."""
         known = self.held_out
         drawn = self.drawn(model, known)
         values = scores(known, drawn)
@@ -197,7 +197,7 @@ class Scanpath(Recipe[Config]):
         return {**values, "loss": float(np.mean(loss))}
 
     def samples(self, model: nn.Module, folder: Path) -> None:
-        """Shelves with three paths of the model beside three of the searcher."""
+        """Shelves with three paths of the model next to three of the searcher."""
         known = Searches(self.held_out.shelves[:3], self.held_out.paths[:3])
         drawn = self.drawn(model, known)
         rows = []
@@ -221,8 +221,8 @@ class Scanpath(Recipe[Config]):
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
         """Paths over a picture of a shelf, from a JSON file.
 
-        The file holds ``picture`` (a path beside the file), ``target`` (number of the object that is searched for, from
-        0, row by row), and the shelf as ``rows`` and ``columns`` of cells of equal size.
+        The file holds ``picture`` (a path relative to the file), ``target`` (number of the object that is searched for,
+        from 0, row by row), and the shelf as ``rows`` and ``columns`` of cells of equal size.
         """
         if self.config.appearance != "crops":
             raise ValueError("a model that reads the searcher's own features cannot look at a picture")

@@ -23,7 +23,7 @@ def reject(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor
     if q.dtype not in DTYPE_CODES or k.dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16 and float16, got q {q.dtype} and cache {k.dtype}"
     if q.size(2) % 8:
-        return f"needs a head dimension that 8 divides, got {q.size(2)}"
+        return f"needs a head dimension divisible by 8, got {q.size(2)}"
     if k.stride() != v.stride() or k.stride(3) != 1:
         seen = f"{k.stride()} and {v.stride()}"
         return f"needs keys and values with equal strides and a contiguous last dimension, got strides {seen}"

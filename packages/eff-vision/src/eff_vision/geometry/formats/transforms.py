@@ -14,7 +14,7 @@ _FLIP = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
 
 
 def write_transforms(path: Path, views: PosedViews) -> None:
-    """Write the file, with the intrinsics of each picture beside its pose."""
+    """Write the file, with the intrinsics of each picture next to its pose."""
     views = views.checked()
     height, width = views.size
     frames = []
