@@ -81,7 +81,7 @@ def has_quantized_layers(model: nn.Module) -> bool:
 
 
 def empty_module(f: Found) -> QuantizedLinear | QuantizedExperts:
-    """What is to stand in the place of a layer or of experts, unfilled."""
+    """The unfilled replacement of a layer or of experts."""
     if is_experts(f.module):
         return QuantizedExperts.empty_like(f.module, f.config)
     return method_of(f.config).empty(f.names[0], f.module, f.config)

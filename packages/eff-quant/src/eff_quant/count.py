@@ -12,7 +12,7 @@ from torch import nn
 def count_parameters(model: nn.Module, *, only_trainable: bool = False) -> int:
     """Count the parameters of a model as they were before it was quantised.
 
-    Codes and scales are buffers, which nobody counts who adds up ``model.parameters()``; here a quantised layer has as
+    Codes and scales are buffers, which a sum over ``model.parameters()`` leaves out; here a quantised layer has as
     many weights as the linear layer that it stands for.
 
     Args:

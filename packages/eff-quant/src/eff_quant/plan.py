@@ -20,7 +20,7 @@ from eff_quant.skips import check_used, in_float32, on_skip_list
 from eff_quant.stacked import is_experts, matrix_shapes, routers_of
 
 QUANTIZED = (QuantizedLinear, QuantizedExperts)
-"""What stands in a model once it is quantised."""
+"""What a model holds once it is quantised."""
 
 
 def plan(

@@ -48,5 +48,5 @@ def method_names() -> list[str]:
 
 
 def reader_of(settings: Mapping[str, Any]) -> Any:
-    """The function that loads a folder of another library with this ``quantization_config``; None if nobody does."""
+    """The function that loads a folder of another library with this ``quantization_config``; None if no method does."""
     return next((m.read for m in METHODS.values() if m.read is not None and m.reads(settings)), None)

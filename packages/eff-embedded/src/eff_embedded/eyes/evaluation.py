@@ -76,7 +76,7 @@ def _yes_no(answer: Answer, collages: Sequence[Collage]) -> dict[str, Any]:
 
 
 def tempting(collage: Collage) -> list[str] | None:
-    """Partners of what is there, while they are not; None where there is none, which lets anything be asked about."""
+    """Partners of the picture's objects that are not in it; None if there are none, so that anything may be asked."""
     partner = {a: b for x, y, _ in everyday_pairs() for a, b in ((x, y), (y, x))}
     found = [partner[n] for n in dict.fromkeys(collage.names) if n in partner and partner[n] not in collage.names]
     return found or None

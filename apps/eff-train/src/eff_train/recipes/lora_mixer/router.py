@@ -73,7 +73,7 @@ class Router(Questions[Config]):
         return task + routing.total, {n: v.detach() for n, v in parts.items()}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The sparse mixture; nobody tells it the task."""
+        """The sparse mixture; it is not told the task."""
         from eff_adapters.lora_mixer import LoraMixer
 
         LoraMixer(model).set_mode("sparse")

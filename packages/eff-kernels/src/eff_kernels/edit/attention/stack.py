@@ -94,7 +94,7 @@ class Attend:
 
     @property
     def alone(self) -> bool:
-        """Whether the rule that holds this is the only one, so that nobody else looks on."""
+        """Whether the rule that holds this is the only one, so that no other rule sees the call."""
         return len(self._entries) == 1
 
     @property

@@ -49,7 +49,7 @@ def grouped_lora(
         x: Inputs, [..., K]; any float dtype.
         a: First factors, [E, R, K]; any float dtype.
         b: Second factors, [E, N, R], of the dtype of ``a``.
-        ids: Experts of each row, [..., k], int32 or int64; -1 is none. An expert may stand in several places.
+        ids: Experts of each row, [..., k], int32 or int64; -1 is none. An expert may occur in several places.
         weights: Of each place of ``ids``, [..., k]; any float dtype; ones if None.
         scale: Factor of each expert such as alpha / rank, [E], any float dtype; ones if None. It gets no gradient.
         y: What the updates are added to, [..., N], any float dtype; zeros if None.
