@@ -1,6 +1,7 @@
 """Several models in one server: loaded when asked for, answers right, memory given back."""
 
 import json
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_models_take_turns_within_a_memory_limit(start_server, smollm2, tiny_model):
-    tiny = tiny_model("llama")
+def test_models_take_turns_within_a_memory_limit(start_server, smollm2, tiny_model, tmp_path):
+    tiny = shutil.copytree(tiny_model("llama"), tmp_path / "tiny")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (smollm2 / name).is_file():  # any tokenizer will do, as long as its ids fit
             (tiny / name).write_bytes((smollm2 / name).read_bytes())
