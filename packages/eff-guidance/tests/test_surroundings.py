@@ -149,6 +149,8 @@ def test_layerwise_casting(tiny, method, kind):
         model.enable_layerwise_casting(**cast)
         assert close(forward(model, given), wanted, 0.3)
         handle.remove()
+        model = fresh(tiny, kind)
+        model.enable_layerwise_casting(**cast)
         with pytest.raises(ValueError, match="then cast"):
             act(model, given)
         return
@@ -181,16 +183,14 @@ def test_lora(tiny, method, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "kind"), [c for c in CASES if c[1] == "sd3" and c[0] in (*WATCHES, "attencraft, learnt")]
-)
-def test_compile(tiny, method, kind):
-    act, model, given, wanted = case(tiny, method, kind)
+def test_maps_are_read_from_a_compiled_model(tiny):
+    model = tiny.model("sd3", layers=1)
+    given = tiny.inputs(model)
+    wanted = pointing(model, given)
     torch._dynamo.reset()
     try:
         model.compile(backend="eager")
-        assert close(forward(model, given), forward(fresh(tiny, kind), given))
-        assert close(act(model, given), wanted)  # code compiled without the method must not serve one with it
+        assert close(pointing(model, given), wanted)
     finally:
         torch._dynamo.reset()
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from eff_kernels.edit import Handle, fits
+from eff_kernels.edit import Handle, fits, uncompiled
 from eff_kernels.edit.attention import AttentionCall, columns, find_attention, joint_attention, observe_attention, rows
 from torch import Tensor, nn
 
@@ -99,6 +99,9 @@ class AttentionStore:
             self._handle = None
 
     def _record(self, call: AttentionCall, output: Any) -> None:
+        uncompiled(self._keep)(call)
+
+    def _keep(self, call: AttentionCall) -> None:
         if threading.get_ident() != self._thread and not call.recomputed:
             return
         check_whole(call.module)

@@ -133,13 +133,13 @@ class _Denoise:
         layout: Layout | None = state.get("layout")
         plain = super().__call__  # type: ignore[misc]
         if layout is None:
-            return plain(components, state)  # type: ignore[no-any-return]
+            return plain(components, state)
         prompts = state.get("layout_prompts")
         if prompts is None:
             raise ValueError("layout_prompts is missing: add the step that encodes a layout, or give them")
         binding = bind(components, layout, state.get("layout_config"), prompts)
         if not binding.works:
-            return plain(components, state)  # type: ignore[no-any-return]
+            return plain(components, state)
         check_parts(components, binding)
         run = Run(components, binding, lambda: _guidance(components))
         _guidance(components)
@@ -150,7 +150,7 @@ class _Denoise:
             install(inner(components.transformer), handle, ORDER)
             try:
                 with run.active():
-                    return plain(components, state)  # type: ignore[no-any-return]
+                    return plain(components, state)
             finally:
                 release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def key_norm(module: Any) -> Any:
 @torch.no_grad()
 def matrix_of(linear: Any) -> Tensor:
     """The matrix [out, in] that a linear layer amounts to: quantised, adapted or cast, it is asked, not read."""
-    like = next(p for p in linear.parameters())
+    like = next(itertools.chain(linear.parameters(), linear.buffers()))  # quantised ones may have buffers alone
     dtype = like.dtype if like.is_floating_point() and like.dtype.itemsize > 1 else torch.float32
     width = linear.in_features
     eye = torch.eye(width, device=like.device, dtype=dtype)

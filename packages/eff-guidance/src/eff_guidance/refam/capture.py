@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 import torch
-from eff_kernels.edit import Handle
+from eff_kernels.edit import Handle, uncompiled
 from eff_kernels.edit.attention import AttentionCall, columns, joint_attention, observe_attention, rows
 from eff_kernels.edit.attention.diffusers import leaves_padding
 from torch import Tensor, nn
@@ -135,6 +135,9 @@ class JointAttention:
         return torch.stack([*self.maps.values()]).mean(0), torch.stack([*self.text_to_text.values()]).mean(0)
 
     def _record(self, call: AttentionCall, output: Any) -> None:
+        uncompiled(self._keep)(call)
+
+    def _keep(self, call: AttentionCall) -> None:
         if threading.get_ident() != self._thread:
             return
         check_whole(call.module)

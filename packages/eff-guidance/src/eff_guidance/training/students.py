@@ -40,8 +40,8 @@ def find_blocks(model: nn.Module, where: Where | None = None) -> list[tuple[str,
         lists = [(name, getattr(model, name, None)) for name in _LISTS]
         found = [(f"{n}.{i}", b) for n, blocks in lists if isinstance(blocks, _KINDS) for i, b in enumerate(blocks)]
     if not found:
-        lists = f"it has no list named {', '.join(_LISTS)}"
-        wanted = lists if where is None else f"where={where!r} selects no module"
+        none = f"it has no list named {', '.join(_LISTS)}"
+        wanted = none if where is None else f"where={where!r} selects no module"
         raise ValueError(f"no transformer blocks in {type(model).__name__}: {wanted}; name them by patterns in blocks=")
     return found
 
