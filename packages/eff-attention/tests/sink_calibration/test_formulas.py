@@ -191,3 +191,11 @@ def test_a_row_is_calibrated_as_in_a_map(beta):
     row = Row.of(weights[:, :, 0], sinks)
     torch.testing.assert_close(row.mass[..., 0], (weights[:, :, 0] * sinks).sum(-1))
     torch.testing.assert_close(row.calibrated(beta), calibrate_attention(weights, sinks, beta)[:, :, 0])
+
+
+def test_others_with_next_to_no_weight_take_none():
+    """A share by a number below the range of float32 would be infinite, and not a number where it meets a 0."""
+    weights = torch.tensor([[[0.0, 1.0, 1e-44, 0.0]]])
+    sinks = torch.tensor([[False, True, False, False]])
+    assert torch.equal(calibrate_attention(weights, sinks, 0.4), weights)
+    torch.testing.assert_close(Row.of(weights[:, 0], sinks).calibrated(0.4), weights[:, 0], rtol=0, atol=1e-40)

@@ -135,3 +135,11 @@ def test_settings_travel():
     assert VARConfig.from_dict(config.to_dict()) == config
     assert config.threshold(4096) == pytest.approx(20.0, abs=0.04)
     assert list(VARConfig(skip_last_layer=False).layers(4)) == [2, 3]
+
+
+def test_a_picture_with_next_to_no_weight_takes_none():
+    """A share by a number below the range of float32 would be infinite, and not a number where it meets a 0."""
+    weights = torch.tensor([[[[1.0, 1e-44, 0.0]]]])
+    image, sinks = torch.tensor([[False, True, True]]), torch.tensor([[True, False, False]])
+    select = torch.ones(1, 1, 1, dtype=torch.bool)
+    assert torch.equal(redistribute_attention(weights, image, sinks, select), weights)

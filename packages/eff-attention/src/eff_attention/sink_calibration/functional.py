@@ -145,9 +145,10 @@ def calibrate_attention(
     weights = attn if attn.dtype == torch.float64 else attn.float()
     of_sinks = torch.where(at, weights, 0.0)
     mass, rest = of_sinks.sum(-1, keepdim=True), torch.where(at, 0.0, weights).sum(-1, keepdim=True)
-    gain = 1.0 + (1.0 - beta) * mass / rest.where(rest > 0, 1.0)
+    enough = rest > torch.finfo(rest.dtype).tiny  # by less than this the share would leave the range
+    gain = 1.0 + (1.0 - beta) * mass / rest.where(enough, 1.0)
     changed = torch.where(at, beta * weights, gain * weights)
-    return torch.where(rest > 0, changed, weights).to(attn.dtype)
+    return torch.where(enough, changed, weights).to(attn.dtype)
 
 
 class Row(NamedTuple):
@@ -173,6 +174,7 @@ class Row(NamedTuple):
         """`calibrate_attention` of the row, in as few steps as it takes; it can be asked once."""
         rest = self.others.sum(-1, keepdim=True)
         # Where others have no weight they cannot take any, and the sinks keep theirs.
-        own = torch.full_like(rest, beta).masked_fill_(rest <= 0, 1.0)
-        gain = 1.0 + (1.0 - own) * self.mass / rest.clamp(min=torch.finfo(rest.dtype).tiny)
+        tiny = torch.finfo(rest.dtype).tiny
+        own = torch.full_like(rest, beta).masked_fill_(rest <= tiny, 1.0)
+        gain = 1.0 + (1.0 - own) * self.mass / rest.clamp(min=tiny)
         return self.others.mul_(gain).addcmul_(self.of_sinks, own)

@@ -104,9 +104,10 @@ def redistribute_attention(
     weights = _precise(attn)
     budget = p * torch.where(sinks, weights, 0.0).sum(-1, keepdim=True)
     good = torch.where(vision & ~sinks, weights, 0.0).sum(-1, keepdim=True)
-    gain = 1.0 + budget / good.where(good > 0, 1.0)
+    enough = good > torch.finfo(good.dtype).tiny  # by less than this the share would leave the range
+    gain = 1.0 + budget / good.where(enough, 1.0)
     new = torch.where(sinks, (1.0 - p) * weights, torch.where(vision, gain * weights, weights))
-    return torch.where(select[..., None] & (good > 0), new, weights).to(attn.dtype)
+    return torch.where(select[..., None] & enough, new, weights).to(attn.dtype)
 
 
 def _columns(attn: Tensor, mask: Tensor, name: str) -> Tensor:
