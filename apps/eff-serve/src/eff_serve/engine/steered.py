@@ -14,9 +14,9 @@ from eff_attention.head_reinforcement.keeper import Measuring, VHRKeeper
 from eff_attention.head_reinforcement.rule import VHRRule
 from eff_attention.passes import Keeper, Pass
 from eff_attention.sink_calibration import ACTConfig
+from eff_attention.sink_calibration.frame import Pass as ACTPass
 from eff_attention.sink_calibration.rule import ARGUMENT as ACT_ARGUMENT
 from eff_attention.sink_calibration.rule import CalibrationRule
-from eff_attention.sink_calibration.rule import Pass as ACTPass
 from eff_attention.sink_calibration.statistics import SinkCounts
 from eff_attention.visual_sinks import VARConfig
 from eff_attention.visual_sinks.functional import sink_mask
