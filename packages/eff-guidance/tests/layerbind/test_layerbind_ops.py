@@ -82,6 +82,20 @@ def square(side=12):
     return region_of(Layer(prompt="a", box=(0, 0, 1, 1)), (1, 1), Grid(side, side))
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_alpha_is_the_distance_to_twice_gamma(gamma):
+    """Hardly smoothed, a shape that differs half as much has alpha .5 ** (2 gamma)."""
+    region, branch = square(), torch.zeros(1, 12, 12, 1)
+    branch[:, 3:9, 4:10] = 4.0
+    branch[:, 3:9, 7:10] = 8.0
+    alpha, mask = estimate_foreground_alpha(
+        branch.flatten(1, 2), torch.zeros(1, 144, 1), region, gamma=gamma, poisson_lambda=1e5
+    )
+    found = alpha.view(12, 12)
+    assert float(found[5, 8]) == pytest.approx(1.0, abs=0.02)
+    assert float(found[5, 5]) == pytest.approx(0.5 ** (2 * gamma) if mask.view(12, 12)[5, 5] else 0.0, abs=0.02)
+
+
 def test_an_outline_is_found():
     torch.manual_seed(0)
     region = square()

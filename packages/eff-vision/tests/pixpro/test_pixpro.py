@@ -106,6 +106,8 @@ def test_propagation():
     )
     x = torch.randn(2, 6, 3, 3)
     order = torch.randperm(9)
+    opposite = torch.tensor([[[[1.0, -1.0]], [[0.0, 0.0]]]])  # such cells say nothing to each other
+    torch.testing.assert_close(PixelPropagation(2, layers=0)(opposite), opposite)
     module = PixelPropagation(6, layers=2).eval()
     shuffled = module(x.flatten(2)[..., order].view_as(x)).flatten(2)
     torch.testing.assert_close(shuffled, module(x).flatten(2)[..., order], atol=1e-5, rtol=0)
