@@ -9,6 +9,7 @@ from method_table import Row, llama, logits, token_ids
 from torch import Tensor, nn
 
 _PICTURE = 96
+TWO_RULES = "has 2 rules that change its attention, with order .*; give each its own order="
 
 
 def settings_row(
@@ -17,9 +18,11 @@ def settings_row(
     apply: Callable[[nn.Module, Any], Any],
     *,
     make: Callable[[], nn.Module] = llama,
+    zero: Any = None,
     **more: Any,
 ) -> Row:
-    """The row of a method that ``apply(model, config)`` puts into a model; ``more`` is for `Row`."""
+    """The row of a method that ``apply(model, config)`` puts into a model; ``zero`` is a config
+    with nothing to do, ``more`` is for `Row`."""
 
     def save(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder / "model")
@@ -30,7 +33,10 @@ def settings_row(
         apply(model, type(config).from_dict(torch.load(folder / "config.pt")))
         return model
 
-    usual = {"run": logits, "data": token_ids, "save": save, "load": load}
+    usual: dict[str, Any] = {"run": logits, "data": token_ids, "save": save, "load": load}
+    usual["cannot"] = {"twice": TWO_RULES, "stranger": "wanted a decoder of transformers, got Sequential"}
+    if zero is not None:
+        usual["zero"] = lambda model: apply(model, zero)
     return Row(name=name, make=make, apply=lambda model: apply(model, config), **{**usual, **more})
 
 

@@ -38,6 +38,10 @@ ROWS = [
         data=token_ids,
         save=lambda model, folder: torch.save(model.state_dict(), folder / "weights.pt"),
         load=load,
+        cannot={
+            "twice": "was changed again after this change; remove the later change first",
+            "stranger": "Sequential is no Llama-type model: it needs a decoder with layers and norm, and an lm_head",
+        },
         lora=("q_proj.text", "up_proj"),
     )
 ]

@@ -10,6 +10,7 @@ ROWS = [
         apply_vhr,
         make=picture_llama,
         data=picture_ids,
+        zero=VHRConfig(layers=(0, 1), alpha=1.0),
         loose=0.7,  # a head near the median may change sides
     )
 ]

@@ -3,6 +3,7 @@ import functools
 import torch
 from eff_attention.layer_reuse import LayerReuseConfig, LayerReusePolicy, apply_layer_reuse
 from method_table import Row, llama, logits, token_ids
+from settings_row import TWO_RULES
 from transformers import DynamicCache
 
 POLICY = LayerReusePolicy(("full", "anchor", "reuse", "reuse"), (-1, -1, 1, 1))
@@ -42,12 +43,17 @@ ROWS = [
         name="layer_reuse",
         make=lambda: llama(layers=4),
         apply=lambda model: apply_layer_reuse(model, POLICY, CONFIG),
+        zero=lambda model: apply_layer_reuse(model, LayerReusePolicy(("full",) * 4, (-1,) * 4), CONFIG),
         run=run,
         train=logits,
         brief=functools.partial(run, steps=1),
         data=token_ids,
         save=save,
         load=load,
+        cannot={
+            "twice": TWO_RULES,
+            "stranger": "layer reuse needs a model on transformers' AttentionInterface, got <class '.*Sequential'>",
+        },
         loose=0.5,  # a choice of blocks may tip over
     )
 ]

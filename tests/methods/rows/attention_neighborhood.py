@@ -33,10 +33,13 @@ def apply(model):
 
 ROWS = [
     Row(
-        name="sliding window",
+        name="neighborhood sliding window",
         make=make,
         apply=apply,
         run=logits,
+        absent=dict.fromkeys(
+            ("twice", "stranger"), "a name of transformers' attention, which set_attn_implementation takes"
+        ),
         data=token_ids,
         save=lambda model, folder: model.save_pretrained(folder),
         load=lambda folder: MistralForCausalLM.from_pretrained(folder, attn_implementation=NAME),

@@ -1,6 +1,23 @@
+import dataclasses
+
 from eff_attention.sink_calibration import ACTConfig, apply_act
-from settings_row import settings_row
+from settings_row import TWO_RULES, settings_row
 
 CONFIG = ACTConfig(layers=(0, 1), threshold=("absolute", 0.15), min_rows=2)
 
-ROWS = [settings_row("sink_calibration", CONFIG, apply_act, loose=0.2)]  # a key near the threshold may tip over
+CANNOT = {
+    "twice": TWO_RULES,
+    "stranger": "calibration needs a decoder on transformers' AttentionInterface, got Sequential",
+}
+# A key near the threshold may tip over.
+ROWS = [
+    settings_row(
+        "sink_calibration",
+        CONFIG,
+        apply_act,
+        zero=dataclasses.replace(CONFIG, beta=1.0),
+        loose=0.2,
+        stride=1e-4,
+        cannot=CANNOT,
+    )
+]

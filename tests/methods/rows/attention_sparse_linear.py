@@ -31,10 +31,10 @@ def run(model, pictures, mask=None):
     return model(pixel_values=pictures, **more).last_hidden_state
 
 
-TEXT = "has no attribute 'generate'"
 ROWS = [
     Row(
         name="sparse_linear",
+        host="other",
         make=make,
         apply=apply,
         run=run,
@@ -43,11 +43,8 @@ ROWS = [
         load=load,
         lora=("q_proj", "query", "fc1"),
         cannot={
-            "generate": TEXT,
-            "static_cache": TEXT,
-            "beams": TEXT,
-            "gqa": "has no attribute 'num_key_value_heads'",
-            "left_padding": "takes no attention mask|Expected|size|shape|match",
+            "twice": "has sparse-linear attention already; remove that first",
+            "stranger": "no attention was found",
         },
     )
 ]

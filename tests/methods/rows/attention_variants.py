@@ -3,6 +3,7 @@ from eff_attention.variants import AttentionVariantConfig, load_hybrid, swap_lay
 from method_table import Row, llama, logits, token_ids
 
 KINDS = ("mlp", "approximate", "non_approximate", "rnd_emb_qk", "static_emb_qk")
+STRANGER = "wanted a decoder with embed_tokens, layers and rotary_emb, as in Llama, got Sequential"
 NO_CACHE = "needs an empty layer of a DynamicCache, got a StaticLayer"
 
 
@@ -12,11 +13,12 @@ def row(kind):
         return swap_layers_(model, {1: settings}, match_params=False)
 
     settings = AttentionVariantConfig(kind=kind, max_len=64, qk_norm=kind == "non_approximate")
-    cannot = {"undo": "'Report' object has no attribute 'remove'", "static_cache": NO_CACHE}
+    cannot = {"static_cache": NO_CACHE, "stranger": STRANGER}
     if kind == "static_emb_qk":
         cannot["reentrant_checkpointing"] = "use_reentrant': False"
     return Row(
         name=f"variants {kind}",
+        kind="rewrite",
         make=llama,
         apply=apply,
         run=logits,

@@ -2,7 +2,6 @@
 
 import functools
 
-import torch
 from eff_quant import (
     FP4Config,
     FP8Config,
@@ -17,14 +16,15 @@ from eff_quant import (
     quantize_,
     sensitivity_sweep,
 )
-from method_table import Row, also, llama, logits, token_ids
+from method_table import Row, also, llama, load_state, logits, save_state, token_ids
 
-NO_HANDLE = {"undo": "'Report' object has no attribute 'remove'"}
+ROUNDED = 0.05  # a step over many places where rounding jumps
 
 
 def stored(name, config):
     return Row(
         name=name,
+        kind="rewrite",
         make=llama,
         apply=lambda model: quantize_(model, config),
         run=logits,
@@ -32,7 +32,7 @@ def stored(name, config):
         save=lambda model, folder: model.save_pretrained(folder),
         load=load,
         loose=0.3,
-        cannot=NO_HANDLE,
+        stride=ROUNDED,
     )
 
 
@@ -58,15 +58,10 @@ def load_scales(folder):
     return model
 
 
-def load_state(apply, folder):
+def qat_llama():
     model = llama()
-    apply(model)
-    model.load_state_dict(torch.load(folder / "state.pt"))
+    prepare_qat_(model)
     return model
-
-
-def save_state(model, folder):
-    torch.save(model.state_dict(), folder / "state.pt")
 
 
 # Outlier columns of a whole batch, and one scale for all of its activations, would make each row depend on the others.
@@ -74,7 +69,7 @@ INT8 = stored("llm_int8", Int8Config(per_token_outliers=True))
 ROWS = [
     INT8,
     stored("fp4", FP4Config()),
-    stored("fp8", FP8Config(activations="dynamic")),
+    stored("fp8_qat layers", FP8Config(activations="dynamic")),
     also(INT8, name="sensitivity", apply=lambda model: quantize_(model, recipe().configs())),
     stored("quantvla layers", W4A8Config(rotation="hadamard")),
     also(
@@ -83,14 +78,20 @@ ROWS = [
         apply=lambda model: apply_scale_table(model, scales()),
         save=lambda model, folder: scales().save(folder / "scales.json"),
         load=load_scales,
-        cannot={},
+        kind="edit",
+        stride=1e-3,
+        cannot={
+            "twice": "scales have been applied already; remove.* them before applying others",
+            "stranger": "the table names 'model.layers.0.self_attn', and the model has no such module",
+        },
     ),
     also(
         INT8,
         name="fp8_qat",
         apply=prepare_qat_,
         save=save_state,
-        load=functools.partial(load_state, prepare_qat_),
-        cannot={},
+        load=functools.partial(load_state, qat_llama),
+        kind="edit",
+        cannot={"twice": "the model is prepared already .*; remove that first"},
     ),
 ]

@@ -1,0 +1,115 @@
+"""Writes docs/methods/table.md from the rows of tests/methods.
+
+uv run tools/method_table.py           write both pages
+uv run tools/method_table.py --check   say whether they are as the tables are
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "methods"))
+
+WORDS = {
+    "changes": "acts", "nothing": "strength 0", "leaves": "looks on", "undo": "undone", "twice": "twice",
+    "stranger": "other models", "save_load": "saved", "deepcopy": "copied", "pickle": "pickled", "bf16": "bf16",
+    "autocast": "autocast", "alone": "batch", "gradients": "gradients", "compiled": "compiled", "under_peft": "LoRA",
+    "threads": "threads", "gqa": "GQA", "left_padding": "left padding", "generate": "generate",
+    "static_cache": "static cache", "beams": "beams", "checkpointing": "checkpointing",
+    "reentrant_checkpointing": "older checkpointing",
+}  # fmt: skip
+METHODS = """# Every method and what it holds
+
+Each method of each package is a row; each column is a property that a test looks at on a small model. "yes": it holds.
+A number: it is refused with the text below the table, which the test compares. Empty: it is not asked of such a method.
+The rows lie in `tests/methods/rows`, the properties in `tests/methods/properties.py`; this page is made from them by
+`tools/method_table.py`.
+
+"""
+
+
+class Notes:
+    """Numbered texts below a table."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def number(self, text: str) -> str:
+        """The number of a text."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return str(self.texts.index(text) + 1)
+
+    def lines(self) -> list[str]:
+        """The texts."""
+        return [f"{i}. {text}" for i, text in enumerate(self.texts, 1)]
+
+
+def plain(pattern: str) -> str:
+    """A regular expression as a text."""
+    text = re.sub(r"\\(.)", r"\1", pattern)
+    return "`" + text.replace("<class '.*Sequential'>", "<class ...>").replace(".*", "...") + "`"
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """A table of Markdown."""
+    rule = ["---"] * len(head)
+    return ["| " + " | ".join(line).rstrip() + " |" for line in (head, rule, *lines)]
+
+
+def methods() -> str:
+    """The page of methods."""
+    from language import LANGUAGE
+    from method_table import load_rows
+    from properties import PROPERTIES, asked
+
+    rows, parts = load_rows(), [METHODS]
+    language = [f.__name__ for f in LANGUAGE]
+    kinds = [
+        ("Methods that change a model", [n for n in PROPERTIES if n not in (*language, "leaves")],
+         [r for r in rows if r.kind in ("edit", "rewrite")]),
+        ("The same on language models", language,
+         [r for r in rows if r.kind in ("edit", "rewrite") and r.host == "language" and r.name != "sentinel"]),
+        ("Models", ["save_load", "deepcopy", "pickle", "bf16", "autocast", "alone", "gradients", "compiled",
+                    "under_peft", "threads"], [r for r in rows if r.kind == "model"]),
+        ("What looks on, and losses", ["leaves", "save_load", "deepcopy", "pickle", "bf16", "autocast", "alone",
+                                       "gradients", "threads", "gqa"],
+         [r for r in rows if r.kind in ("measure", "loss")]),
+    ]  # fmt: skip
+    for title, names, chosen in kinds:
+        refused, reasons, lines = Notes(), Notes(), []
+        for row in chosen:
+            cells = []
+            for name in names:
+                if name in row.cannot:
+                    cells.append(refused.number(plain(row.cannot[name])))
+                elif name in row.absent:
+                    cells.append("(" + chr(96 + int(reasons.number(row.absent[name]))) + ")")
+                else:
+                    cells.append("yes" if name in asked(row) else "")
+            lines.append([row.package, row.name.replace("_", " "), *cells])
+        part = [f"## {title}", "", *table(["package", "method", *(WORDS[n] for n in names)], lines), ""]
+        if refused.texts:
+            part += ["Refused with:", "", *refused.lines(), ""]
+        if reasons.texts:
+            part += ["Not asked:", "", *(f"- ({chr(97 + i)}) {text}" for i, text in enumerate(reasons.texts)), ""]
+        parts.append("\n".join(part) + "\n")
+    parts.append("## What the columns mean\n\n")
+    parts += [f"- {WORDS[n]}: {' '.join((f.__doc__ or '').split())}\n" for n, f in PROPERTIES.items()]
+    return "".join(parts).rstrip() + "\n"
+
+
+def main() -> int:
+    """Write or compare."""
+    path, page = ROOT / "docs/methods/table.md", methods()
+    if "--check" not in sys.argv:
+        path.write_text(page)
+    elif not path.exists() or path.read_text() != page:
+        print("docs/methods/table.md is not what tools/method_table.py writes")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
