@@ -43,13 +43,23 @@ def quantize_(
     Raises:
         TypeError: no method for this class of config.
         ValueError: the config names a layer that is not quantised, a pattern of ``skip`` or ``where`` fits nothing, or
-            a weight holds inf or NaN.
+            a weight holds inf or NaN, or all layers are prepared for training (`eff_quant.prepare_qat_`).
         SkippedModulesError: ``strict`` and a layer had to be skipped.
     """
     report = quantize_layers(model, as_mixed(config), where=where, strict=strict, progress=progress)
     if report.changed:
         tell_library(model)
+    else:
+        _check_not_prepared(model)
     return report
+
+
+def _check_not_prepared(model: nn.Module) -> None:
+    """Refuse a model of which nothing could be stored since all of it is in training."""
+    if any(hasattr(module, "fp8_qat") for module in model.modules()):  # the mark of a prepared layer
+        raise ValueError(
+            "the layers are prepared for training under FP8's noise; convert_qat_ stores them, or remove() that first"
+        )
 
 
 def dequantize_(model: nn.Module, *, where: Where = "*", dtype: torch.dtype | None = None) -> Report:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def apply_layer_reuse(
-    model: PreTrainedModel, policy: LayerReusePolicy, config: LayerReuseConfig | None = None
+    model: PreTrainedModel,
+    policy: LayerReusePolicy,
+    config: LayerReuseConfig | None = None,
+    *,
+    order: float | None = None,
 ) -> Handle:
     """Let the reusing layers of a policy attend only to the blocks of keys that their anchors chose.
 
@@ -25,21 +29,26 @@ def apply_layer_reuse(
     "full" run dense (on the CPU by `decode_attention` too, which is faster there). Prompts run as before, but for phase
     "both"; so do steps of more than one token, and masks other than causal ones with padding.
 
+    Where other rules change the same attention, blocks that were not chosen are hidden by a mask, so that those rules
+    see the keys that are left; that costs what dense attention costs.
+
     Args:
         model: A decoder that follows transformers' AttentionInterface, such as Llama, Qwen2, Qwen3 or Mistral.
         policy: Kind and source of each layer.
         config: How many keys, and from which length on.
+        order: Place among other rules on the same attention, see `intercept_attention`.
 
     Returns:
         A handle; ``remove()`` gives the model back. Copies and pickles of the model keep the policy.
 
     Raises:
-        ValueError: the policy is for another number of layers, or names layers without full attention.
+        ValueError: the policy is for another number of layers, names layers without full attention, or another rule on
+            the same attention has no other ``order``.
         NotImplementedError: the model is no decoder built on AttentionInterface.
     """
     names = _check(model, policy)
     rule = ReuseRule(policy, config or LayerReuseConfig())
-    handle = intercept_attention(model, rule, where=lambda name, module: name in names)
+    handle = intercept_attention(model, rule, where=lambda name, module: name in names, order=order)
     handle.on_remove(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True).remove)
     return handle
 

@@ -140,12 +140,17 @@ class ReuseRule:
             prompt.select_by_means(layer, q, k, call.scale)
         if (source := self.policy.source[layer]) < 0:
             return attend(call)
+        if _shared(call, attend):
+            raise NotImplementedError(
+                f"{call.name}: layer reuse of prompts cannot be combined with other rules on the same attention; "
+                "use phase='decode'"
+            )
         if more := _beyond(call):
-            raise NotImplementedError(f"prompts by layer reuse have neither dropout nor {more}; layer {layer} has it")
+            raise NotImplementedError(f"layer reuse of prompts has neither dropout nor {more}; layer {layer} has it")
         return prompt.attend(source, q, k, v, call.scale)
 
     def _full(self, step: Step, call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:
-        if not call.q.is_cpu or _beyond(call) or _wants_gradient(call):
+        if not call.q.is_cpu or _shared(call, attend) or _beyond(call) or _wants_gradient(call):
             return attend(call)
         q, k, v = (t.to(call.dtype) for t in (call.q, call.k, call.v))
         table, run = step.dense_table, step.run(k.size(2))
@@ -153,7 +158,7 @@ class ReuseRule:
 
     def _step(self, now: Pass, step: Step, call: AttentionCall, attend: Attend, layer: int) -> Tensor | AttentionOutput:
         config, size, scale = self.config, self.config.block_size, call.scale
-        fast = not (_beyond(call) or _wants_gradient(call))
+        fast = not (_shared(call, attend) or _beyond(call) or _wants_gradient(call))
         full, k, v = (t.detach().to(call.dtype) for t in (call.q, call.k, call.v))
         q, dense = full[:, :, 0], AttentionOutput(call.q)
         anchor = layer in self.anchors
@@ -187,6 +192,11 @@ class ReuseRule:
             now.step = _step_of(call, self.config.min_seq_len)
         elif self.config.phase == "both" and call.num_queries > self.config.min_seq_len and _is_causal(call):
             now.prompt = Prompt(call.num_queries, self.config)
+
+
+def _shared(call: AttentionCall, attend: Attend) -> bool:
+    """Whether other rules change this attention, which then has to be computed where they see it."""
+    return attend.inside or bool(call.edits)
 
 
 def _beyond(call: AttentionCall) -> str:

@@ -37,6 +37,7 @@ def apply_sla(
     targets: Where | None = None,
     exclude: Where = (),
     strict: bool = False,
+    order: float | None = None,
 ) -> Handle:
     """Let the self-attention of a model run sparse-linear.
 
@@ -51,13 +52,15 @@ def apply_sla(
             `eff_kernels.edit.attention.find_attention` reaches.
         exclude: Patterns or predicate of modules to leave, such as "camera_head.*".
         strict: Whether a skipped module is an error.
+        order: Place among other rules on the same attention, see `intercept_attention`; no rule may stand inside.
 
     Returns:
         A handle with a report; ``remove()`` gives the model back. Modules are skipped whose head dimension cannot be
         read, whose attention cannot be reached, or that attend to other tokens.
 
     Raises:
-        ValueError: nothing was chosen, or a module has a child ``sla`` already.
+        ValueError: nothing was chosen, a module has a child ``sla`` already, or another rule on the same attention has
+            no other ``order``.
     """
     report, chosen = Report("apply_sla"), {}
     for found in find_attention(model, targets):
@@ -74,7 +77,7 @@ def apply_sla(
     if not chosen:
         raise ValueError(f"no attention was found to change\n{report}")
     handle = Handle(report)
-    rule = intercept_attention(model, attend_sparse, where=lambda name, module: name in chosen)
+    rule = intercept_attention(model, attend_sparse, where=lambda name, module: name in chosen, order=order)
     for host, attention in chosen.values():
         host.add_module(NAME, attention)
         handle.on_remove(functools.partial(host._modules.pop, NAME, None))
@@ -86,6 +89,11 @@ def attend_sparse(call: AttentionCall, attend: Attend) -> Tensor | AttentionOutp
     """The rule: the module's own child answers."""
     attention = call.module._modules[NAME]
     assert isinstance(attention, SparseLinearAttention)
+    if attend.inside:
+        raise NotImplementedError(
+            f"{call.name}: sparse-linear attention answers by itself and never asks the rules inside of it; give it "
+            "the highest order"
+        )
     if call.causal:
         raise ValueError(f"{call.name} is causal; sparse-linear attention is not")
     more = {"dropout": call.dropout or None, "a softcap": call.softcap, "sinks": call.sinks, "a bias": call.bias}

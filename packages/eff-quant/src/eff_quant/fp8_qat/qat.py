@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eff_quant.fp8_qat.config import FP8QATConfig
 from eff_quant.fp8_qat.fake import fake_quant_fp8
+from eff_quant.layer import QuantizedLinear
 from eff_quant.linears import find_linears
 from eff_quant.skips import on_skip_list
 
@@ -78,7 +79,7 @@ class FakeQuant:
         return self._rounded
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the copy, which is made anew where it is needed."""
+        """Without the copy, which is rebuilt where it is needed."""
         return {**self.__dict__, "_key": None, "_rounded": None}
 
 
@@ -125,7 +126,7 @@ def prepare_qat_(model: nn.Module, config: FP8QATConfig | None = None) -> QATHan
         A handle, which switches the rounding off and on and can take it away.
 
     Raises:
-        ValueError: the model has prepared layers already, or is itself one linear layer.
+        ValueError: the model has prepared layers already, is itself one linear layer, or holds its weights in few bits.
     """
     config = config or FP8QATConfig()
     if isinstance(model, nn.Linear):
@@ -146,6 +147,12 @@ def prepare_qat_(model: nn.Module, config: FP8QATConfig | None = None) -> QATHan
         layer.fp8_qat = FakeQuant(config)  # type: ignore[assignment]
         handle.on_remove(lambda layer=layer: unprepare(layer))  # type: ignore[misc]
         report.change(f.names[0], bytes_before=f.size, bytes_after=f.size)
+    handle.on_remove(partial(_unprepare_all, model))
+    if not report.changed and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            "the model's layers are stored in few bits already, so that there is no float weight to train under FP8's "
+            "noise; prepare_qat_ before quantize_, or dequantize_ first"
+        )
     return handle
 
 
@@ -156,6 +163,12 @@ def qat_layers(model: nn.Module) -> Iterator[tuple[str, FP8QATLinear]]:
             yield name, module
 
 
+def _unprepare_all(model: nn.Module) -> None:
+    """Also layers that were copied from prepared ones, as those of a second set of weights."""
+    for _, layer in list(qat_layers(model)):
+        unprepare(layer)
+
+
 def unprepare(layer: nn.Module) -> None:
     """Make a prepared layer an `nn.Linear` again; nothing happens to one that is."""
     if isinstance(layer, FP8QATLinear):
@@ -164,19 +177,19 @@ def unprepare(layer: nn.Module) -> None:
 
 
 def freeze_except_(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Switch gradients off for all parameters but those that a pattern takes in, and on for these.
+    """Switch gradients off for all parameters except those that a pattern matches, and on for these.
 
     Args:
         model: Any module.
         patterns: As for `eff_kernels.matches`, for names of parameters or of modules that hold them at any depth:
-            ``"proj_lin"`` takes in ``"blocks.3.attn.proj_lin.weight"``.
+            ``"proj_lin"`` matches ``"blocks.3.attn.proj_lin.weight"``.
 
     Returns:
         The names of the parameters that keep a gradient.
 
     Raises:
         TypeError: ``patterns`` is one string.
-        ValueError: a pattern takes in nothing.
+        ValueError: a pattern selects nothing.
     """
     if isinstance(patterns, str):
         raise TypeError(f"patterns={patterns!r} is one string; use a list, such as [{patterns!r}]")
@@ -190,7 +203,7 @@ def freeze_except_(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 used[pattern] = True
                 kept[id(parameter)] = name
     if idle := [p for p, hit in used.items() if not hit]:
-        raise ValueError(f"patterns {idle} take in no parameter of the model")
+        raise ValueError(f"patterns {idle} match no parameter of the model")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
     return [name for name, parameter in model.named_parameters() if id(parameter) in kept]

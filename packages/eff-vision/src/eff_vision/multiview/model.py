@@ -64,6 +64,7 @@ class MultiViewTransformer(nn.Module):
 
         Raises:
             ValueError: there is no view, or a size is wrong.
+            TypeError: the heads' weights are in 16 bits.
         """
         if images.dim() == 4:
             images = images[None]
@@ -76,6 +77,8 @@ class MultiViewTransformer(nn.Module):
             raise ValueError(f"height and width must be multiples of {p}, got {images.size(3)} x {images.size(4)}")
         if frames_at_a_time is not None and frames_at_a_time < 1:
             raise ValueError(f"frames_at_a_time must be 1 or more, got {frames_at_a_time}")
+        if (dtype := next(self.camera_head.parameters()).dtype) in (torch.float16, torch.bfloat16):
+            raise TypeError(f"the heads run in float32, their weights are {dtype}; use torch.autocast for the rest")
         tokens = self.aggregator(images)
         special = self.aggregator.special
         with torch.autocast(images.device.type, enabled=False):

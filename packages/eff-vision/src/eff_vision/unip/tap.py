@@ -38,7 +38,11 @@ class AttentionTap:
     ) -> None:
         if kind not in ("logits", "probs"):
             raise ValueError(f"kind must be 'logits' or 'probs', got {kind!r}")
-        found = find_attention(model)
+        known = find_attention(model)
+        inside = tuple(f"{f.name}." for f in known)
+        found = [
+            f for f in known if not f.name.startswith(inside)
+        ]  # not what answers for another, such as sparse-linear
         if not found:
             raise ValueError(f"no attention was found in {type(model).__name__}")
         self.num_layers = len(found)
