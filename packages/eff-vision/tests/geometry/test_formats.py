@@ -95,7 +95,7 @@ def test_points_come_back(write, read, name, coloured, tmp_path):
         torch.testing.assert_close(shades, colours, rtol=0, atol=0.5 / 255 + 1e-6)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[:-5])
-    with pytest.raises(ValueError, match="complete|bytes"):
+    with pytest.raises(ValueError, match=r"complete|bytes"):
         read(tmp_path / name)
     for bad, text in ((points * torch.nan, "not finite"), (points[:, :2], r"\[N, 3\]")):
         with pytest.raises(ValueError, match=text):
