@@ -2,7 +2,9 @@
 
 Eight adapters of rank 16 on q, k, v and o with random factors, and a mixture of three of eight a token, over the
 embedded model in int8. One step of a batch of 1, 8 and 16 behind 64 tokens: without adapters, all rows with one, each
-row with its own, and all with the mixture. Also the memory of the weights, and the time to load and take away one.
+row with its own, and all with the mixture. In the same run PEFT's mixed batch, each row with its own adapter
+(``adapter_names``), on transformers' model in float32. Also the memory of the weights, and the time to load and take
+away one.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from eff_adapters.lora_mixer import LoraMixerConfig, apply_lora_mixer
 from eff_adapters.lora_mixer.peft_files import write_adapter
 from eff_embedded.language import load_smollm2, smollm2_folder
 from eff_kernels.testing import Provider, Recorder, same
+from peft import PeftModel
 
 RESULTS = Path(__file__).parent / "results" / "adapters.jsonl"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -43,6 +46,35 @@ def write_all(folder: Path) -> dict[str, Path]:
     return {**names, "mix": folder / "mix"}
 
 
+class Mixed:
+    """PEFT's mixed batch: one step of transformers' model behind a cache that is cut back after it."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        model, _ = load_smollm2(dtype=torch.float32)
+        (first, path), *others = folders.items()
+        self.model = PeftModel.from_pretrained(model, path, adapter_name=first)
+        for name, path in others:
+            self.model.load_adapter(path, adapter_name=name)
+        self.model.eval()
+        self.names = list(folders)
+
+    @torch.no_grad()
+    def prepare(self, ids):
+        base = self.model.get_base_model()
+        with self.model.disable_adapter():
+            cache = base(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache.crop(-1)  # the last token is the step's
+
+        @torch.no_grad()
+        def step(numbers):
+            names = ["__base__" if n < 0 else self.names[n] for n in numbers]
+            out = self.model(ids[:, -1:], past_key_values=cache, use_cache=True, adapter_names=names).logits[:, -1]
+            cache.crop(-1)
+            return out
+
+        return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
@@ -58,6 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_all(Path(folder))
         decoder.load_adapters(paths)
+        mixed = Mixed({name: path for name, path in paths.items() if name != "mix"})
         held = decoder.weight_bytes - plain_bytes
         begun = time.perf_counter()
         decoder.adapters.load("more", paths["e0"])
@@ -98,6 +131,14 @@ def main() -> None:
             Provider(name, lambda _, n=n, step=step: step(n), check=lambda n=n, check=check: check(n))
             for name, n in chosen.items()
         ]
+        theirs, each = mixed.prepare(ids), (torch.arange(batch) % EXPERTS).tolist()
+
+        def as_alone(theirs=theirs, each=each, batch=batch):
+            """The mixed batch of PEFT is neither the base nor one adapter for all."""
+            one = same(theirs(each)[:1], theirs([each[0]] * batch)[:1], tolerance=1e-4)
+            return one and not same(theirs(each), theirs([-1] * batch), tolerance=1e-3)
+
+        providers.append(Provider("PEFT, an adapter a row", lambda _, t=theirs, e=each: t(e), check=as_alone))
         recorder.run(f"B={batch}", providers, mode="decode", rounds=arguments.rounds)
     print(recorder.table("no adapter"))
 

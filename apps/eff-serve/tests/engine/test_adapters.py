@@ -79,6 +79,38 @@ def test_a_mixed_batch_gives_each_its_own(tiny_model, three):
     assert len({int(row.argmax()) for row in together}) > 1 or not torch.allclose(together[0], together[2])
 
 
+def test_steps_with_adapters_are_recorded(tiny_model, three, monkeypatch):
+    """Steps from the tape have the bits of steps without it, also after an adapter came or went."""
+    folders = {name: folder for name, (folder, _) in three.items()}
+    taped, plain = (Decoder(tiny_model("llama"), num_pages=24) for _ in range(2))
+    for decoder in (taped, plain):
+        decoder.load_adapters({n: folders[n] for n in ("first", "wide")})
+    monkeypatch.setattr(plain, "_adapted_steps", plain._adapted_step)
+    tables = torch.arange(6, dtype=torch.int32).view(3, 2)
+    for decoder in (taped, plain):
+        for row in range(3):
+            decoder.prefill(torch.tensor(PROMPT), 0, tables[row].long())
+    place = len(PROMPT)
+
+    def steps(*batches):
+        nonlocal place
+        for numbers in batches:
+            given = torch.tensor([7, 8, 9]), torch.full((3,), place), tables
+            one, other = (d.decode(*given, adapters=torch.tensor(numbers)).clone() for d in (taped, plain))
+            assert torch.equal(one, other)
+            place += 1
+
+    steps([0, 1, 0], [1, -1, 0], [-1, -1, 1])
+    assert taped._adapted_steps.recorded == 1
+    for decoder in (taped, plain):
+        decoder.adapters.load("late", folders["late"])
+    steps([2, 1, 0])
+    for decoder in (taped, plain):
+        decoder.adapters.unload("first")
+    steps([2, 1, -1], [1, 1, 1])
+    assert taped._adapted_steps.recorded == 1
+
+
 def test_requests_choose_their_adapter(tiny_model, three):
     folder = tiny_model("llama")
     decoder = Decoder(folder, num_pages=64)
@@ -334,7 +366,7 @@ def pickled(folder):
         (lambda f: mixer_config(f, version=9), ValueError, "version 9"),
         (lambda f: mixer_config(f, experts=["wide", "../x", "again"]), ValueError, "expert name"),
         (lambda f: (f / "routers.safetensors").unlink(), FileNotFoundError, "routers.safetensors"),
-        (lambda f: (f / "routers.safetensors").write_bytes(b"cut"), ValueError, "whole safetensors"),
+        (lambda f: (f / "routers.safetensors").write_bytes(b"cut"), ValueError, "complete safetensors"),
         (lambda f: routers(f, drop=True), ValueError, "it has none"),
         (lambda f: routers(f, narrow=True), ValueError, "needs a finite router"),
         (lambda f: routers(f, extra=True), ValueError, "does not say it routes"),

@@ -117,7 +117,10 @@ def test_prompts_of_several_lengths(tower):
     mm = tower()
     ids = torch.tensor([[0, 0, 1, 5], [1, 7, 8, 9]])
     mask = (ids != 0).long()
-    both = generate_image(mm, ids, attention_mask=mask, num_steps=3, generator=torch.Generator().manual_seed(0))
+    # Clipped: a step from t = 999 makes rounding of the predicted noise twenty thousand times larger.
+    both = generate_image(
+        mm, ids, attention_mask=mask, num_steps=3, clip=2.0, generator=torch.Generator().manual_seed(0)
+    )
     noise = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
     context = Context(mm)
@@ -130,7 +133,7 @@ def test_prompts_of_several_lengths(tower):
         for now, then in ((999, 666), (666, 332), (332, -1)):
             t = torch.tensor([now])
             c, u = context.predict(z, t), empty.predict(z, t)
-            z = ddim_step(z, u + 1.55 * (c - u), t, torch.tensor([then]))
+            z = ddim_step(z, u + 1.55 * (c - u), t, torch.tensor([then]), clip=2.0)
     torch.testing.assert_close(both[:1], z, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="padded on the right"):
         generate_image(mm, ids.flip(1), attention_mask=mask.flip(1), num_steps=2)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from eff_adapters.llamafusion import ModalityModule, ModalityTowerConfig, add_modality_tower
+from eff_adapters.llamafusion import ModalityModule, ModalityTowerConfig, Routing, add_modality_tower
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -57,10 +57,12 @@ def _gathered_or_both(monkeypatch, mm, data, given):
     return out, mm(**data, **given)
 
 
+@pytest.mark.parametrize("rows", [(0, 1), (0,), (1,)], ids=["scattered", "one run", "a run at the start"])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
 @torch.no_grad()
-def test_gathered_execution_equals_running_both(monkeypatch, tower, batch, fixed, kind):
-    found, wanted = _gathered_or_both(monkeypatch, tower(kind), batch(), fixed())
+def test_gathered_execution_equals_running_both(monkeypatch, tower, batch, fixed, kind, rows):
+    assert (Routing.of(batch(rows=rows)["modality_ids"]).run is None) == (len(rows) > 1)
+    found, wanted = _gathered_or_both(monkeypatch, tower(kind), batch(rows=rows), fixed(len(rows)))
     torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.noise_pred, wanted.noise_pred, rtol=1e-6, atol=1e-6)
 
@@ -217,6 +219,7 @@ def test_patches_and_back():
         for layer in (head.inward, head.outward, head.time.second):
             layer.bias.zero_()
         head.time.second.weight.zero_()
+        head.place.zero_()
         head.inward.weight.copy_(torch.eye(8))
         head.outward.weight.copy_(torch.eye(8))
     z, t = torch.randn(3, 2, 6, 6), torch.tensor([0, 5, 9])

@@ -15,7 +15,7 @@ from eff_kernels import add_rms_norm, decode_attention, rms_norm, rope, row_writ
 from torch import Tensor
 from torch.nn import functional
 
-from eff_serve.engine.adapters import Adapters
+from eff_serve.engine.adapters import Adapters, Rows, Tables
 from eff_serve.engine.block_pool import untouched
 from eff_serve.engine.config import DecoderConfig
 from eff_serve.engine.gguf.model import GGUFModel
@@ -25,7 +25,7 @@ from eff_serve.engine.quantized import head_in_bytes, load_linear
 from eff_serve.engine.reuse import LayerReuse
 from eff_serve.engine.steered import Steered
 from eff_serve.engine.steering import Steerer
-from eff_serve.engine.steps import Steps
+from eff_serve.engine.steps import Steps, StepsOf
 from eff_serve.engine.weights import Checkpoint
 from eff_serve.pictures.prompt import LowRank, PromptPictures
 
@@ -122,7 +122,9 @@ class Decoder:
         self.behind_pictures: LowRank | None = None
         self.adapters: Adapters | None = None
         self.steerer = Steerer(self)
-        self._steps = Steps(self._plain_step, widest=min(num_pages, -(-c.max_model_len // PAGE)))
+        widest = min(num_pages, -(-c.max_model_len // PAGE))
+        self._steps = Steps(self._plain_step, widest=widest)
+        self._adapted_steps = StepsOf(self._adapted_step, widest=widest)
         shape = (num_pages, c.num_kv_heads, PAGE, d)
         self.keys = [untouched(shape) for _ in range(c.num_layers)]
         self.values = [untouched(shape) for _ in range(c.num_layers)]
@@ -181,20 +183,29 @@ class Decoder:
             return out
 
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        residual = self.embedding[tokens].float()
-        if self.reuse is None and behind is None and adapters is None and not steered:
-            return self.head(self._steps(residual, cos, sin, at, lengths, block_table))
-        hidden = self._blocks(
-            residual,
-            partial(_turned_each, cos, sin),
-            attend,
-            behind,
-            adapters,
-        )
-        return self.head(hidden)
+        residual, adapted = self.embedding[tokens].float(), self._adapted(adapters)
+        if self.reuse is None and behind is None and not steered:
+            given = residual, cos, sin, at, lengths
+            if adapted is None:
+                return self.head(self._steps(*given, block_table))
+            if adapted.slots is not None and not adapted.mixtures:
+                return self.head(self._adapted_steps(adapted.tables, adapted.slots, *given, block_table))
+        return self.head(self._blocks(residual, partial(_turned_each, cos, sin), attend, behind, adapted))
+
+    def _adapted_step(self, tables: Tables, slots: Tensor, *plain: Tensor) -> Tensor:
+        """`_plain_step` of sequences with single adapters of ``tables``."""
+        step: Callable[..., Tensor] = self._plain_step
+        return step(*plain, adapted=Rows(tables, slots, ()))
 
     def _plain_step(
-        self, residual: Tensor, cos: Tensor, sin: Tensor, at: Tensor, lengths: Tensor, block_table: Tensor
+        self,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        at: Tensor,
+        lengths: Tensor,
+        block_table: Tensor,
+        adapted: Rows | None = None,
     ) -> Tensor:
         """A decoding step of sequences that ask for nothing more, from embeddings to hidden states; see `Steps`."""
 
@@ -202,7 +213,11 @@ class Decoder:
             self._write(layer, at, None, k_TGD, v_TGD)
             return decode_attention(q_THD, self.keys[layer], self.values[layer], lengths, block_table=block_table)
 
-        return self._blocks(residual, partial(_turned_each, cos, sin), attend, None, None)
+        return self._blocks(residual, partial(_turned_each, cos, sin), attend, None, adapted)
+
+    def _adapted(self, numbers: Tensor | None) -> Rows | None:
+        """What each row's adapter is, by the adapters' numbers; None if none has one."""
+        return None if numbers is None or self.adapters is None else self.adapters.rows(numbers)
 
     @torch.inference_mode()
     def prefill(
@@ -253,14 +268,8 @@ class Decoder:
             if pictures.first < end:
                 behind = torch.arange(max(pictures.first - start, 0), tokens.size(0))
         adapters = None if adapter < 0 else torch.full((tokens.size(0),), adapter)
-        hidden = self._blocks(
-            residual,
-            partial(self._turned, start),
-            attend,
-            behind,
-            adapters,
-            None if steered is None else steered.watch,
-        )
+        turned, watch = partial(self._turned, start), None if steered is None else steered.watch
+        hidden = self._blocks(residual, turned, attend, behind, self._adapted(adapters), watch)
         return self.head(hidden if all_logits else hidden[-1:])
 
     @torch.inference_mode()
@@ -299,7 +308,7 @@ class Decoder:
 
         adapters = None if adapter < 0 else torch.full((tokens.size(0),), adapter)
         residual = self.embedding[tokens].float()
-        on_last(self._blocks(residual, partial(self._turned, 0), attend, behind, adapters, on_hidden))
+        on_last(self._blocks(residual, partial(self._turned, 0), attend, behind, self._adapted(adapters), on_hidden))
 
     def copy_page(self, source: int, target: int, count: int) -> None:
         """Copy the first ``count`` keys and values of a page to another, in all layers."""
@@ -339,13 +348,12 @@ class Decoder:
         rotate: Callable[[Tensor], Tensor],
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
         behind: Tensor | None,
-        adapters: Tensor | None,
+        adapted: Rows | None,
         watch: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
         """All layers and the last norm, from embeddings to hidden states [T, hidden]."""
         c = self.config
         count, q_heads, kv_heads, size = residual.size(0), c.num_heads, c.num_kv_heads, c.intermediate_size
-        adapted = None if adapters is None or self.adapters is None else self.adapters.rows(adapters)
 
         def project(i: int, name: str, linear: Linear, x: Tensor) -> Tensor:
             y = linear(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from eff_kernels.native.tape import NotRecordableError, Recorded
@@ -45,3 +46,28 @@ class Steps:
     def recorded(self) -> int:
         """How many numbers of sequences are on tape."""
         return sum(r is not None for r in self._recorded.values())
+
+
+class StepsOf:
+    """`Steps` that also depend on something that may be replaced; recordings of what was before are dropped then.
+
+    Args:
+        step: ``step(owner, *inputs)``.
+        widest: As in `Steps`.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], *, widest: int) -> None:
+        self._step, self._widest = step, widest
+        self._owner: object = None
+        self._steps: Steps | None = None
+
+    def __call__(self, owner: object, *inputs: Tensor) -> Tensor:
+        """Take a step; the result is overwritten by the next one."""
+        if self._steps is None or self._owner is not owner:
+            self._owner, self._steps = owner, Steps(partial(self._step, owner), widest=self._widest)
+        return self._steps(*inputs)
+
+    @property
+    def recorded(self) -> int:
+        """How many numbers of sequences are on tape."""
+        return 0 if self._steps is None else self._steps.recorded

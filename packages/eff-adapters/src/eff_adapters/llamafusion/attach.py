@@ -42,9 +42,13 @@ def decoder_of(model: Any) -> Any:
 
 def attach(decoder: Any, config: ModalityTowerConfig) -> Handle:
     """Give each layer, and the final norm, a module of its own for picture tokens: at first a copy of that of text."""
+    if config.first_layer >= len(decoder.layers):
+        raise ValueError(f"first_layer={config.first_layer}; the model has {len(decoder.layers)} layers")
     handle = Handle(Report("llamafusion"))
     names = ["norm"]
     for i, layer in enumerate(decoder.layers):
+        if i < config.first_layer:
+            continue
         for name, child in layer.named_children():
             if name == "self_attn":
                 if config.separation == "deep":

@@ -20,12 +20,18 @@ class ModalityTowerConfig(Settings):
         eoi_token_id: Token that closes a picture.
         separation: Which weights picture tokens have for themselves: "deep" (norms, projections of attention, feed
             forward), "shallow" (norms and feed forward), or "none" (dense fine-tuning of the text weights).
+        first_layer: The layers before it have no weights of pictures: picture tokens go through those of text there.
         image_rank: Keep the linear layers of pictures as additions of this rank to those of text; None for copies.
         patchify: How latents become tokens: "unet" (two blocks of a U-Net) or "linear" (one linear layer a patch).
         unet_channels: Channels of the U-Net at the latents' and at the tokens' resolution.
         latent_channels: Channels of a picture's latents.
         latent_size: Height and width of the latents.
         tokens_per_image: Tokens of one picture, a square number; ``latent_size`` is a multiple of its root.
+        prediction: What the head's output is and the loss compares: "noise" (DDPM), or "velocity", sqrt(abar) noise -
+            sqrt(1 - abar) latents (arXiv 2202.00512), to which the noised latents add what is known of the noise.
+            Either way `ModalityOutput.noise_pred` and sampling are of the noise.
+        token_gain: Factor of the tokens that enter the decoder. What a deep model adds to its residual stream drowns
+            tokens of size 1; the size that the stream has at its end, some 10 to 40, keeps them readable there.
         loss_lambda: Weight of the diffusion loss beside that of language (Transfusion, arXiv 2408.11039).
         text_lr_ratio: Learning rate of the text weights over that of the picture weights; at 0 they are frozen.
         num_train_timesteps: Steps of the cosine noise schedule.
@@ -38,12 +44,15 @@ class ModalityTowerConfig(Settings):
     boi_token_id: int
     eoi_token_id: int
     separation: Literal["deep", "shallow", "none"] = "deep"
+    first_layer: int = 0
     image_rank: int | None = None
     patchify: Literal["unet", "linear"] = "unet"
     unet_channels: tuple[int, int] = (320, 1280)
     latent_channels: int = 8
     latent_size: int = 32
     tokens_per_image: int = 256
+    prediction: Literal["noise", "velocity"] = "noise"
+    token_gain: float = 1.0
     loss_lambda: float = 5.0
     text_lr_ratio: float = 0.0
     num_train_timesteps: int = 1000
@@ -76,6 +85,10 @@ class ModalityTowerConfig(Settings):
             raise ValueError(f"unet_channels={self.unet_channels}; use multiples of 4")
         if self.loss_lambda < 0 or self.text_lr_ratio < 0:
             raise ValueError(f"loss_lambda={self.loss_lambda}, text_lr_ratio={self.text_lr_ratio}; use 0 or more")
+        if self.first_layer < 0:
+            raise ValueError(f"first_layer={self.first_layer}; use 0 or more")
+        if not 0 < self.token_gain < math.inf:
+            raise ValueError(f"token_gain={self.token_gain}; use a number above 0")
         if not self.max_t_when_image_first >= 0:
             raise ValueError(f"max_t_when_image_first={self.max_t_when_image_first}; use 0 or more")
         if not 0 <= self.caption_dropout <= 1:

@@ -10,6 +10,7 @@ from eff_kernels.edit.caches import cache_kwargs
 from torch import Tensor
 
 from eff_adapters.llamafusion.masks import host_mask
+from eff_adapters.llamafusion.schedule import add_noise, velocity
 from eff_adapters.llamafusion.tower import ModalityTower
 
 
@@ -72,14 +73,42 @@ class Context:
         self._through(latents, torch.zeros(len(latents), dtype=torch.long, device=latents.device), self.cache)
         self.mask = self._grown(self.tower.config.tokens_per_image)
 
+    def select(self, rows: Tensor) -> Context:
+        """Some of the rows, int64 [n], in a context of their own; a row may come several times."""
+        cls = type(self)
+        made = cls.__new__(cls)
+        made.tower, made.hidden = self.tower, None if self.hidden is None else self.hidden[rows]
+        made.mask = None if self.mask is None else self.mask[rows]
+        made.cache = self._fork()
+        layers: list[Any] = made.cache.layers
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        return made
+
     def predict(self, latents: Tensor, t: Tensor) -> Tensor:
         """Noise of noised latents [batch, c, s, s] at times t [batch], seen from here; the cache stays as it is."""
+        return self.tower.noise_of(self._through(latents, t, self._fork()), latents, t)
+
+    def denoising_loss(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The diffusion loss of clean latents [batch, c, s, s], for each; float32 [batch].
+
+        It is that of `ModalityTower.forward` for pictures that nothing follows, at the cost of their own tokens: what
+        was read without gradients is not computed again. Text weights that train get no gradient through it.
+        """
+        config = self.tower.config
+        noised = add_noise(latents, noise, t, config.num_train_timesteps)
+        written = self._through(noised, t, self._fork())
+        wanted = noise if config.prediction == "noise" else velocity(latents, noise, t, config.num_train_timesteps)
+        return (written.float() - wanted.float()).square().flatten(1).mean(1)
+
+    def _fork(self) -> Any:
         # Layers of a cache put new tensors in the place of old ones, so copies of the layers leave this cache alone.
         fork = copy.copy(self.cache)
         fork.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return self._through(latents, t, fork)
+        return fork
 
     def _through(self, latents: Tensor, t: Tensor, cache: Any) -> Tensor:
+        """What the head writes for noised latents."""
         tower = self.tower
         read = tower.head.read(latents, t)
         embeds = read.tokens.to(tower.marker_in.dtype)

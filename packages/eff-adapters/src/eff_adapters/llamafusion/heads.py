@@ -42,20 +42,24 @@ class TimeEmbedding(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """One linear layer from a patch of latents to a token, one back; the time step is added to each token."""
+    """One linear layer from a patch of latents to a token, one back; time step and place are added to each token.
+
+    The place: text weights know where a token stands among others, not where a patch lies in its picture.
+    """
 
     def __init__(self, config: ModalityTowerConfig, hidden: int) -> None:
         super().__init__()
-        self.patch, self.side = config.patch, config.side
+        self.patch, self.side, self.gain = config.patch, config.side, config.token_gain
         size = config.latent_channels * self.patch**2
         self.inward, self.outward = nn.Linear(size, hidden), nn.Linear(hidden, size)
         self.time = TimeEmbedding(min(256, 2 * (hidden // 2)), hidden)
+        self.place = nn.Parameter(0.3 * torch.randn(config.tokens_per_image, hidden))
 
     def read(self, latents: Tensor, t: Tensor) -> Tokens:
         """Patches row by row."""
         patches = functional.pixel_unshuffle(latents.to(self.inward.weight.dtype), self.patch)
         tokens = self.inward(patches.flatten(2).transpose(1, 2))
-        return Tokens(tokens + self.time(t)[:, None], ())
+        return Tokens(self.gain * (tokens + self.time(t)[:, None] + self.place), ())
 
     def write(self, hidden: Tensor, skips: tuple[Tensor, ...], t: Tensor) -> Tensor:
         """The inverse order."""
@@ -69,7 +73,7 @@ class UNetHead(nn.Module):
     def __init__(self, config: ModalityTowerConfig, hidden: int) -> None:
         super().__init__()
         fine, coarse = config.unet_channels
-        self.side, self.halve = config.side, config.patch == 2
+        self.side, self.halve, self.gain = config.side, config.patch == 2, config.token_gain
         width = 4 * fine
         self.time = TimeEmbedding(fine, width)
         self.conv_in = nn.Conv2d(config.latent_channels, fine, 3, padding=1)
@@ -86,7 +90,7 @@ class UNetHead(nn.Module):
         time = self.time(t)
         fine = self.down[0](self.conv_in(latents.to(self.conv_in.weight.dtype)), time)
         coarse = self.look[0](self.down[1](self.shrink(fine), time))
-        return Tokens(self.to_model(coarse).flatten(2).transpose(1, 2), (fine, coarse))
+        return Tokens(self.gain * self.to_model(coarse).flatten(2).transpose(1, 2), (fine, coarse))
 
     def write(self, hidden: Tensor, skips: tuple[Tensor, ...], t: Tensor) -> Tensor:
         """Hidden states and skips to noise."""

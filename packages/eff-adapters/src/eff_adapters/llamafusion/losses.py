@@ -36,17 +36,19 @@ def language(
     if attention_mask is not None:
         left_out = left_out | ~attention_mask[:, -labels.shape[1] :].bool()[:, :-1]
     targets = labels[:, 1:].masked_fill(left_out, -100)
-    each = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-    counted = targets != -100
+    counted = targets != -100  # nothing is computed for the rest: a row of the vocabulary is large
+    each = logits.new_zeros(targets.shape, dtype=torch.float32)
+    found = functional.cross_entropy(logits[:, :-1][counted].float(), targets[counted], reduction="none")
+    each = each.masked_scatter(counted, found)
     rows = each.sum(1) / counted.sum(1).clamp(min=1)
     return each.sum() / counted.sum().clamp(min=1), rows
 
 
-def diffusion(noise_pred: Tensor, noise: Tensor, chosen: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def diffusion(written: Tensor, wanted: Tensor, chosen: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Mean squared error in float32 over all elements of the chosen pictures, and of each of them."""
     if not chosen.any():
         return None, None
-    each = (noise_pred[chosen].float() - noise[chosen].float()).square().flatten(1).mean(1)
+    each = (written[chosen].float() - wanted[chosen].float()).square().flatten(1).mean(1)
     return each.mean(), each
 
 

@@ -23,11 +23,13 @@ class Routing:
         text: int64 [number of text tokens].
         pictures: int64 [number of picture tokens].
         inverse: int64 [batch * tokens]: where each token lies when all text tokens come first, then all others.
+        run: First picture token and the one behind the last, if they are neighbours: they need no copy then.
     """
 
     text: Tensor
     pictures: Tensor
     inverse: Tensor
+    run: tuple[int, int] | None
 
     @classmethod
     def of(cls, modality_ids: Tensor) -> Self | None:
@@ -37,7 +39,9 @@ class Routing:
         if not len(pictures):
             return None
         text = (~flat).nonzero().flatten()
-        return cls(text, pictures, torch.cat([text, pictures]).argsort())
+        first, last = int(pictures[0]), int(pictures[-1])
+        run = (first, last + 1) if last + 1 - first == len(pictures) else None
+        return cls(text, pictures, torch.cat([text, pictures]).argsort(), run)
 
 
 class ModalityModule(nn.Module):
@@ -73,6 +77,10 @@ class ModalityModule(nn.Module):
             raise ValueError(f"a module got {len(flat)} tokens, the modality ids are of {len(routing.inverse)}")
         # One row of tokens: some feed forwards, such as mixtures of experts, take three dimensions alone.
         text = self.text(flat.index_select(0, routing.text)[None])[0]
+        if routing.run is not None:
+            first, end = routing.run
+            picture = self.picture(flat[None, first:end])[0].to(text.dtype)
+            return torch.cat([text[:first], picture, text[first:]]).unflatten(0, x.shape[:2])
         picture = self.picture(flat.index_select(0, routing.pictures)[None])[0]
         joined = torch.cat([text, picture.to(text.dtype)]).index_select(0, routing.inverse)
         return joined.unflatten(0, x.shape[:2])

@@ -36,6 +36,32 @@ def add_noise(latents: Tensor, noise: Tensor, t: Tensor, steps: int = 1000) -> T
     return left.sqrt() * latents.float() + (1 - left).sqrt() * noise.float()
 
 
+def velocity(latents: Tensor, noise: Tensor, t: Tensor, steps: int = 1000) -> Tensor:
+    """Mix noise and latents, v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0, in float32 (arXiv 2202.00512, section 4).
+
+    Args:
+        latents: z_0, [n, ...].
+        noise: eps, like ``latents``.
+        t: int64 [n], from 0 to ``steps`` - 1.
+        steps: Of the schedule.
+    """
+    left = _at(alphas_cumprod(steps), t, latents)
+    return left.sqrt() * noise.float() - (1 - left).sqrt() * latents.float()
+
+
+def noise_of_velocity(z: Tensor, v: Tensor, t: Tensor, steps: int = 1000) -> Tensor:
+    """Eps = sqrt(1 - abar_t) z_t + sqrt(abar_t) v, in float32: the noise that a velocity stands for.
+
+    Args:
+        z: z_t, [n, ...].
+        v: Like ``z``.
+        t: int64 [n].
+        steps: Of the schedule.
+    """
+    left = _at(alphas_cumprod(steps), t, z)
+    return (1 - left).sqrt() * z.float() + left.sqrt() * v.float()
+
+
 def ddim_step(
     z: Tensor,
     eps: Tensor,

@@ -16,7 +16,7 @@ from eff_adapters.llamafusion.heads import make_head
 from eff_adapters.llamafusion.layout import check_layout, times_of_training
 from eff_adapters.llamafusion.masks import host_mask, picture_blocks
 from eff_adapters.llamafusion.routing import ARGUMENT, Routing, current
-from eff_adapters.llamafusion.schedule import add_noise
+from eff_adapters.llamafusion.schedule import add_noise, noise_of_velocity, velocity
 
 
 class ModalityOutput(NamedTuple):
@@ -25,7 +25,8 @@ class ModalityOutput(NamedTuple):
     Attributes:
         loss: ``lm_loss + loss_lambda * diffusion_loss``, float32; None without labels and pictures to denoise.
         lm_loss: Mean cross-entropy over text targets; None without labels.
-        diffusion_loss: Mean squared error of the noise over all elements; None without pictures to denoise.
+        diffusion_loss: Mean squared error of the noise, or of the velocity, over all elements; None without pictures
+            to denoise.
         noise_pred: [pictures, c, s, s]; None without pictures.
         logits: [batch, tokens, vocabulary], wide enough for the two markers; 0 at picture tokens.
         lm_losses: Mean cross-entropy of each row, [batch], or None.
@@ -231,14 +232,16 @@ class ModalityTower(nn.Module):
         mask = host_mask(self.decoder.config, embeds, attention_mask, past_key_values, positions, blocks)
         out = self.run(embeds, modality_ids, mask, positions, past_key_values, **kwargs)
         hidden = out.last_hidden_state
-        noise_pred = self.head.write(
-            hidden[is_picture].to(read.tokens.dtype).view_as(read.tokens), read.skips, timesteps
-        )
+        written = self.head.write(hidden[is_picture].to(read.tokens.dtype).view_as(read.tokens), read.skips, timesteps)
+        wanted = noise
+        if self.config.prediction == "velocity":
+            wanted = velocity(latents, noise, timesteps, self.config.num_train_timesteps)
         text = self.logits_of(hidden[~is_picture])
         logits = text.new_zeros(*input_ids.shape, text.shape[-1]).masked_scatter(~is_picture[..., None], text)
         lm_loss, lm_losses = losses.language(logits, labels, is_picture, attention_mask)
-        image_loss, image_losses = losses.diffusion(noise_pred, noise, ~clean)
+        image_loss, image_losses = losses.diffusion(written, wanted, ~clean)
         total = losses.total(lm_loss, image_loss, self.config.loss_lambda)
+        noise_pred = self.noise_of(written, noised, timesteps)
         return ModalityOutput(
             total, lm_loss, image_loss, noise_pred, logits, lm_losses, image_losses, returned_cache(out)
         )
@@ -261,6 +264,12 @@ class ModalityTower(nn.Module):
         logits = self.logits_of(hidden) if marked else self.model.lm_head(hidden)
         lm_loss, lm_losses = losses.language(logits, labels, torch.zeros_like(ids, dtype=torch.bool), mask)
         return ModalityOutput(lm_loss, lm_loss, None, None, logits, lm_losses, None, returned_cache(out))
+
+    def noise_of(self, written: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The noise that the head's output [n, c, s, s] means for noised latents at times t [n]."""
+        if self.config.prediction == "noise":
+            return written
+        return noise_of_velocity(noised, written, t, self.config.num_train_timesteps)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents of pictures [n, 3, h, w] from -1 to 1.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +35,15 @@ class Config(TrainConfig):
     """Options of the recipe.
 
     Attributes:
-        things: 0 for collages; else pictures are one of so many emojis on one of ten grounds.
+        things: Pictures are one of so many emojis on one of ten grounds, of which a fifth of the pairs is kept out of
+            training; 0 for collages.
         head: From points to tokens and back: one linear layer, or the two blocks of a U-Net.
         unet_channels: Of that U-Net, at 8 x 8 places and at the tokens.
         tokens: Tokens of a picture, a square number whose root divides 32; 16 or 64 with a U-Net.
         rank: Rank of the picture weights as additions to those of text; 0 for a full copy.
+        first_layer: First of SmolLM2's 30 layers with weights of pictures' own.
+        prediction: What the head predicts: the noise, or the velocity.
+        token_gain: Factor of the picture tokens that enter the model.
         reading: Share of pictures that come before their caption, to be read; the others come after it, to be drawn.
         no_caption: Share of drawn pictures whose caption is left out, for guidance.
         words: Most tokens of a caption.
@@ -48,26 +52,28 @@ class Config(TrainConfig):
         judged: Pictures of each evaluation.
     """
 
-    steps: int = 4000
-    batch_size: int = 16
-    lr: float = 4e-4
-    warmup: int = 50
+    steps: int = 600
+    batch_size: int = 48
+    lr: float = 6e-4
+    warmup: int = 40
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
+    weight_decay: float = 0.01
     precision: str = "bfloat16"  # type: ignore[assignment]
-    eval_every: int = 500
-    save_every: int = 250
-    things: int = 0
+    save_every: int = 100
+    things: int = 12
     head: Literal["linear", "unet"] = "linear"
     unet_channels: tuple[int, int] = (64, 128)
-    tokens: int = 64
+    tokens: int = 16
     rank: int = 0
+    first_layer: int = 18
+    prediction: Literal["noise", "velocity"] = "velocity"
+    token_gain: float = 16.0
     reading: float = 0.2
     no_caption: float = 0.1
     words: int = 24
-    guidance: float = 3.0
-    drawing_steps: int = 50
-    judged: int = 64
+    guidance: float = 1.5
+    drawing_steps: int = 25
+    judged: int = 96
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +103,7 @@ class LlamaFusion(Recipe[Config]):
     def encode(self, text: str) -> Tensor:
         """Ids of a caption, cut to `Config.words`."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return torch.tensor(ids[: self.config.words])
+        return torch.tensor(ids[: self.config.words], dtype=torch.long)
 
     @cached_property
     def settings(self) -> Any:
@@ -107,7 +113,8 @@ class LlamaFusion(Recipe[Config]):
         c, fold = self.config, world.FOLD if self.config.head == "unet" else 1
         return ModalityTowerConfig(
             boi_token_id=len(self.tokenizer), eoi_token_id=len(self.tokenizer) + 1, image_rank=c.rank or None,
-            patchify=c.head, latent_channels=3 * fold**2, latent_size=SIDE // fold, tokens_per_image=c.tokens,
+            first_layer=c.first_layer, prediction=c.prediction, token_gain=c.token_gain, patchify=c.head,
+            latent_channels=3 * fold**2, latent_size=SIDE // fold, tokens_per_image=c.tokens,
             unet_channels=c.unet_channels,
         )  # fmt: skip
 
@@ -117,42 +124,61 @@ class LlamaFusion(Recipe[Config]):
         from eff_embedded.language import smollm2_folder
         from transformers import AutoModelForCausalLM
 
-        frozen_only = self.config.rank and self.config.precision == "bfloat16"
-        dtype = torch.bfloat16 if frozen_only else torch.float32  # else every call would round the text weights anew
+        dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32  # that of its file, too
         tower = add_modality_tower(AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=dtype), self.settings)
         for parameter in tower.picture_parameters().values():
             parameter.data = parameter.data.float()
         return tower
 
-    def batch(self, samples: range) -> dict[str, Tensor]:
-        """Rows of caption and picture; time steps and noise belong to the sample's number."""
+    def batch(self, samples: range) -> dict[str, dict[str, Any]]:
+        """Pictures to draw, "draw", and rows of a picture and its caption, "read"; either may be missing.
+
+        Time steps and noise belong to the sample's number.
+        """
         from eff_adapters.llamafusion import pack
 
-        c, rows, times, noises = self.config, [], [], []
+        c = self.config
         end = torch.tensor([self.tokenizer.eos_token_id])
+        draws, reads = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
         for sample in samples:
             dice = generator(c.seed, sample)
             seen, caption = self.example(int(dice.integers(1 << 40)))
-            picture = self.latents(seen)
-            words, reads = self.encode(caption), dice.random() < c.reading
-            alone = dice.random() < c.no_caption
-            rows.append([picture, words, end] if reads else [picture, end] if alone else [words, picture, end])
-            times.append(int(dice.integers(self.settings.max_t_when_image_first + 1 if reads else 1000)))
-            noises.append(torch.from_numpy(dice.standard_normal(picture.shape, np.float32)))
-        found = pack(rows, self.settings, pad_token_id=self.tokenizer.eos_token_id)
-        return {**found, "timesteps": torch.tensor(times), "noise": torch.stack(noises)}  # type: ignore[dict-item]
+            is_read, alone = dice.random() < c.reading, dice.random() < c.no_caption
+            t = int(dice.integers(self.settings.max_t_when_image_first + 1 if is_read else 1000))
+            row = "" if alone and not is_read else caption, self.latents(seen), t
+            (reads if is_read else draws).append(
+                (*row, torch.from_numpy(dice.standard_normal(row[1].shape, np.float32)))
+            )
+        made: dict[str, dict[str, Any]] = {}
+        for kind, rows in (("draw", draws), ("read", reads)):
+            if rows:
+                captions, latents, times, noises = zip(*rows, strict=True)
+                made[kind] = {"latents": torch.stack(latents), "noise": torch.stack(noises), "t": torch.tensor(times)}
+                if kind == "draw":
+                    made[kind] |= dict(zip(("ids", "mask"), self.prompts(captions), strict=True))
+                else:
+                    texts = [self.encode(caption) for caption in captions]
+                    packed = pack(
+                        [[x, text, end] for x, text in zip(latents, texts, strict=True)], self.settings,
+                        pad_token_id=self.tokenizer.eos_token_id,
+                    )  # fmt: skip
+                    made[kind] |= packed
+        return made
+
+    def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids of captions padded on the left to one length, and their mask, each int64 [n, tokens]."""
+        rows = [self.encode(caption) for caption in captions]
+        width = max(1, *map(len, rows)) if rows else 1
+        ids = torch.stack([nn.functional.pad(r, (width - len(r), 0)) for r in rows])
+        return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
 
     def example(self, seed: int) -> tuple[Tensor, str]:
         """A picture as [3, 32, 32] from -1 to 1, and its caption."""
         if not self.config.things:
             return world.collage(seed)
-        name, ground = self.emoji_of(seed)
+        pairs = world.pairs(self.config.things, seen=True)
+        name, ground = pairs[seed % len(pairs)]
         return world.emoji(name, ground), world.caption(name, ground)
-
-    def emoji_of(self, seed: int) -> tuple[str, str]:
-        """Thing and ground of a number."""
-        some, grounds = world.names(self.config.things), world.grounds()
-        return some[seed % len(some)], grounds[seed // len(some) % len(grounds)]
 
     def arithmetic(self) -> Any:
         """That of the training, for what runs outside of it: text weights may be narrower than those of pictures."""
@@ -166,10 +192,8 @@ class LlamaFusion(Recipe[Config]):
         """One drawing for each prompt, [n, 3, 32, 32]."""
         from eff_adapters.llamafusion import generate_image
 
-        c, rows = self.config, [self.encode(prompt) for prompt in prompts]
-        width = max(map(len, rows))
-        ids = torch.stack([nn.functional.pad(r, (width - len(r), 0)) for r in rows]).to(self.device)
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]).to(self.device)
+        c = self.config
+        ids, mask = (x.to(self.device) for x in self.prompts(prompts))
         with self.arithmetic():
             latents = generate_image(
                 model, ids, attention_mask=mask, num_steps=c.drawing_steps, guidance_scale=c.guidance, clip=1.0,
@@ -177,10 +201,35 @@ class LlamaFusion(Recipe[Config]):
             )  # fmt: skip
         return world.unfolded(latents) if c.head == "unet" else latents
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        """Language of captions behind pictures, and noise."""
-        out = model(**batch)
-        return out.loss, {"language": out.lm_loss.detach(), "diffusion": out.diffusion_loss.detach()}
+    def loss(self, model: Any, batch: dict[str, dict[str, Any]]) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Language of captions behind pictures, and the diffusion loss.
+
+        Captions before pictures are read without gradients: frozen text weights need none, and only the tokens of
+        pictures cost a backward.
+        """
+        language, denoised = torch.zeros((), device=self.device), list[Tensor]()
+        if "draw" in batch:
+            draw = batch["draw"]
+            context = self.opened(model, draw["ids"], draw["mask"])
+            denoised.append(context.denoising_loss(draw["latents"], draw["t"], draw["noise"]))
+        if "read" in batch:
+            read = {**batch["read"], "timesteps": batch["read"]["t"]}
+            del read["t"]
+            out = model(**read)
+            language = out.lm_loss
+            denoised.append(out.image_losses)
+        diffusion = torch.cat(denoised).mean()
+        metrics = {"diffusion": diffusion.detach(), **({"language": language.detach()} if "read" in batch else {})}
+        return language + self.settings.loss_lambda * diffusion, metrics
+
+    @torch.no_grad()
+    def opened(self, model: Any, ids: Tensor, mask: Tensor) -> Any:
+        """Captions and the opening marker, read."""
+        from eff_adapters.llamafusion import Context
+
+        context = Context(model, nn.functional.pad(mask, (0, 1), value=1))
+        context.read_text(nn.functional.pad(ids, (0, 1), value=self.settings.boi_token_id))
+        return context
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
         """Weight decay on matrices alone."""
@@ -191,37 +240,52 @@ class LlamaFusion(Recipe[Config]):
 
     def evaluate(self, model: Any) -> dict[str, float]:
         """Losses on new collages, and the loss of a sentence without pictures, which never changes."""
-        sums, number = {"language": 0.0, "diffusion": 0.0}, 0
-        for first in range(0, self.config.judged, self.config.batch_size):
-            batch = self.batch(range(HELD_OUT + first, HELD_OUT + first + self.config.batch_size))
+        sums: dict[str, float] = {}
+        numbers = range(HELD_OUT, HELD_OUT + self.config.judged, self.config.batch_size)
+        for first in numbers:
+            batch = self.batch(range(first, first + self.config.batch_size))
             with self.arithmetic():
-                out = model(**{n: v.to(self.device) for n, v in batch.items()})
-            sums["language"] += float(out.lm_loss)
-            sums["diffusion"] += float(out.diffusion_loss)
-            number += 1
+                found = self.loss(model, {k: _moved(b, self.device) for k, b in batch.items()})[1]
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / len(numbers)
         ids = self.encode(SENTENCE)[None].to(self.device)
         text = float(model.model(ids, labels=ids).loss)
-        return {**{n: s / number for n, s in sums.items()}, "text": text, **self.told_and_drawn(model)}
+        return {**sums, "text": text, **self.told_and_drawn(model)}
 
     def told_and_drawn(self, model: Any) -> dict[str, float]:
-        """With emojis: the share of things whose drawing is nearest to their own emoji, and of right captions."""
+        """With emojis: shares of drawings whose nearest emoji is their own and stands on their ground, and of captions.
+
+        Nearest by squared distance, of all emojis on all grounds; for pairs that were trained, and for those that were
+        kept out, "new".
+        """
         if not self.config.things:
             return {}
-        some, grounds = world.names(self.config.things), world.grounds()
-        asked = [(name, grounds[i % len(grounds)]) for i, name in enumerate(some)]
-        drawings = self.drawn(model, [world.caption(*a) for a in asked])
-        like = [world.looks_like(d, g, some) == n for d, (n, g) in zip(drawings, asked, strict=True)]
-        read = [self.read(model, world.emoji(*a)) == world.caption(*a) for a in asked]
-        return {"drawn": sum(like) / len(some), "read": sum(read) / len(some)}
+        found: dict[str, float] = {}
+        for kind, asked in self.asked().items():
+            drawings = self.drawn(model, [world.caption(*a) for a in asked])
+            like = [world.looks_like(d, self.config.things) for d in drawings]
+            told = [self.read(model, world.emoji(*a)) for a in asked]
+            found |= {
+                f"{kind}_things": _share(a[0] == b[0] for a, b in zip(asked, like, strict=True)),
+                f"{kind}_grounds": _share(a[1] == b[1] for a, b in zip(asked, like, strict=True)),
+                f"{kind}_named": _share(f"{a[0]} on " in b for a, b in zip(asked, told, strict=True)),
+                f"{kind}_captions": _share(world.caption(*a) == b for a, b in zip(asked, told, strict=True)),
+            }
+        return found
+
+    def asked(self) -> dict[str, tuple[tuple[str, str], ...]]:
+        """Things and grounds that are judged: all that were kept out of training, and as many of the others."""
+        kept, seen = (world.pairs(self.config.things, seen=s) for s in (False, True))
+        return {"seen": seen[:: max(1, len(seen) // len(kept))][: len(kept)], "new": kept}
 
     def samples(self, model: Any, folder: Path) -> None:
         """Drawings in rows of four, their prompts, and captions of new pictures."""
         prompts: Sequence[str] = SHOWN
         if self.config.things:
-            some, grounds = world.names(self.config.things), world.grounds()
-            prompts = [world.caption(some[i % len(some)], grounds[i % len(grounds)]) for i in range(16)]
+            asked = self.asked()
+            prompts = [world.caption(*a) for a in (*asked["seen"][:12], *asked["new"][:12])]
         drawn = [np.asarray(picture(p)) for p in self.drawn(model, prompts)]
-        sheet = np.concatenate([np.concatenate(drawn[i : i + 4], 1) for i in range(0, len(drawn), 4)])
+        sheet = np.concatenate([np.concatenate(drawn[i : i + 4], 1) for i in range(0, len(drawn) // 4 * 4, 4)])
         size = (512, 512 * sheet.shape[0] // sheet.shape[1])
         Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(folder / "drawn.png")
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
@@ -257,6 +321,15 @@ class LlamaFusion(Recipe[Config]):
         from eff_adapters.llamafusion import save_pretrained
 
         save_pretrained(model, folder)
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _share(right: Iterable[bool]) -> float:
+    found = list(right)
+    return sum(found) / len(found)
 
 
 RECIPE = LlamaFusion

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -85,7 +84,15 @@ def caption(name: str, ground: str) -> str:
     return f"{article} {name} on a {ground} background"
 
 
-def looks_like(drawn: Tensor, ground: str, some: Sequence[str]) -> str:
-    """The thing whose emoji on this ground is nearest to a drawing [3, 32, 32], by squared distance."""
-    apart = [float((drawn.cpu().float() - emoji(name, ground)).square().sum()) for name in some]
-    return some[int(np.argmin(apart))]
+@cache
+def pairs(count: int, *, seen: bool) -> tuple[tuple[str, str], ...]:
+    """Things and grounds that are trained, or the fifth of them that is kept out: two grounds of each thing."""
+    table = [(i + j, name, ground) for i, name in enumerate(names(count)) for j, ground in enumerate(grounds())]
+    return tuple((name, ground) for place, name, ground in table if (place % 5 != 0) == seen)
+
+
+def looks_like(drawn: Tensor, count: int) -> tuple[str, str]:
+    """The thing and ground whose picture is nearest to a drawing [3, 32, 32], by squared distance."""
+    asked = [(name, ground) for name in names(count) for ground in grounds()]
+    every = torch.stack([emoji(*a) for a in asked])
+    return asked[int((every - drawn.cpu().float()).square().flatten(1).sum(1).argmin())]
