@@ -1,9 +1,11 @@
 """A server in a process of its own."""
 
+import asyncio
 import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import time
 import urllib.request
 
 import pytest
+import uvicorn
+from eff_studio.api import create_app
 
 
 class Served:
@@ -79,3 +83,59 @@ def serving(*words, seconds=120.0):
 def serve():
     """``with serve(*words) as served``; see `serving` and `Served`."""
     return serving
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@contextlib.contextmanager
+def at_home(worker):
+    """Address of the app around a worker, in this process."""
+    server = uvicorn.Server(uvicorn.Config(create_app(worker), port=0, log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture
+def opened():
+    """Function that opens a worker's page in Chromium; whatever the page complains of fails the test."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    api = pytest.importorskip("playwright.sync_api")
+
+    @contextlib.contextmanager
+    def open_page(worker):
+        problems = []
+        with at_home(worker) as address, api.sync_playwright() as playwright:
+            options = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(address)
+            yield page
+            browser.close()
+        assert problems == []
+
+    return open_page
+
+
+@pytest.fixture
+def drag():
+    """Function that moves the pressed mouse over the canvas between places given as shares of it."""
+
+    def move(page, first, *then):
+        bounds = page.locator("#canvas").bounding_box()
+        at = [(bounds["x"] + x * bounds["width"], bounds["y"] + y * bounds["height"]) for x, y in (first, *then)]
+        page.mouse.move(*at[0])
+        page.mouse.down()
+        for place in at[1:]:
+            page.mouse.move(*place, steps=3)
+        page.mouse.up()
+
+    return move

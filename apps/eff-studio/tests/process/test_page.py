@@ -1,64 +1,10 @@
 """The page in Chromium: boxes by mouse, drawing, cancelling, what a reload keeps."""
 
-import asyncio
-import contextlib
-import os
-import shutil
-import threading
-import time
-
 import pytest
-import uvicorn
-from eff_studio.api import create_app
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-NEEDS = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-
-
-@contextlib.contextmanager
-def serving(worker):
-    """Address of the app around a worker."""
-    server = uvicorn.Server(uvicorn.Config(create_app(worker), port=0, log_level="warning"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
-
-
-@contextlib.contextmanager
-def opened(worker):
-    """The page in a browser; whatever it complains of fails the test."""
-    api = pytest.importorskip("playwright.sync_api")
-    problems = []
-    with serving(worker) as address, api.sync_playwright() as playwright:
-        options = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(address)
-        yield page
-        browser.close()
-    assert problems == []
-
-
-def drag(page, first, *then):
-    """Draw a box on the canvas between places given as shares of it."""
-    bounds = page.locator("#canvas").bounding_box()
-    at = [(bounds["x"] + x * bounds["width"], bounds["y"] + y * bounds["height"]) for x, y in (first, *then)]
-    page.mouse.move(*at[0])
-    page.mouse.down()
-    for place in at[1:]:
-        page.mouse.move(*place, steps=3)
-    page.mouse.up()
 
 
 @pytest.mark.slow
-@NEEDS
-def test_draw_cancel_reload(worker, settle):
+def test_draw_cancel_reload(worker, opened, drag, settle):
     with opened(worker) as page:
         settle(lambda: "64" in page.inner_text("#model"))
         drag(page, (0.1, 0.1), (0.4, 0.4), (0.6, 0.6))
@@ -91,8 +37,7 @@ def test_draw_cancel_reload(worker, settle):
 
 
 @pytest.mark.slow
-@NEEDS
-def test_objects_lie_where_they_were_drawn(make_worker, collage, settle):
+def test_objects_lie_where_they_were_drawn(make_worker, collage, opened, drag, settle):
     """Boxes drawn by mouse come out as a picture on which the judge finds the named objects inside of them."""
     from eff_embedded.judge import load_judge
 
@@ -129,8 +74,7 @@ def test_objects_lie_where_they_were_drawn(make_worker, collage, settle):
 
 
 @pytest.mark.slow
-@NEEDS
-def test_tools_of_the_page(worker, settle, tmp_path):
+def test_tools_of_the_page(worker, opened, drag, settle, tmp_path):
     """Heads, grid, comparing, settings from a picture, keys, words to click, a phone, the dark."""
     with opened(worker) as page:
         settle(lambda: "64" in page.inner_text("#model"))

@@ -50,7 +50,7 @@ export function show(address) {
 export function newHole(width, height) {
   hole.width = width;
   hole.height = height;
-  const surface = hole.getContext("2d");
+  const surface = hole.getContext("2d", { willReadFrequently: true });
   surface.fillStyle = "black";
   surface.fillRect(0, 0, width, height);
   paint();
