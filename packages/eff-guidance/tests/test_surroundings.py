@@ -183,14 +183,17 @@ def test_lora(tiny, method, kind):
 
 
 @pytest.mark.slow
-def test_maps_are_read_from_a_compiled_model(tiny):
-    model = tiny.model("sd3", layers=1)
+@pytest.mark.parametrize("method", [*WATCHES, "attencraft, learnt"])
+def test_a_compiled_model(tiny, method):
+    act = METHODS[method][0]
+    model = tiny.model("sd3", **({"layers": 1} if method == "refam" else {}))
+    model.kind = "sd3"
     given = tiny.inputs(model)
-    wanted = pointing(model, given)
+    wanted = act(model, given)
     torch._dynamo.reset()
     try:
         model.compile(backend="eager")
-        assert close(pointing(model, given), wanted)
+        assert close(act(model, given), wanted)
     finally:
         torch._dynamo.reset()
 
