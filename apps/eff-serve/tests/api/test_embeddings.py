@@ -65,7 +65,7 @@ def test_ollama(embed):
     np.testing.assert_allclose(answer["embeddings"][0], vectors(embed(input="ab"))[0], atol=1e-6)
     long = "a" * 400
     assert embed("/api/embed", model="fake", input=long).status_code == 200
-    assert "1 to 256" in embed("/api/embed", model="fake", input=long, truncate=False).json()["error"]
+    assert "limits are 1 and 256" in embed("/api/embed", model="fake", input=long, truncate=False).json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_settings_that_a_server_cannot_follow_are_refused():
         ({"paint": {}, "pai": {}}, "give one of them"),
         ({"act": {"model_hash": "x"}}, "leave it out"),
         ({"vhr": {"reference": "lockstep"}}, "'plain'"),
-        ({"paint": {"saliency": "received"}}, "'cls' alone"),
+        ({"paint": {"saliency": "received"}}, "only 'cls'"),
     ]:
         with pytest.raises(ValueError, match=text):
             Steering(**wanted)
