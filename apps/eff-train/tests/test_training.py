@@ -120,7 +120,7 @@ def test_another_number_of_processes():
     state["processes"] = [{**state["processes"][0], "means": {"sums": {}, "weights": {}}}] * 2
     Training(Words(Config()), ALONE).load_state_dict(state)
     state["processes"][0]["data"] = {"position": 3}
-    with pytest.raises(ValueError, match="resumes on 2 processes only, not 1"):
+    with pytest.raises(ValueError, match="must be resumed on 2 processes, not 1"):
         Training(Words(Config()), ALONE).load_state_dict(state)
 
 

@@ -77,7 +77,7 @@ def test_answers_are_right_and_questions_of_the_evaluation_are_never_learned_fro
                 assert kinds[prompt.removeprefix("Kind of ").removesuffix(":")] == answer.strip()
     assert not seen[0] & seen[HELD_OUT]
     assert question(3, 5) == question(3, 5) != question(4, 5)
-    with pytest.raises(ValueError, match="no question"):
+    with pytest.raises(ValueError, match="not a question"):
         task_of("Hello")
 
 

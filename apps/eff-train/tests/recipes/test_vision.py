@@ -124,7 +124,7 @@ def test_onnx_is_what_the_model_is(trained, tmp_path):
 def test_what_is_no_picture_is_refused(name, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     recipe = recipe_of(name)
-    with pytest.raises(ValueError, match=r"text\.png is no picture"):
+    with pytest.raises(ValueError, match=r"text\.png cannot be read as a picture"):
         recipe.predict(recipe.build().eval(), tmp_path / "text.png", tmp_path)
 
 
