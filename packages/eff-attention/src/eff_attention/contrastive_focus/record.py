@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,11 @@ def record_image_attentions(
     count = inputs["input_ids"].size(0)
     kept: list[list[Tensor]] = [[] for _ in range(count)]
     grids: list[tuple[int, int]] = [(0, 0)] * count
+    mine = threading.get_ident()
 
     def record(call: AttentionCall, output: AttentionOutput) -> None:
+        if threading.get_ident() != mine:
+            return  # somebody else's pass through the same model
         if call.roles is None:
             raise ValueError(f"{call.name} does not know its tokens, so that the picture cannot be found")
         keys, weights = call.roles.keys, rows(call, [-1]).mean(1)[:, 0].float()

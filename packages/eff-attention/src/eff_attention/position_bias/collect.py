@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,11 @@ def walk_layers(
     names = decoder_attention(model)
     if not names:
         raise ValueError(f"{type(model).__name__} has no decoder whose attention can be read")
-    numbers = {name: i for i, name in enumerate(names)}
+    numbers, here = {name: i for i, name in enumerate(names)}, threading.get_ident()
 
     def record(call: AttentionCall, output: AttentionOutput) -> None:
+        if threading.get_ident() != here:
+            return  # somebody else's pass through the same model
         visit(numbers[call.name], rows(call, slice(None)))
 
     was_training = model.training
