@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,10 +102,6 @@ def record_image_attentions(
                 raise ValueError(f"prompt {row} has no picture {picture} whose grid is known in {call.name}")
             height, width = keys.grid(row, picture)
             place = keys.row[row, here].long() * width + keys.column[row, here].long()
-            if height * width != len(place) and (side := math.isqrt(len(place))) ** 2 == len(place):
-                # The config tells of larger pictures than the processor makes: a square, line by line.
-                height = width = side
-                place = torch.arange(len(place), device=place.device)
             grids[row] = height, width
             whole = torch.zeros(height * width, device=place.device)
             kept[row].append(whole.index_add(0, place, weights[row, here]))

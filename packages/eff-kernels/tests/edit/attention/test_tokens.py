@@ -124,6 +124,24 @@ def test_llava():
         keys.grid(1, 1)
 
 
+def test_pictures_smaller_than_the_config_says():
+    # the config tells of 4 x 4 tokens; squares of 3 x 3 and of 5 x 5, and a run of 14 that shows no places
+    ids = prompt(5, [IMAGE] * 9, 6, [IMAGE] * 25, 7, [IMAGE] * 14, 8, [IMAGE] * 32)
+    config = llava().config
+    tokens = Tokens.of_prompt(ids, config, {})
+    assert tokens.grid(0, 0) == (3, 3)
+    assert tokens.row[0, 1:10].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert tokens.column[0, 1:10].tolist() == [0, 1, 2] * 3
+    assert tokens.grid(0, 1) == (5, 5)
+    assert tokens.picture[0, 37:51].tolist() == [2] * 14
+    assert set(tokens.row[0, 37:51].tolist() + tokens.column[0, 37:51].tolist()) == {-1}
+    assert (tokens.grid(0, 3), tokens.grid(0, 4)) == ((4, 4), (4, 4))
+    config.vision_feature_select_strategy = "full"  # the class token comes first and shows no place
+    tokens = Tokens.of_prompt(prompt(5, [IMAGE] * 10, 6, [IMAGE] * 34), config, {})
+    assert tokens.row[0, 1:11].tolist() == [-1, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert (tokens.grid(0, 0), tokens.grid(0, 1), tokens.grid(0, 2)) == ((3, 3), (4, 4), (4, 4))
+
+
 @pytest.mark.parametrize(("part", "tile", "cell"), [(0, 0, (2, 1)), (1, 2, (2, 5))])
 def test_llava_next(part, tile, cell):
     # 16 x 32 pixels are two tiles of 4 x 4 tokens side by side

@@ -111,7 +111,7 @@ def _sized(runs: list[range], layouts: Iterator[list[Cell]]) -> Iterator[list[tu
 
 
 def _by_runs(runs: list[range], line: list[int], config: Any) -> Iterator[list[tuple[int, Cell]]]:
-    """Families whose pictures, or parts of them, have a fixed number of tokens."""
+    """Families whose pictures, or parts of them, mostly have the number of tokens that the config tells."""
     kind = str(getattr(config, "model_type", ""))
     count = _tokens_of_part(config)
     if kind in ("idefics3", "smolvlm"):
@@ -119,13 +119,13 @@ def _by_runs(runs: list[range], line: list[int], config: Any) -> Iterator[list[t
     elif kind == "internvl":
         yield from (_parts(run, count) for run in runs)
     else:
+        extra = _class_token(config)
         for run in runs:
-            size = count or len(run)
-            extra = _class_token(config)
-            for start in range(run.start, run.stop, size + extra):
-                here = range(start, min(start + size + extra, run.stop))
-                cells: list[Cell] = [(0, -1, -1)] * extra + _square(size, 0)
-                yield list(zip(here, cells, strict=False))
+            # A processor may make pictures of another size than the config tells: then each run is one of them.
+            step = count + extra if count and len(run) % (count + extra) == 0 else len(run)
+            for start in range(run.start, run.stop, step):
+                cells: list[Cell] = [(0, -1, -1)] * extra + _square(step - extra, 0)
+                yield list(zip(range(start, start + step), cells, strict=True))
 
 
 def _parts(run: range, count: int) -> list[tuple[int, Cell]]:
