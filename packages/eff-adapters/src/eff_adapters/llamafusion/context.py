@@ -9,8 +9,9 @@ import torch
 from eff_kernels.edit.caches import cache_kwargs
 from torch import Tensor
 
+from eff_adapters.llamafusion import losses
 from eff_adapters.llamafusion.masks import host_mask
-from eff_adapters.llamafusion.schedule import add_noise, velocity
+from eff_adapters.llamafusion.schedule import add_noise
 from eff_adapters.llamafusion.tower import ModalityTower
 
 
@@ -75,14 +76,11 @@ class Context:
 
     def select(self, rows: Tensor) -> Context:
         """Some of the rows, int64 [n], in a context of their own; a row may come several times."""
-        cls = type(self)
-        made = cls.__new__(cls)
-        made.tower, made.hidden = self.tower, None if self.hidden is None else self.hidden[rows]
+        made = copy.copy(self)
+        made.hidden = None if self.hidden is None else self.hidden[rows]
         made.mask = None if self.mask is None else self.mask[rows]
         made.cache = self._fork()
-        layers: list[Any] = made.cache.layers
-        for layer in layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        made.cache.batch_select_indices(rows)
         return made
 
     def predict(self, latents: Tensor, t: Tensor) -> Tensor:
@@ -93,13 +91,11 @@ class Context:
         """The diffusion loss of clean latents [batch, c, s, s], for each; float32 [batch].
 
         It is that of `ModalityTower.forward` for pictures that nothing follows, at the cost of their own tokens: what
-        was read without gradients is not computed again. Text weights that train get no gradient through it.
+        was read without gradients is not computed again. Text weights that train get no gradient from that.
         """
-        config = self.tower.config
-        noised = add_noise(latents, noise, t, config.num_train_timesteps)
+        noised = add_noise(latents, noise, t, self.tower.config.num_train_timesteps)
         written = self._through(noised, t, self._fork())
-        wanted = noise if config.prediction == "noise" else velocity(latents, noise, t, config.num_train_timesteps)
-        return (written.float() - wanted.float()).square().flatten(1).mean(1)
+        return losses.errors(written, self.tower.wanted_of(latents, noise, t))
 
     def _fork(self) -> Any:
         # Layers of a cache put new tensors in the place of old ones, so copies of the layers leave this cache alone.

@@ -44,11 +44,16 @@ def language(
     return each.sum() / counted.sum().clamp(min=1), rows
 
 
+def errors(written: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of each picture [n, ...] in float32, [n]."""
+    return (written.float() - wanted.float()).square().flatten(1).mean(1)
+
+
 def diffusion(written: Tensor, wanted: Tensor, chosen: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Mean squared error in float32 over all elements of the chosen pictures, and of each of them."""
     if not chosen.any():
         return None, None
-    each = (written[chosen].float() - wanted[chosen].float()).square().flatten(1).mean(1)
+    each = errors(written[chosen], wanted[chosen])
     return each.mean(), each
 
 

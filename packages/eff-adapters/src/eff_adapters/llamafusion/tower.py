@@ -233,9 +233,7 @@ class ModalityTower(nn.Module):
         out = self.run(embeds, modality_ids, mask, positions, past_key_values, **kwargs)
         hidden = out.last_hidden_state
         written = self.head.write(hidden[is_picture].to(read.tokens.dtype).view_as(read.tokens), read.skips, timesteps)
-        wanted = noise
-        if self.config.prediction == "velocity":
-            wanted = velocity(latents, noise, timesteps, self.config.num_train_timesteps)
+        wanted = self.wanted_of(latents, noise, timesteps)
         text = self.logits_of(hidden[~is_picture])
         logits = text.new_zeros(*input_ids.shape, text.shape[-1]).masked_scatter(~is_picture[..., None], text)
         lm_loss, lm_losses = losses.language(logits, labels, is_picture, attention_mask)
@@ -264,6 +262,12 @@ class ModalityTower(nn.Module):
         logits = self.logits_of(hidden) if marked else self.model.lm_head(hidden)
         lm_loss, lm_losses = losses.language(logits, labels, torch.zeros_like(ids, dtype=torch.bool), mask)
         return ModalityOutput(lm_loss, lm_loss, None, None, logits, lm_losses, None, returned_cache(out))
+
+    def wanted_of(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the head's output is compared with for clean latents [n, c, s, s] and their noise at times t [n]."""
+        if self.config.prediction == "noise":
+            return noise
+        return velocity(latents, noise, t, self.config.num_train_timesteps)
 
     def noise_of(self, written: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The noise that the head's output [n, c, s, s] means for noised latents at times t [n]."""
