@@ -40,9 +40,8 @@ class AttentionTap:
             raise ValueError(f"kind must be 'logits' or 'probs', got {kind!r}")
         known = find_attention(model)
         inside = tuple(f"{f.name}." for f in known)
-        found = [
-            f for f in known if not f.name.startswith(inside)
-        ]  # not what answers for another, such as sparse-linear
+        # Without attention inside of another, which answers for it, such as sparse-linear's.
+        found = [f for f in known if not f.name.startswith(inside)]
         if not found:
             raise ValueError(f"no attention was found in {type(model).__name__}")
         self.num_layers = len(found)

@@ -85,7 +85,7 @@ def read_glb(path: Path) -> tuple[Tensor, Tensor | None]:
             shades = _array(scene, body, attributes["COLOR_0"], np.dtype("u1"), 4)
             colours = torch.from_numpy(shades[:, :3].astype(np.float32) / 255)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} does not hold a point cloud as written here: {error}") from None
+        raise ValueError(f"{path} does not hold a point cloud of the form written here: {error}") from None
     return torch.from_numpy(places * _FLIP), colours
 
 
