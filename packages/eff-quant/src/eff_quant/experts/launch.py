@@ -46,6 +46,12 @@ def sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(flat[order], edges, out_int32=True)
 
 
+def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """The expert of each of the sorted rows, int64 [rows]; E for those behind the last expert's."""
+    row = torch.arange(rows, device=offsets.device, dtype=torch.int32)
+    return torch.searchsorted(offsets[1:], row, right=True)
+
+
 class ExpertProduct(torch.autograd.Function):
     """Sorted rows [S, K] times the weight of their expert, plus its bias; codes get no gradient."""
 
@@ -70,8 +76,7 @@ class ExpertProduct(torch.autograd.Function):
         x = triton.backward(grad, ctx.codes, offsets, *ctx.like) if ctx.needs_input_grad[0] else None
         bias = None
         if ctx.needs_input_grad[1]:
-            row = torch.arange(len(grad), device=grad.device, dtype=torch.int32)
             sums = torch.zeros(len(offsets), grad.size(1), device=grad.device)
-            sums.index_add_(0, torch.searchsorted(offsets[1:], row, right=True), grad.float())
+            sums.index_add_(0, expert_of_rows(offsets, len(grad)), grad.float())
             bias = sums[:-1].to(ctx.bias)
         return x, bias, None, None, None

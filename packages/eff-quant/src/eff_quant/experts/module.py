@@ -148,21 +148,23 @@ class QuantizedExperts(nn.Module):
         return result
 
     def _run(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if one_launch(hidden, self.quantization) and all(self._stacked(name) for name in self.forms):
-            return self._run_at_once(hidden, ids, weights)
+        if one_launch(hidden, self.quantization):
+            stacks = {name: codes for name in self.forms if (codes := self._stacked(name)) is not None}
+            if len(stacks) == len(self.forms):
+                return self._run_at_once(hidden, ids, weights, stacks)
         order, runs = route(ids, self.num_experts)
         if not runs:
             return torch.zeros_like(hidden)
         y = self._chain(hidden[order // ids.shape[1]], lambda name, x: grouped(x, runs, self._product(name)))
         return combine(y, order, weights).to(hidden.dtype)
 
-    def _run_at_once(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _run_at_once(self, hidden: Tensor, ids: Tensor, weights: Tensor, stacks: Mapping[str, StackedCodes]) -> Tensor:
         order, offsets = sort(ids, self.num_experts)
 
         def product(name: str, x: Tensor) -> Tensor:
             bias = self._parameters[f"{name}_bias"] if self.has_bias else None
             dtype = self.quantization.out_dtype or x.dtype
-            result: Tensor = ExpertProduct.apply(x, bias, self._stacked(name), offsets, dtype)
+            result: Tensor = ExpertProduct.apply(x, bias, stacks[name], offsets, dtype)
             return result
 
         y = self._chain(hidden[order // max(ids.shape[1], 1)], product)

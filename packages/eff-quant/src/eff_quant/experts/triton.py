@@ -24,6 +24,7 @@ from eff_kernels.ops.int8_linear.triton import products
 from eff_kernels.ops.int8_quantize.triton import quantize_for_product
 from torch import Tensor
 
+from eff_quant.experts.launch import expert_of_rows
 from eff_quant.layer import StackedCodes
 
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}
@@ -190,8 +191,7 @@ def _launch_int8(x: Tensor, codes: StackedCodes, offsets: Tensor, bias: Tensor |
     if threshold > 0:
         large = x.abs() >= threshold
         x = x.masked_fill(large, 0.0)  # an outlier counts to no scale, the rest of its column does
-        row = torch.arange(m, device=x.device, dtype=torch.int32)
-        expert_of_row = torch.searchsorted(offsets[1:], row, right=True)
+        expert_of_row = expert_of_rows(offsets, m)
         found = x.new_zeros(experts + 1, k, dtype=torch.float32).index_add_(0, expert_of_row, large.float()) > 0
         counts = found.sum(1, dtype=torch.int32)
         columns = found.to(torch.uint8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
