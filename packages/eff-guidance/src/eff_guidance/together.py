@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from eff_kernels.edit.attention.forward import Forward
 from torch import Tensor
 
+LayoutRole = Literal["none", "scene", "branch"]
+
 _rows: ContextVar[Rows | None] = ContextVar("eff_rows", default=None)
 _extra: ContextVar[ExtraPass | None] = ContextVar("eff_extra_pass", default=None)
 _parts: ContextVar[bool] = ContextVar("eff_parts", default=False)
@@ -33,7 +35,7 @@ class Rows:
 
     unconditional: int
     groups: int = 1
-    layout: Literal["none", "scene", "branch"] = "none"
+    layout: LayoutRole = "none"
 
     def prompted(self, x: Tensor) -> Tensor:
         """Those of a batch [B, ...] that have a prompt."""
@@ -68,6 +70,12 @@ class ExtraPasses(Forward):
 def current_rows() -> Rows | None:
     """What was told of the rows that run now."""
     return _rows.get()
+
+
+def current_layout() -> LayoutRole:
+    """What the rows that run now are to a layout."""
+    told = _rows.get()
+    return "none" if told is None else told.layout
 
 
 def current_extra() -> ExtraPass | None:

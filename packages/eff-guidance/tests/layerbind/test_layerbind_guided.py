@@ -273,3 +273,35 @@ def test_joint_styles_are_refused_in_a_layout(tiny, scene):
         bound = apply_layerbind(pipe, scene.layout, prompts=scene.prompts(pipe), order=1)
         with bound, pytest.raises(ValueError, match="fusion='joint'"):
             scene.draw(pipe)
+
+
+def test_styles_that_read_the_text_act_in_branches(tiny, scene):
+    """Of one size, so that they are one batch with twice the rows of the text with a prompt."""
+    pipe = tiny.pipeline("sd3")
+    config = StyleAttentionConfig(gate_init=0.5, text_modulated=True)
+    style = add_style_attention(pipe, config, order=-1)
+    given = tiny.prompts(pipe, count=2)
+    bound = apply_layerbind(pipe, scene.layout, prompts=scene.prompts(pipe, tokens=(6,) * 3), order=1)
+    with bound:
+        plain = scene.draw(pipe, count=2, **given)
+        with style.use():
+            styled = scene.draw(pipe, count=2, **given)
+    assert torch.isfinite(styled).all()
+    assert not torch.allclose(styled, plain, rtol=1e-3)
+
+
+def test_two_scale_guidance_is_refused_in_a_layout(tiny, scene):
+    """Its second pass would run the branches again, or be taken for that without a prompt."""
+    pipe = tiny.pipeline("sd3")
+    prompts = scene.prompts(pipe)
+    with add_style_attention(pipe, StyleAttentionConfig(gate_init=0.5), order=-1) as style:
+        bound = apply_layerbind(pipe, scene.layout, prompts=prompts, order=1)
+        with style.use(guidance_ratio=2.0), bound, pytest.raises(ValueError, match=r"ratio=2\.0.*layout"):
+            scene.draw(pipe)
+    with (
+        apply_layerbind(pipe, scene.layout, prompts=prompts, order=1),
+        add_style_attention(pipe, StyleAttentionConfig(gate_init=0.5), order=-1) as style,
+        style.use(guidance_ratio=2.0),
+        pytest.raises(RuntimeError, match="ran more often"),
+    ):
+        scene.draw(pipe)

@@ -16,7 +16,7 @@ from eff_guidance.denoiser import check_whole
 from eff_guidance.head_guidance.config import SoftPAGConfig, check_strength
 from eff_guidance.head_guidance.heads import Head, list_heads, locate, plain_name
 from eff_guidance.head_guidance.softpag import perturb
-from eff_guidance.together import current_rows, in_parts
+from eff_guidance.together import current_layout, in_parts
 
 
 class Plan(NamedTuple):
@@ -90,7 +90,7 @@ class Damage:
                     "heads an order below the layout's"
                 )
             return attend(call)
-        if not self.rowwise and (told := current_rows()) is not None and told.layout != "none":
+        if not self.rowwise and current_layout() != "none":
             raise ValueError(
                 f"target={self.target!r}, path={self.path!r}: with a layout each row sees keys of its own, so that "
                 "heads can only keep their own values; use target='identity' and path='linear'"

@@ -121,9 +121,9 @@ class Run:
             if self.step < self.ends[0]:
                 return self._branches(model, plain, args, bound=0, extra=extra)
             return self._nursing(model, plain, args, bound=0)
+        if self.calls > (2 if way == "separate" else 1):
+            raise RuntimeError("the transformer ran more often in one step than LayerBind knows a reason for")
         if way != "batched":
-            if self.calls > (2 if way == "separate" else 1):
-                raise RuntimeError("the transformer ran more often in one step than LayerBind knows a reason for")
             uncond = self.calls == 2
             if self.step < self.ends[0]:
                 return self._branches(model, plain, args, bound=len(args["hidden_states"]) if uncond else 0)

@@ -20,7 +20,7 @@ from eff_guidance.pokefusion.use import (
     set_use,
     style_attention,
 )
-from eff_guidance.together import current_rows
+from eff_guidance.together import current_layout
 
 # Processors that call scaled_dot_product_attention once, on all that the layer attends to.
 _ONE_CALL = (
@@ -63,7 +63,7 @@ class StyleRule:
             raise ValueError(f"{call.name} ({type(call.module).__name__}): the order of its tokens is not known")
         image = slice(None) if call.streams is None else call.streams["image"]
         if self.adapter.config.fusion == "joint":
-            if (told := current_rows()) is not None and told.layout != "none":
+            if current_layout() != "none":
                 raise ValueError("a style with fusion='joint' brings keys of its own, which a layout cannot place")
             more = self._joint(call, attend, answer.out, image, *now)
         else:
@@ -81,8 +81,7 @@ class StyleRule:
         q = rows.prompted(call.q)
         if not len(q):
             return torch.zeros_like(plain[:, :, image])
-        key, value = keys_and_values(self.adapter, self.name, call.module, use, call.num_heads, len(q), call.dtype)
-        key, value = (t.to(call.q.device).expand(len(q), -1, -1, -1) for t in (key, value))
+        key, value = keys_and_values(self.adapter, self.name, call.module, use, q, call.dtype, rows.groups)
         k, v = (torch.cat([rows.prompted(a).to(b.dtype), b], 2) for a, b in ((call.k, key), (call.v, value)))
         mask = call.mask
         if mask is not None:
@@ -155,9 +154,13 @@ class StyledDenoiser(Watched):
             return self.plain(*args, **kwargs)
         watched = Watched(self.module, getattr(use.pipe, "scheduler", None))
         watched.own = self.own
-        full = watched(*args, **kwargs)
         if use.ratio == 1.0:
-            return full
+            return watched(*args, **kwargs)
+        if current_layout() != "none":
+            raise ValueError(
+                f"a style with ratio={use.ratio} evaluates the denoiser twice, which a layout cannot follow"
+            )
+        full = watched(*args, **kwargs)
         token = set_use(self.adapter.uid, use.off())
         try:
             text = self.plain(*args, **kwargs)

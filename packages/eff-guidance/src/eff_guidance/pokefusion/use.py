@@ -15,7 +15,7 @@ from torch import Tensor
 from eff_guidance.denoiser import current_call
 from eff_guidance.pokefusion.adapter import StyleAdapter
 from eff_guidance.pokefusion.layers import key_norm
-from eff_guidance.together import Rows, current_rows
+from eff_guidance.together import Rows, current_layout, current_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +91,12 @@ def reset_use(token: contextvars.Token[Any]) -> None:
 
 
 def keys_and_values(
-    adapter: StyleAdapter, name: str, module: Any, use: StyleUse, heads: int, rows: int, dtype: torch.dtype
+    adapter: StyleAdapter, name: str, module: Any, use: StyleUse, q: Tensor, dtype: torch.dtype, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of style [1 or rows, H, M, D] for one layer, kept with the use where nothing can change them."""
+    """Keys and values of style [B, H, M, D] for one layer's queries [B, H, S, D], which are groups of one size.
+
+    They are kept with the use where nothing can change them.
+    """
     layer = adapter.layer(name)
     fixed = adapter.style.to_text is None
     graph = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
@@ -104,18 +107,17 @@ def keys_and_values(
         key, value = stored[name][1]
     else:
         call = current_call()
-        text = None if fixed or call is None or call.text is None else call.text[-rows:]
+        text = None if fixed or call is None or call.text is None else call.text[-(len(q) // groups) :]
         weights = use.weights.to(adapter.style.table.device)
         tokens = adapter.style(weights, text)
         key, value = layer.to_k_style(tokens), layer.to_v_style(tokens)
-        key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2).to(dtype) for t in (key, value))
+        key, value = (t.unflatten(-1, (q.shape[1], -1)).transpose(1, 2).to(dtype) for t in (key, value))
         if (norm := key_norm(module)) is not None:
             key = norm(key).to(dtype)
         if stored is not None:
             stored[name] = (made_of, (key, value))
-    told = current_rows()
-    groups = 1 if told is None else told.groups
-    return _spread(key, rows, name, groups), _spread(value, rows, name, groups)
+    key, value = (_spread(t.to(q.device), len(q), name, groups) for t in (key, value))
+    return key, value
 
 
 def style_attention(adapter: StyleAdapter, name: str, module: Any, q: Tensor, use: StyleUse, factor: float) -> Tensor:
@@ -124,8 +126,7 @@ def style_attention(adapter: StyleAdapter, name: str, module: Any, q: Tensor, us
     query = rows.prompted(q)
     if not len(query):
         return torch.zeros_like(q)
-    key, value = keys_and_values(adapter, name, module, use, q.shape[1], query.shape[0], q.dtype)
-    key, value = (t.to(q.device).expand(query.shape[0], -1, -1, -1) for t in (key, value))
+    key, value = keys_and_values(adapter, name, module, use, query, q.dtype, rows.groups)
     out = F.scaled_dot_product_attention(query, key, value)
     return rows.padded(out * amount(adapter, name, use, factor, out))
 
@@ -136,7 +137,7 @@ def amount(adapter: StyleAdapter, name: str, use: StyleUse, factor: float, out: 
     if use.keep is not None:
         found = found * _rows(use.keep, out.shape[0]).to(out.device)[:, None, None, None]
     if use.mask is not None:
-        if (told := current_rows()) is not None and told.layout == "branch":
+        if current_layout() == "branch":
             raise ValueError("a style's mask is for the whole picture, which a layout's branches are not; use eta1=0")
         found = found * mask_on_tokens(use.mask.to(out.device), out.shape[2]).to(out.dtype)[:, None]
     return found
@@ -158,7 +159,9 @@ def mask_on_tokens(mask: Tensor, tokens: int) -> Tensor:
 def _spread(x: Tensor, rows: int, name: str, groups: int) -> Tensor:
     """Styles of a call's prompts for all its rows: in each group the pictures of a prompt follow each other."""
     each = rows // groups
-    if x.shape[0] == 1 or x.shape[0] == each == rows:
+    if x.shape[0] == 1:
+        return x.expand(rows, -1, -1, -1)
+    if x.shape[0] == each == rows:
         return x
     if each % x.shape[0]:
         raise ValueError(f"{name}: {x.shape[0]} styles for {each} rows with style; wanted one for each, or one for all")
