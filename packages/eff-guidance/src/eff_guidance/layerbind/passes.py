@@ -130,8 +130,7 @@ class BranchPass(Pass):
         streams: The branches.
         hard: The hard-binding blocks.
         reverse: Whether the background sees branches there.
-        bound: First row of the batch that hard binding is for; those before it are without prompt, all where it is
-            their number.
+        bound: Rows at the front of the batch that are without prompt; hard binding is for those behind them.
     """
 
     def __init__(
@@ -146,9 +145,8 @@ class BranchPass(Pass):
         bound: int = 0,
     ) -> None:
         self.host, self.model, self.args, self.streams = host, model, args, streams
-        rows = len(args["hidden_states"])
-        self.without = bound
-        self.hard, self.reverse, self.bound = frozenset() if bound == rows else hard, reverse, bound % rows
+        self.hard = frozenset() if bound == len(args["hidden_states"]) else hard
+        self.reverse, self.bound = reverse, bound
         self.grid: Grid = host.grid(model, args)
         self.last = len(host.blocks(model)) - 1
         self.block = -1
@@ -204,7 +202,7 @@ class BranchPass(Pass):
         extra = args.get("joint_attention_kwargs")
         for b in self.bundles:
             self.role = b, rows, hard
-            without = 0 if rows.start else self.without
+            without = 0 if rows.start else self.bound
             try:
                 with tell_rows(Rows(without, len(b.streams), "branch")):
                     text, hidden = block(
