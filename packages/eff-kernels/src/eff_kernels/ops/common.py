@@ -33,6 +33,19 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, packed: bool
         check_float(bias, "bias")
 
 
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless query heads can share key heads evenly."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the number of query heads, {heads}, must be a multiple of the key heads, {kv_heads}")
+
+
+def check_rows(x: Tensor) -> None:
+    """Raise unless x has rows, of a float dtype."""
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    check_float(x)
+
+
 def over_rows(op: Op, x: Tensor, *args: Any, backend: str) -> Tensor:
     """Run an op from [T, K] to [T, N] on x [..., K], ``args`` being its other arguments."""
     shape = x.shape

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.common import check_groups
+
 
 class Args(NamedTuple):
     """Of `block_sparse_attention`."""
@@ -45,8 +47,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, bloc
             "q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] do not fit: "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
-    if k.size(1) == 0 or q.size(1) % k.size(1):
-        raise ValueError(f"the number of query heads, {q.size(1)}, must be a multiple of the key heads, {k.size(1)}")
+    check_groups(q.size(1), k.size(1))
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q, k, v must have one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if block_q < 1 or block_k < 1:

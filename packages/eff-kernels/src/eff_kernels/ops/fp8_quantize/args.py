@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eff_kernels.ops.common import check_float
+from eff_kernels.ops.common import check_rows
 from eff_kernels.ops.fp8_quantize.common import check_fp8
 
 
@@ -22,7 +22,5 @@ class Args(NamedTuple):
 def check(*args: *Args) -> None:
     """Raise ValueError or TypeError unless the arguments fit."""
     x, dtype, _ = args
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    check_float(x)
+    check_rows(x)
     check_fp8("dtype", dtype)

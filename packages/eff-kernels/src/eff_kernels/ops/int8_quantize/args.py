@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from eff_kernels.ops.common import check_float
+from eff_kernels.ops.common import check_rows
 
 
 class Args(NamedTuple):
@@ -20,9 +20,7 @@ def check(*args: *Args) -> None:
     """Raise ValueError or TypeError unless the arguments fit."""
     x, threshold = args
     check_threshold(threshold)
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    check_float(x)
+    check_rows(x)
 
 
 def check_threshold(threshold: float) -> None:

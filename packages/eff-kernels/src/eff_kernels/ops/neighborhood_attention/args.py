@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.common import check_groups
+
 
 class Args(NamedTuple):
     """Of `neighborhood_attention`."""
@@ -76,8 +78,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, more_k: Tensor | None, more_v
         raise ValueError(f"query must be [B, *S, H, D] with one to three axes S, got {list(q.shape)}")
     if k.shape[:-1] != v.shape[:-1] or q.shape[:-2] != k.shape[:-2] or q.size(-1) != k.size(-1):
         raise ValueError(f"query [B, *S, H, D], key [B, *S, Hkv, D], value [B, *S, Hkv, Dv] do not fit: got {shapes}")
-    if k.size(-2) == 0 or q.size(-2) % k.size(-2):
-        raise ValueError(f"the number of query heads, {q.size(-2)}, must be a multiple of the key heads, {k.size(-2)}")
+    check_groups(q.size(-2), k.size(-2))
     if not q.is_floating_point() or any(t.dtype != q.dtype for t in tensors):
         raise TypeError(f"all tensors must have one float dtype, got {[t.dtype for t in tensors]}")
     if any(t.device != q.device for t in tensors):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eff_kernels.ops.common import check_groups
+
 
 class BlockMap(NamedTuple):
     """What `block_map` returns.
@@ -117,8 +119,7 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise TypeError("sparse-linear attention takes dense tensors, got a sparse or nested one")
     if q.dim() != 4 or k.dim() != 4 or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
         raise ValueError(f"q [B, H, L, D] and k [B, Hkv, Lk, D] do not fit: got {list(q.shape)} and {list(k.shape)}")
-    if k.size(1) == 0 or q.size(1) % k.size(1):
-        raise ValueError(f"the number of query heads, {q.size(1)}, must be a multiple of the key heads, {k.size(1)}")
+    check_groups(q.size(1), k.size(1))
     if not q.is_floating_point() or k.dtype != q.dtype:
         raise TypeError(f"q and k must have one float dtype, got {q.dtype} and {k.dtype}")
     if q.device != k.device:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eff_kernels.ops.common import check_groups
 from eff_kernels.ops.taylor_linear_attention.common import taylor_state_shape
 
 
@@ -45,8 +46,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, state: Tenso
         raise ValueError(f"q, k and v must be [B, H, T, D], got {shapes}")
     if k.shape[:-1] != v.shape[:-1] or (q.size(0), *q.shape[2:]) != (k.size(0), *k.shape[2:]):
         raise ValueError(f"q [B, H, T, D], k [B, Hkv, T, D] and v [B, Hkv, T, Dv] do not fit: got {shapes}")
-    if k.size(1) == 0 or q.size(1) % k.size(1):
-        raise ValueError(f"the number of query heads, {q.size(1)}, must be a multiple of the key heads, {k.size(1)}")
+    check_groups(q.size(1), k.size(1))
     if not q.is_floating_point() or any(t.dtype != q.dtype for t in (k, v)):
         raise TypeError(f"q, k and v must have one float dtype, got {[str(t.dtype) for t in (q, k, v)]}")
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.size(0), q.size(2))):
