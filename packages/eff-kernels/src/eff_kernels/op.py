@@ -143,7 +143,7 @@ class Op:
         """
         if backend is _ASK:
             raise _Answer(self.explain(*args))
-        if _is_compiling() or _needs_torch_dispatch(args):
+        if needs_torch_dispatch(args):
             if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
                 raise NotImplementedError(f"{self.name} has no forward-mode derivative; use reverse mode")
             return self._registered(*args, backend)
@@ -296,8 +296,10 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def _needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
+def needs_torch_dispatch(args: tuple[Any, ...]) -> bool:
     """Whether a call is more than plain inference: a gradient, a tensor subclass, tracing, vmap, forward-mode AD."""
+    if _is_compiling():
+        return True
     grad = _is_grad_enabled()
     for a in args:
         kind = type(a)

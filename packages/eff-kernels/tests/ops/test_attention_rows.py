@@ -37,7 +37,8 @@ def test_other_processors(define, monkeypatch):
         pytest.skip(reason)
     library = native.library(define)
     monkeypatch.setattr("eff_kernels.native.call.library", lambda: library)
-    api._kernel.cache_clear()
+    for kernel in (api._scores, api._values):
+        kernel.cache_clear()
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             q, k = torch.randn(2, 9, 40).to(dtype), torch.randn(2, 3, 130, 40).to(dtype)
@@ -47,7 +48,8 @@ def test_other_processors(define, monkeypatch):
             wanted = scores.double()[:, :, None] @ k.double().repeat_interleave(3, 1)
             torch.testing.assert_close(out, wanted[:, :, 0], rtol=1e-5, atol=1e-4)
     finally:
-        api._kernel.cache_clear()
+        for kernel in (api._scores, api._values):
+            kernel.cache_clear()
 
 
 def test_memory_that_is_not_there_is_said():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.op import _needs_torch_dispatch
+from eff_kernels.op import needs_torch_dispatch
+from eff_kernels.ops.common import check_groups
 
 _ARGS = struct.Struct("PqqqPqqqqqqqqqqPqdPPq")  # the fields of args in attention_columns.c
+_kernel = native.loader("eff_attention_columns", _ARGS)
 _BLOCK = 128  # queries
 
 
@@ -51,8 +52,7 @@ def attention_columns(
         raise ValueError(
             f"q [B, H, Sq, D] and k [B, KV, S, D] with Sq <= S do not fit: got {list(q.shape)} and {list(k.shape)}"
         )
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the number of query heads, {q.shape[1]}, must be a multiple of the key heads, {k.shape[1]}")
+    check_groups(q.shape[1], k.shape[1])
     batch, total, count, d = q.shape
     which = range(total) if heads is None else heads
     if any(not 0 <= h < total for h in which):
@@ -82,8 +82,7 @@ def _fits(q: Tensor, k: Tensor) -> bool:
         and q.dtype is k.dtype
         and q.stride(3) == k.stride(3) == 1
         and q.shape[3] % 16 == 0
-        and not torch.compiler.is_compiling()
-        and not _needs_torch_dispatch((q, k))
+        and not needs_torch_dispatch((q, k))
         and native.unavailable() is None
     )
 
@@ -105,8 +104,3 @@ def _reference(q: Tensor, k: Tensor, scale: float, heads: Sequence[int]) -> Atte
         found.append(scores.logsumexp(-1))
         sums[..., :end] += (scores - found[-1][..., None]).exp().sum(2)
     return AttentionColumns(sums, torch.cat(found, 2) if found else query.new_zeros(*query.shape[:2], 0))
-
-
-@functools.cache
-def _kernel() -> Callable[[bytes], int]:
-    return native.fallible("eff_attention_columns", _ARGS)

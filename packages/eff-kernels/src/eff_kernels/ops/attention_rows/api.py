@@ -5,19 +5,19 @@ Caches are read as they lie: no copy in float32, none for the query heads that s
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
-from eff_kernels.op import _needs_torch_dispatch
+from eff_kernels.op import needs_torch_dispatch
 
 _SCORES = struct.Struct("PqqqPqqqqqqqqqdP")  # the fields of score_args in attention_rows.c
+_scores = native.loader("eff_attention_row_scores", _SCORES)
 _VALUES = struct.Struct("PPqqqqqqqqqPq")  # those of value_args
+_values = native.loader("eff_attention_row_values", _VALUES)
 
 
 def row_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -44,7 +44,7 @@ def row_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
             products = q.to(wide).reshape(batch, kv_heads, -1, d) @ k.to(wide).mT
         return products.reshape(batch, heads, keys) * scale
     out = q.new_empty((batch, heads, keys), dtype=torch.float32)
-    failed = _kernel("eff_attention_row_scores", _SCORES)(_SCORES.pack(
+    failed = _scores()(_SCORES.pack(
         q.data_ptr(), DTYPE_CODES[q.dtype], q.stride(0), q.stride(1), k.data_ptr(), DTYPE_CODES[k.dtype],
         k.stride(0), k.stride(1), k.stride(2), batch, heads, kv_heads, keys, d, scale, out.data_ptr(),
     ))  # fmt: skip
@@ -81,7 +81,7 @@ def row_values(weights: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
         return sums.reshape(batch, heads, d).to(dtype)
     weights = weights.float().contiguous()
     out = v.new_empty((batch, heads, d), dtype=dtype)
-    failed = _kernel("eff_attention_row_values", _VALUES)(_VALUES.pack(
+    failed = _values()(_VALUES.pack(
         weights.data_ptr(), v.data_ptr(), DTYPE_CODES[v.dtype], v.stride(0), v.stride(1), v.stride(2),
         batch, heads, kv_heads, keys, d, out.data_ptr(), DTYPE_CODES[dtype],
     ))  # fmt: skip
@@ -106,12 +106,6 @@ def _compiled(rows: Tensor, cache: Tensor) -> bool:
         and cache.dtype in DTYPE_CODES
         and cache.stride(3) == 1
         and cache.shape[3] % 8 == 0
-        and not torch.compiler.is_compiling()
-        and not _needs_torch_dispatch((rows, cache))
+        and not needs_torch_dispatch((rows, cache))
         and native.unavailable() is None
     )
-
-
-@functools.cache
-def _kernel(name: str, fields: struct.Struct) -> Callable[[bytes], int]:
-    return native.fallible(name, fields)
