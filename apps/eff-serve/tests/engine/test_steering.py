@@ -246,6 +246,14 @@ def test_what_cannot_be_steered_is_refused(make_decoder, make_engine, steering, 
         ask(engine, [(TEXT, steering, None)])
 
 
+def test_steering_beside_layer_reuse_is_refused_with_the_reason(make_decoder, make_engine):
+    decoder = make_decoder()
+    engine = make_engine(decoder)
+    decoder.reuse = object()  # what it does is of no matter: the request never gets there
+    with pytest.raises(ValueError, match="steering does not work beside layer reuse: its layers attend to a part"):
+        ask(engine, [(TEXT, Steering(act=ACT), None)])
+
+
 def test_settings_that_a_server_cannot_follow_are_refused():
     for wanted, text in [
         ({"paint": {}, "pai": {}}, "give one of them"),

@@ -20,6 +20,7 @@ from eff_serve.api import pictures
 from eff_serve.api.generation import deadline_passed, in_line, told_of_end
 from eff_serve.api.schema.chat import ChatRequest, ImagePart, Message, TextPart
 from eff_serve.api.serving import Serving
+from eff_serve.engine.steering import CARVE, not_taken
 from eff_serve.engine.types import Sampling
 from eff_serve.engine.watch import PictureWatch
 
@@ -40,9 +41,8 @@ def check(body: ChatRequest, serving: Serving) -> CarveConfig | None:
     config = None if body.eff is None else body.eff.second_look
     if config is None:
         return None
-    if "carve" not in serving.steering:
-        known = ", ".join(map(repr, serving.steering)) or "no steering"
-        raise bad_request(f"steering by 'carve' is not supported by this model; it supports {known}", "eff.carve")
+    if CARVE not in serving.steering:
+        raise bad_request(not_taken(CARVE, serving.steering), "eff.carve")
     if (count := len(pictures.placed(body.messages))) != 1:
         raise bad_request(f"eff.carve looks twice at one picture, and the conversation has {count}", "eff.carve")
     last = body.messages[-1]

@@ -111,6 +111,11 @@ class Steerer:
         if steering is None:
             return
         c = self._decoder.config
+        if self._decoder.reuse is not None:
+            raise ValueError(
+                "steering does not work beside layer reuse: its layers attend to a part of the keys, and rules of "
+                "attention need them all"
+            )
         check_takes(steering, self.takes)
         for name in steering.names:
             if name in OF_PICTURES and pictures is None:
@@ -232,8 +237,13 @@ def check_takes(steering: Steering, takes: tuple[str, ...]) -> None:
     """
     for name in steering.names:
         if name not in takes:
-            known = ", ".join(map(repr, takes)) or "no steering"
-            raise ValueError(f"steering by {name!r} is not supported by this model; it supports {known}")
+            raise ValueError(not_taken(name, takes))
+
+
+def not_taken(name: str, takes: tuple[str, ...]) -> str:
+    """Says that a model does not take a method, and what it takes."""
+    known = ", ".join(map(repr, takes)) or "no steering"
+    return f"steering by {name!r} is not supported by this model; it supports {known}"
 
 
 def _note_first(rows: list[Tensor], layer: int, hidden: Tensor) -> None:
