@@ -25,9 +25,12 @@ class FakeSource:
         self.memory, self.expected = memory, expected
         self.gate, self.begun = threading.Event(), threading.Event()
         self.gate.set()
-        self.error, self.engines, self.loads, self.stopped = None, weakref.WeakSet(), 0, 0
+        self.error, self.engines, self.looks, self.loads, self.stopped = None, weakref.WeakSet(), 0, 0, 0
 
     def expected_memory(self):
+        self.looks += 1
+        if isinstance(self.expected, Exception):
+            raise self.expected
         return self.memory if self.expected is None else self.expected
 
     def load(self):
@@ -167,6 +170,19 @@ def test_a_model_that_cannot_be_loaded_is_tried_again(make_models, client_of):
     assert "secret" not in response.text
     assert states(client) == {"a": "unloaded"}
     source.error = None
+    assert ask(client, "a").status_code == 200
+    assert source.looks == 0  # nobody asked how large it is
+
+
+def test_a_model_whose_files_cannot_be_read_is_tried_again(make_models, client_of):
+    models = make_models(limit=100, a=40)
+    client, source = client_of(models), models.sources["a"]
+    source.expected = FileNotFoundError("a secret path is gone")
+    response = ask(client, "a")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "model_failed")
+    assert "secret" not in response.text
+    assert states(client) == {"a": "unloaded"}
+    source.expected = None
     assert ask(client, "a").status_code == 200
 
 

@@ -6,8 +6,9 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 from eff_http import ApiError, ClientGoneError, retry_later, unless_disconnected
 from fastapi import Request
@@ -17,6 +18,7 @@ from eff_serve.api.serving import Serving
 from eff_serve.engine.threads import give_memory_back
 
 CLIENT_CLOSED_REQUEST = 499
+T = TypeVar("T")
 _log = logging.getLogger("eff_serve.models")
 
 
@@ -68,10 +70,8 @@ class Models:
 
     def check(self) -> None:
         """Raise 503 unless the server takes requests."""
-        if self.default.source is None:
+        if self.default.source is None or self._draining:
             self.default.check()
-        elif self._draining:
-            raise retry_later(503, "the server is shutting down", "draining", 5)
 
     async def hold(self, serving: Serving, held: ExitStack) -> None:
         """Wait until a model is loaded, and keep it so until ``held`` is closed.
@@ -128,19 +128,13 @@ class Models:
         if source is None:
             return
         async with self._one_at_a_time:
-            needed = serving.memory or await asyncio.to_thread(source.expected_memory)
+            needed = serving.memory
+            if not needed and self._limit is not None:
+                needed = await self._tried(serving, source.expected_memory)
             while serving.state == "unloaded" and await self._make_room(serving, needed):
                 serving.state = "loading"
                 begun = time.monotonic()
-                try:
-                    model = await asyncio.to_thread(source.load)
-                except Exception as error:  # what libraries raise over a strange folder
-                    serving.metrics.load_failed()
-                    _log.error("%s cannot be loaded: %s: %s", serving.settings.model_id, type(error).__name__, error)
-                    if serving.state == "loading":
-                        serving.state = "unloaded"
-                    message = f"the model {serving.settings.model_id!r} cannot be loaded; the server's log says why"
-                    raise ApiError(503, message, code="model_failed", headers={"x-should-retry": "false"}) from error
+                model = await self._tried(serving, source.load)
                 if self._draining:
                     await asyncio.to_thread(model.engine.stop, 0)
                     return
@@ -150,6 +144,18 @@ class Models:
                 needed = serving.memory
                 if self._limit is not None and self.memory > self._limit:  # its files promised less
                     await self._unload(serving)
+
+    async def _tried(self, serving: Serving, step: Callable[[], T]) -> T:
+        """What a step on the way to a model gives, from a thread of its own; 503 where it fails."""
+        try:
+            return await asyncio.to_thread(step)
+        except Exception as error:  # what libraries raise over a strange folder
+            serving.metrics.load_failed()
+            _log.error("%s cannot be loaded: %s: %s", serving.settings.model_id, type(error).__name__, error)
+            if serving.state == "loading":
+                serving.state = "unloaded"
+            message = f"the model {serving.settings.model_id!r} cannot be loaded; the server's log says why"
+            raise ApiError(503, message, code="model_failed", headers={"x-should-retry": "false"}) from error
 
     async def _make_room(self, serving: Serving, needed: int) -> bool:
         """Unload idle models until ``needed`` bytes are free; False where nobody waits for them any more."""
