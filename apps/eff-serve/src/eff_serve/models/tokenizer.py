@@ -60,11 +60,6 @@ class Tokenizer:
         """Number of token ids, special ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `render_chat` can work."""
-        return self._template is not None
-
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in the text count as such."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
