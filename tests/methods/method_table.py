@@ -128,18 +128,31 @@ def token_ids(seed: int, batch: int = 2, length: int = 24) -> Tensor:
     return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def logits(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, T, V] of one pass without a cache."""
+def logits(model: Any, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
+    """Logits [B, T, V] of one pass without a cache; ``given`` is for the model."""
     more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    return model(input_ids=ids, use_cache=False, **more).logits
+    return model(input_ids=ids, use_cache=False, **more, **given).logits
 
 
 def state_row(name: str, make: Callable[[], nn.Module], run: Callable[..., Tensor], **more: Any) -> Row:
     """The row of a class of our own, kept by its state_dict."""
     return Row(
         name=name, make=make, run=run,
-        **{"kind": "model", "host": "other", "save": save_state, "load": functools.partial(load_state, make), **more},
+        **{"kind": "model", "host": "other", **kept_by_state(make), **more},
     )  # fmt: skip
+
+
+def kept_by_state(
+    make: Callable[[], nn.Module], apply: Callable[[nn.Module], Any] = lambda model: None
+) -> dict[str, Any]:
+    """``save`` and ``load`` of a row whose state_dict, in a new model that ``apply`` has changed, is all there is."""
+
+    def new() -> nn.Module:
+        model = make()
+        apply(model)
+        return model
+
+    return {"save": save_state, "load": functools.partial(load_state, new)}
 
 
 def save_state(model: nn.Module, folder: Path) -> None:

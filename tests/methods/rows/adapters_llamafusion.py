@@ -1,7 +1,7 @@
 import torch
 from eff_adapters.llamafusion import ModalityTowerConfig, Routing, add_modality_tower
 from eff_adapters.llamafusion.routing import ARGUMENT
-from method_table import Row, llama, token_ids
+from method_table import Row, kept_by_state, llama, logits, token_ids
 
 CONFIG = ModalityTowerConfig(
     boi_token_id=97, eoi_token_id=98, patchify="linear", latent_channels=1, latent_size=4, tokens_per_image=4
@@ -18,15 +18,7 @@ def apply(model):
 
 def run(model, ids, mask=None):
     """Logits where every token with an odd id goes through the picture weights."""
-    more = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    return model(input_ids=ids, use_cache=False, **{ARGUMENT: Routing.of(ids % 2)}, **more).logits
-
-
-def load(folder):
-    model = llama()
-    apply(model)
-    model.load_state_dict(torch.load(folder / "weights.pt"))
-    return model
+    return logits(model, ids, mask, **{ARGUMENT: Routing.of(ids % 2)})
 
 
 ROWS = [
@@ -36,8 +28,7 @@ ROWS = [
         apply=apply,
         run=run,
         data=token_ids,
-        save=lambda model, folder: torch.save(model.state_dict(), folder / "weights.pt"),
-        load=load,
+        **kept_by_state(llama, apply),
         cannot={
             "twice": "was changed again after this change; remove the later change first",
             "stranger": "Sequential is no Llama-type model: it needs a decoder with layers and norm, and an lm_head",

@@ -49,6 +49,7 @@ ROWS = [
     Row(
         name="sentinel",
         kind="rewrite",
+        host="other",
         make=Policy,
         apply=apply,
         run=run,
@@ -57,10 +58,6 @@ ROWS = [
         data=token_ids,
         save=lambda model, folder: model.inner.save_pretrained(folder),
         load=load,
-        absent=dict.fromkeys(
-            ("bf16", "gqa", "left_padding", "generate",
-             "static_cache", "beams", "checkpointing", "reentrant_checkpointing",
-             "alone", "under_peft", "stranger", "threads"), WHOLE,
-        ),
+        absent=dict.fromkeys(("bf16", "alone", "under_peft", "stranger", "threads"), WHOLE),
     )
-]  # fmt: skip
+]

@@ -1,7 +1,7 @@
 import torch
 from eff_attention.random_features import RandomFeatureAttention
 from eff_kernels import Handle
-from method_table import Row
+from method_table import Row, kept_by_state, normal
 from torch import nn
 
 
@@ -30,13 +30,6 @@ def apply(model):
     return handle
 
 
-def load(folder):
-    model = make()
-    apply(model)
-    model.load_state_dict(torch.load(folder / "state.pt"))
-    return model
-
-
 ROWS = [
     Row(
         name="random_features",
@@ -44,9 +37,8 @@ ROWS = [
         make=make,
         apply=apply,
         run=lambda model, x, mask=None: model(x, mask),
-        data=lambda seed: torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed)),
-        save=lambda model, folder: torch.save(model.state_dict(), folder / "state.pt"),
-        load=load,
+        data=normal(2, 16, 8),
+        **kept_by_state(make, apply),
         lora=("first",),
         absent=dict.fromkeys(("twice", "stranger"), "a layer of one's own model, put in by hand"),
     )

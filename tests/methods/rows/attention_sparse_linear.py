@@ -1,6 +1,6 @@
 import torch
 from eff_attention.sparse_linear import SLAConfig, apply_sla, load_sla, save_sla, sla_parameters
-from method_table import Row
+from method_table import Row, normal
 from transformers import ViTConfig, ViTModel
 
 CONFIG = SLAConfig(k_high=0.25, k_low=0.25, block_q=4, block_k=4)
@@ -38,7 +38,7 @@ ROWS = [
         make=make,
         apply=apply,
         run=run,
-        data=lambda seed: torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(seed)),
+        data=normal(2, 3, 24, 24),
         save=lambda model, folder: save_sla(model, folder / "sla"),
         load=load,
         lora=("q_proj", "query", "fc1"),

@@ -3,6 +3,7 @@
 import torch
 from denoisers import make_sd3, sd3_row
 from eff_guidance.attencraft import train_projections
+from method_table import kept_by_state
 
 
 def apply(model, change=0.1):
@@ -14,20 +15,12 @@ def apply(model, change=0.1):
     return handle
 
 
-def load(folder):
-    model = make_sd3()
-    apply(model)
-    model.load_state_dict(torch.load(folder / "state.pt"))
-    return model
-
-
 ROWS = [
     sd3_row(
         "attencraft",
         apply=apply,
         zero=lambda model: apply(model, change=0.0),
-        save=lambda model, folder: torch.save(model.state_dict(), folder / "state.pt"),
-        load=load,
+        **kept_by_state(make_sd3, apply),
         cannot={
             "twice": "is a ConceptLinear, not a plain linear layer",
             "stranger": "Sequential has no attention to text",

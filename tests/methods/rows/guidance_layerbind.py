@@ -1,9 +1,9 @@
 """A layout changes what a pipeline draws; the row holds a pipeline of SD3 in a module and looks at its latents."""
 
 import torch
-from denoisers import TINY
+from denoisers import TINY, latents
 from eff_guidance.layerbind import Layer, LayerBindConfig, Layout, LayoutPrompts, Prompt, apply_layerbind
-from method_table import Row, normal
+from method_table import Row
 from torch import nn
 
 LAYOUT = Layout(
@@ -54,7 +54,7 @@ ROWS = [
         apply=apply,
         zero=lambda model: apply(model, LayerBindConfig(eta1=0, eta2=0)),
         run=run,
-        data=normal(2, 4, 16, 16),
+        data=latents,
         save=lambda model, folder: LAYOUT.save(folder / "layout.json"),
         load=load,
         absent={

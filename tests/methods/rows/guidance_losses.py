@@ -1,9 +1,7 @@
 """Losses on what a diffusion transformer computes inside: student and loss are one module here."""
 
-import functools
-
 import torch
-from method_table import load_state, neighbour, normal, state_row
+from method_table import kept_by_state, neighbour, normal, state_row
 from torch import nn
 
 HASTE = neighbour("packages/eff-guidance/tests/alignment/conftest.py").Setting
@@ -58,11 +56,6 @@ def train_repulsor(model, x, mask=None):
 
 
 def row(name, make, train):
-    def changed():
-        model = make()
-        attach(model)
-        return model
-
     return state_row(
         name,
         make,
@@ -72,7 +65,7 @@ def row(name, make, train):
         train=train,
         absent=dict.fromkeys(("leaves", "save_load"), "not looked at yet"),
         data=normal(3, 4, 8, 8),
-        load=functools.partial(load_state, changed),
+        **kept_by_state(make, attach),
     )
 
 

@@ -16,7 +16,7 @@ from eff_quant import (
     quantize_,
     sensitivity_sweep,
 )
-from method_table import Row, also, llama, load_state, logits, save_state, token_ids
+from method_table import Row, also, kept_by_state, llama, logits, token_ids
 
 ROUNDED = 0.05  # a step over many places where rounding jumps
 
@@ -58,12 +58,6 @@ def load_scales(folder):
     return model
 
 
-def qat_llama():
-    model = llama()
-    prepare_qat_(model)
-    return model
-
-
 # Outlier columns of a whole batch, and one scale for all of its activations, would make each row depend on the others.
 INT8 = stored("llm_int8", Int8Config(per_token_outliers=True))
 ROWS = [
@@ -89,8 +83,7 @@ ROWS = [
         INT8,
         name="fp8_qat",
         apply=prepare_qat_,
-        save=save_state,
-        load=functools.partial(load_state, qat_llama),
+        **kept_by_state(llama, prepare_qat_),
         kind="edit",
         cannot={"twice": "the model is prepared already .*; remove that first"},
     ),

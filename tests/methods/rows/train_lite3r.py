@@ -1,13 +1,11 @@
 """Lite3R joins three packages: a multi-view model, sparse-linear attention in it, and training under FP8 noise."""
 
-import functools
-
 import torch
 from eff_attention.sparse_linear import SLAConfig, apply_sla, sla_parameters
 from eff_kernels import Handle
 from eff_quant import prepare_qat_
 from eff_vision.multiview import MultiViewConfig, MultiViewTransformer, attention_layers
-from method_table import Row, load_state, normal, save_state
+from method_table import Row, kept_by_state, normal
 
 CONFIG = MultiViewConfig(dim=32, heads=2, depth=2, taps=(0, 1), head_dim=8, camera_depth=1)
 
@@ -28,12 +26,6 @@ def apply(model):
     return handle
 
 
-def changed():
-    model = make()
-    apply(model)
-    return model
-
-
 ROWS = [
     Row(
         name="lite3r",
@@ -42,8 +34,7 @@ ROWS = [
         apply=apply,
         run=lambda model, x, mask=None: model(x).depth,
         data=normal(2, 3, 3, 32, 32),
-        save=save_state,
-        load=functools.partial(load_state, changed),
+        **kept_by_state(make, apply),
         lora=("first", "projections.0"),
         loose=0.3,
         stride=0.05,
