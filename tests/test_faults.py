@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import random
 import sys
 
@@ -99,8 +98,7 @@ def test_faults_by_hand_stand_in_the_sources_or_in_the_record(tool, root):
 
 
 def test_each_verdict_is_about_a_survivor(tool):
-    lines = [json.loads(line) for line in tool.RESULTS.read_text().splitlines()]
-    survivors = {r["key"] for r in lines if r["outcome"] == tool.SURVIVED}
+    survivors = {r["key"] for r in tool.history() if r["outcome"] == tool.SURVIVED}
     verdicts = tool.tomllib.loads(tool.VERDICTS.read_text())
     assert set(verdicts) <= survivors
     assert {v["verdict"] for v in verdicts.values()} <= {"equivalent", "mended", "open"}

@@ -248,10 +248,14 @@ def load(packages: set[str]) -> None:
         raise SystemExit(f"loaded before the faults: {early}")
 
 
+def history() -> list[dict]:
+    """All records, in order of time."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
 def records() -> dict[str, dict]:
     """The latest record of each fault, and of each unit without one."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    return {r["key"]: r for r in map(json.loads, lines)}
+    return {r["key"]: r for r in history()}
 
 
 def note(**record: object) -> None:
@@ -314,11 +318,10 @@ def run(options: argparse.Namespace, chosen: list[units.Unit]) -> None:
 def counts() -> dict[str, Counter]:
     """By unit with a fault: planted, found at once, found since tests were mended, and survivors by verdict."""
     verdicts = tomllib.loads(VERDICTS.read_text())
-    first: dict[str, str] = {}
-    for line in RESULTS.read_text().splitlines():
-        first.setdefault(json.loads(line)["key"], json.loads(line)["outcome"])
+    made = history()
+    first = {r["key"]: r["outcome"] for r in reversed(made)}
     table: dict[str, Counter] = {}
-    for key, r in records().items():
+    for key, r in {r["key"]: r for r in made}.items():
         if r["kind"] == "none" or r["outcome"] not in (SURVIVED, FOUND):
             continue
         of_unit = table.setdefault(f"{r['package']}/{r['unit']}", Counter())
