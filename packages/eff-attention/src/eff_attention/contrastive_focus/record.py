@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,11 +84,8 @@ def record_image_attentions(
     count = inputs["input_ids"].size(0)
     kept: list[list[Tensor]] = [[] for _ in range(count)]
     grids: list[tuple[int, int]] = [(0, 0)] * count
-    mine = threading.get_ident()
 
     def record(call: AttentionCall, output: AttentionOutput) -> None:
-        if threading.get_ident() != mine:
-            return  # somebody else's pass through the same model
         if call.roles is None:
             raise ValueError(f"{call.name} does not know its tokens, so that the picture cannot be found")
         keys, weights = call.roles.keys, rows(call, [-1]).mean(1)[:, 0].float()
@@ -107,7 +103,7 @@ def record_image_attentions(
             kept[row].append(whole.index_add(0, place, weights[row, here]))
 
     where = [names[i] for i in chosen]
-    with observe_attention(model, record, where=where, needs=("roles",), strict=True):
+    with observe_attention(model, record, where=where, needs=("roles",), own_thread=True, strict=True):
         out = host.generate(  # as it is inside, where it notes the sizes of pictures
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,18 +30,16 @@ def walk_layers(
     names = decoder_attention(model)
     if not names:
         raise ValueError(f"{type(model).__name__} has no decoder whose attention can be read")
-    numbers, here = {name: i for i, name in enumerate(names)}, threading.get_ident()
+    numbers = {name: i for i, name in enumerate(names)}
 
     def record(call: AttentionCall, output: AttentionOutput) -> None:
-        if threading.get_ident() != here:
-            return  # somebody else's pass through the same model
         visit(numbers[call.name], rows(call, slice(None)))
 
     was_training = model.training
     model.eval()
     arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     try:
-        with observe_attention(model, record, where=names, strict=True):
+        with observe_attention(model, record, where=names, own_thread=True, strict=True):
             model(**arguments)
     finally:
         model.train(was_training)

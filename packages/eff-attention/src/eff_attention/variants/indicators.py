@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,14 +55,15 @@ def attention_maps(model: nn.Module, **inputs: Any) -> dict[int, Tensor]:
     weights: dict[int, Tensor] = {}
     standard = {layer.self_attn for layer in decoder.layers if not hasattr(layer.self_attn, "settings")}
     mixers = len(standard) < len(decoder.layers)
-    thread = threading.get_ident()
 
     def keep(call: AttentionCall, output: AttentionOutput) -> None:
-        if threading.get_ident() == thread and call.layer is not None and output.weights is not None:
+        if call.layer is not None and output.weights is not None:
             weights[call.layer] = output.weights
 
     look = (
-        observe_attention(decoder, keep, where=lambda name, module: module in standard, needs=("weights",))
+        observe_attention(
+            decoder, keep, where=lambda name, module: module in standard, needs=("weights",), own_thread=True
+        )
         if standard
         else Handle()
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from eff_kernels.edit import Handle, fits, uncompiled
+from eff_kernels.edit import Handle, fits
 from eff_kernels.edit.attention import AttentionCall, columns, find_attention, joint_attention, observe_attention, rows
 from torch import Tensor, nn
 
@@ -59,7 +58,6 @@ class AttentionStore:
         self._where = where
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._handle: Handle | None = None
-        self._thread = 0
 
     @property
     def cross(self) -> Tensor | None:
@@ -85,8 +83,7 @@ class AttentionStore:
             names = [n for n in names if fits(self._where, n, modules[n])]
         if not names:
             raise ValueError(f"no attention of {type(self._model).__name__} fits {self._where}")
-        self._thread = threading.get_ident()
-        self._handle = observe_attention(self._model, self._record, where=names, grad=self._grad)
+        self._handle = observe_attention(self._model, self._record, where=names, grad=self._grad, own_thread=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -99,11 +96,6 @@ class AttentionStore:
             self._handle = None
 
     def _record(self, call: AttentionCall, output: Any) -> None:
-        uncompiled(self._keep)(call)
-
-    def _keep(self, call: AttentionCall) -> None:
-        if threading.get_ident() != self._thread and not call.recomputed:
-            return
         check_whole(call.module)
         one = slice(self._sample, self._sample + 1)
         mine = call.replace(

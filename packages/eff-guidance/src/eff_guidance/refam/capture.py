@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, get_args
 
 import torch
-from eff_kernels.edit import Handle, uncompiled
+from eff_kernels.edit import Handle
 from eff_kernels.edit.attention import AttentionCall, columns, joint_attention, observe_attention, rows
 from eff_kernels.edit.attention.diffusers import leaves_padding
 from torch import Tensor, nn
@@ -106,13 +105,13 @@ class JointAttention:
         self._counts: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._handle: Handle | None = None
-        self._thread = 0
 
     def __enter__(self) -> Self:
         if self._handle is not None:
             raise RuntimeError("this capture is entered already")
-        self._thread = threading.get_ident()
-        self._handle = observe_attention(self._transformer, self._record, where=self._names, strict=True)
+        self._handle = observe_attention(
+            self._transformer, self._record, where=self._names, own_thread=True, strict=True
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -135,11 +134,6 @@ class JointAttention:
         return torch.stack([*self.maps.values()]).mean(0), torch.stack([*self.text_to_text.values()]).mean(0)
 
     def _record(self, call: AttentionCall, output: Any) -> None:
-        uncompiled(self._keep)(call)
-
-    def _keep(self, call: AttentionCall) -> None:
-        if threading.get_ident() != self._thread:
-            return
         check_whole(call.module)
         if call.streams is None:
             return

@@ -1,5 +1,7 @@
 """Rules: edits before and after the softmax, order, observers, and what is refused."""
 
+import threading
+
 import pytest
 import torch
 from eff_kernels.edit import SkippedModulesError
@@ -208,6 +210,21 @@ def test_observers_without_and_with_gradients(zoo):
         model(**arguments)
     kept[-1].square().sum().backward()
     assert model.model.layers[1].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own", [False, True])
+def test_observers_see_other_threads_or_only_their_own(zoo, own):
+    model, arguments = zoo("llama")
+    seen = []
+    with observe_attention(model, lambda c, o: seen.append(threading.get_ident()), own_thread=own):
+        model(**arguments)
+        other = threading.Thread(target=torch.no_grad()(lambda: model(**arguments)))
+        other.start()
+        other.join()
+    layers = len(model.model.layers)
+    assert seen.count(threading.get_ident()) == layers
+    assert len(seen) == (layers if own else 2 * layers)
 
 
 @pytest.mark.parametrize(("rule", "error", "text"), [

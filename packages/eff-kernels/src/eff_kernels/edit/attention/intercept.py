@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from eff_kernels.edit.attention import diffusers, sdpa, transformers
+from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput
 from eff_kernels.edit.attention.follow import decoder_of, follow
 from eff_kernels.edit.attention.stack import ATTRIBUTE, Entry, Record, Rule, Stack, stack_of
+from eff_kernels.edit.compiled import uncompiled
 from eff_kernels.edit.handle import Handle
 from eff_kernels.edit.report import Report
 from eff_kernels.edit.select import Where, fits
@@ -80,6 +83,7 @@ def observe_attention(
     needs: Iterable[str] = (),
     order: float | None = None,
     grad: bool = False,
+    own_thread: bool = False,
     strict: bool = False,
 ) -> Handle:
     """Have ``record(call, output)`` called after each attention; what it returns is not looked at.
@@ -96,6 +100,8 @@ def observe_attention(
         order: Place among rules, to see what one in the middle sees.
         grad: Whether it may build a graph on what it sees. It is then called in recomputations too
             (``call.recomputed``). Under reentrant checkpointing nothing that it keeps has a graph.
+        own_thread: Whether it sees only what the thread that puts it in runs, and not what others run through the same
+            model meanwhile. Recomputations, which autograd runs in threads of its own, are seen either way.
         strict: As in `intercept_attention`.
 
     Returns:
@@ -105,6 +111,8 @@ def observe_attention(
         ValueError: no module was taken, or a need is unknown.
         SkippedModulesError: with ``strict``, a module was left out.
     """
+    if own_thread:
+        record = _of_this_thread(record)
     entry = Entry(record, observes=True, order=order, needs=_checked(needs), grad=grad)
     return _put(model, entry, where, strict, "observe_attention")
 
@@ -127,6 +135,16 @@ def find_attention(model: nn.Module, where: Where | None = None) -> list[Found]:
     exact = {m for n, m in fitting if _by_name(where, n)}
     some = [(n, m) for n, m in fitting if m in chosen or m in exact] or fitting
     return [_found(n, m, named=True) for n, m in some]
+
+
+def _of_this_thread(record: Record) -> Record:
+    thread = threading.get_ident()
+
+    def look(call: AttentionCall, output: AttentionOutput) -> None:
+        if call.recomputed or threading.get_ident() == thread:
+            record(call, output)
+
+    return lambda call, output: uncompiled(look)(call, output)
 
 
 def _by_name(where: Where, name: str) -> bool:
