@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eff_serve.engine import EngineConfig, LoadedModel
-    from eff_serve.replicas import ReplicaEngine
+    from eff_serve.replicas import About, ReplicaEngine
 
 
 class ModelSource:
@@ -47,22 +47,26 @@ def started(model: LoadedModel, settings: Settings) -> Loaded:
     """Start a model's engine, and put what is known of it with the settings, whose ``model_id`` stays."""
     model.engine.start()
     decoder = model.engine.decoder
-    facts = replace(
-        settings,
-        created=int(time.time()),
-        family=decoder.config.architecture.removesuffix("ForCausalLM").lower(),
-        quantization=model.quantization,
-        weight_bytes=decoder.weight_bytes,
-        fingerprint=model.fingerprint,
-    )
+    facts = _with_facts(settings, model, decoder.config.architecture, decoder.weight_bytes)
     tokenizer = ServedTokenizer(model.tokenizer, decoder.config.eos_token_ids)
     return Loaded(model.engine, tokenizer, facts, model.memory, model.eyes)
+
+
+def _with_facts(settings: Settings, model: LoadedModel | About, architecture: str, weight_bytes: int) -> Settings:
+    return replace(
+        settings,
+        created=int(time.time()),
+        family=architecture.removesuffix("ForCausalLM").lower(),
+        quantization=model.quantization,
+        weight_bytes=weight_bytes,
+        fingerprint=model.fingerprint,
+    )
 
 
 def one_model(model: LoadedModel, settings: Settings) -> Models:
     """A server of one model, which is there from the beginning on."""
     loaded = started(model, settings)
-    return Models([Serving(loaded.engine, loaded.tokenizer, loaded.settings, loaded.eyes)])
+    return Models([Serving(loaded.engine, loaded.tokenizer, loaded.settings, loaded.eyes, memory=loaded.memory)])
 
 
 def replicated_model(engine: ReplicaEngine, settings: Settings) -> Models:
@@ -70,14 +74,9 @@ def replicated_model(engine: ReplicaEngine, settings: Settings) -> Models:
     from eff_serve.engine.load import load_tokenizer
 
     about = engine.about
-    facts = replace(
-        settings,
-        family=about.architecture.removesuffix("ForCausalLM").lower(),
-        quantization=about.quantization,
-        weight_bytes=about.weight_bytes,
-        fingerprint=about.fingerprint,
-    )
-    return Models([Serving(engine, ServedTokenizer(load_tokenizer(engine.config), about.eos_token_ids), facts)])
+    facts = _with_facts(settings, about, about.architecture, about.weight_bytes)
+    tokenizer = ServedTokenizer(load_tokenizer(engine.config), about.eos_token_ids)
+    return Models([Serving(engine, tokenizer, facts, memory=engine.count * about.memory)])
 
 
 def several_models(

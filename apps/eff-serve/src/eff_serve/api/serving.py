@@ -57,6 +57,7 @@ class Serving:
         settings: Settings,
         eyes: Eyes | None = None,
         *,
+        memory: int = 0,
         source: Source | None = None,
         families: Families | None = None,
     ) -> None:
@@ -66,7 +67,7 @@ class Serving:
         self.state: State = "loading" if source is None else "unloaded"
         self.one_embedding = asyncio.Semaphore(1)
         self.general_requests = GeneralRequests()
-        self.holders, self.used, self.memory = 0, 0.0, 0
+        self.holders, self.used, self.memory = 0, 0.0, memory
         self.bringing: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
         self._tokenizer: Tokenizer | None = None
