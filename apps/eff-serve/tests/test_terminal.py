@@ -68,6 +68,7 @@ def test_help_needs_no_torch():
         (["--kv-gib", "0.01", "--max-model-len", "8192"], "more memory"),
         (["--max-batch", "0"], "max_batch must be 1 or more, got 0"),
         (["--threads", "0"], "threads must be 1 or more, got 0"),
+        (["--replicas", "2", "--threads", "0"], "threads must be 1 or more, got 0"),
         (["--threshold", "nan"], "threshold must be 0 or more, got nan"),
         (["generate", "Hi", "--max-tokens", "0"], "max_tokens must be 1 or more, got 0"),
         (["chat", "--temperature", "-1"], "temperature must be 0 or more, got -1"),

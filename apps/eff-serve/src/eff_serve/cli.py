@@ -178,8 +178,10 @@ def _serve_replicas(config: Serve) -> int:
 
     if len(config.model.model) > 1 or config.memory_limit is not None or config.adapter_root is not None:
         sys.exit("eff-serve: replicas are of one model, whose adapters are given at the start")
+    if config.model.threads is not None:
+        _at_least(1, threads=config.model.threads)
+    name, place = _named(config.model)
     try:
-        name, place = named_models(config.model.model)[0] if config.model.model else (model_name(None), None)
         engine_config = config.model.engine_config(place, config.max_waiting)
     except ValueError as error:
         sys.exit(f"eff-serve: {error}")
@@ -243,14 +245,19 @@ def _prepare(model: Model, *, eyes: bool) -> None:
         torch.set_num_threads(model.threads)
 
 
+def _named(model: Model) -> tuple[str, str | None]:
+    """Name and place of the one model; the embedded one has no place."""
+    try:
+        return named_models(model.model)[0] if model.model else (model_name(None), None)
+    except ValueError as error:
+        sys.exit(f"eff-serve: {error}")
+
+
 def _load(model: Model, max_waiting: int = 64, beside: str | None = None) -> tuple[str, LoadedModel]:
     """A model, by the name that was given to it or its own; a module that is needed next is imported ``beside``."""
     if len(model.model) > 1:
         sys.exit(f"eff-serve: one model is wanted here, got {', '.join(model.model)}")
-    try:
-        name, place = named_models(model.model)[0] if model.model else (model_name(None), None)
-    except ValueError as error:
-        sys.exit(f"eff-serve: {error}")
+    name, place = _named(model)
     _prepare(model, eyes=place == EYES)
     from eff_serve.engine import load_engine
 
