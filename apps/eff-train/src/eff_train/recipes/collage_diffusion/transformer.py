@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig, shuffled, torch_generator
+from eff_train.frame.data import to_device
 from eff_train.recipes.collage_diffusion import prepare
 from eff_train.recipes.collage_diffusion.muon import Muon, muon_groups
 
@@ -182,8 +183,9 @@ class Transformer(Recipe[Config]):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss on pictures that no update has seen."""
+        batch = to_device(self.batch(range(HELD_OUT, HELD_OUT + SPARE)), self.device)
         with plain(model):
-            return {"loss": float(self.loss(model, self.batch(range(HELD_OUT, HELD_OUT + SPARE)))[0])}
+            return {"loss": float(self.loss(model, batch)[0])}
 
     def samples(self, model: nn.Module, folder: Path) -> None:
         """Pictures of fixed prompts, two of each."""
