@@ -37,7 +37,8 @@ def pose_metrics(prediction: Tensor, target: Tensor, *, threshold: float = 30.0,
     """
     if prediction.shape != target.shape or prediction.ndim != 3 or prediction.size(0) < 2:
         raise ValueError(
-            f"wanted two sets of poses [S >= 2, 3, 4], got {list(prediction.shape)} and {list(target.shape)}"
+            f"wanted two sets of poses [S >= 2, 3, 4] of one shape, got {list(prediction.shape)} and "
+            f"{list(target.shape)}"
         )
     p, g = relative_poses(prediction.double(), reference), relative_poses(target.double(), reference)
     others = [i for i in range(len(p)) if i != reference]
