@@ -150,6 +150,7 @@ def test_guided_by_heads_too(tiny, scene, guidance_scale):
 def test_what_layers_cannot_follow_is_refused(tiny, scene):
     from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
     from diffusers.modular_pipelines.stable_diffusion_3.decoders import StableDiffusion3DecodeStep
+    from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3DenoiseStep
 
     pipe = tiny.pipeline("sd3")
     pipe.scheduler.set_timesteps(2)
@@ -167,4 +168,6 @@ def test_what_layers_cannot_follow_is_refused(tiny, scene):
         denoise(pipe, guider=ClassifierFreeGuidance())(**call)
     with pytest.raises(ValueError, match="none of the denoising steps"):
         layerbind_blocks(StableDiffusion3DecodeStep())
+    with pytest.raises(ValueError, match="none of the denoising steps"):
+        layerbind_blocks(layerbind_blocks(StableDiffusion3DenoiseStep()))
     assert "forward" not in vars(pipe.transformer)

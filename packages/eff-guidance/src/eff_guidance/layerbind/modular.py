@@ -43,9 +43,9 @@ def layerbind_blocks(blocks: Any) -> Any:
     Raises:
         ValueError: no denoising step of SD3 or FLUX is in it.
     """
+    if type(blocks) in _STEPS:
+        return _STEPS[type(blocks)]()
     made = copy.deepcopy(blocks)
-    if isinstance(made, StableDiffusion3DenoiseStep | FluxDenoiseStep):
-        return _STEPS[type(made)]()
     if not _replace(made):
         known = ", ".join(step.__name__ for step in _STEPS)
         raise ValueError(f"{type(blocks).__name__} has none of the denoising steps {known}")
@@ -141,8 +141,8 @@ class _Denoise:
         if not binding.works:
             return plain(components, state)
         check_parts(components, binding)
+        _guidance(components)  # refuses before anything is put on
         run = Run(components, binding, lambda: _guidance(components))
-        _guidance(components)
         # A guider wraps the transformer outside of the layout's forward each time, and is out before that goes.
         release = getattr(getattr(components, "guider", None), "release", lambda: None)
         release()
