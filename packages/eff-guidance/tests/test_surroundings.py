@@ -62,8 +62,7 @@ def concepts(model, given):
 
 
 def reading(model, given):
-    sizes = {"sd15": (8, 8), "sdxl": (8, 8)}.get(model.kind, (8, 8))
-    with AttentionStore(model, [1, 2], cross_size=sizes) as store:
+    with AttentionStore(model, [1, 2], cross_size=(8, 8)) as store:
         forward(model, given)
         return store.cross.float()
 
@@ -93,9 +92,7 @@ def plain_again():
 
 
 def fresh(tiny, kind):
-    model = tiny.model("flux", channels=96) if kind == "flux-fill" else tiny.model(kind)
-    model.kind = kind
-    return model
+    return tiny.model("flux", channels=96) if kind == "flux-fill" else tiny.model(kind)
 
 
 def case(tiny, method, kind):
@@ -187,7 +184,6 @@ def test_lora(tiny, method, kind):
 def test_a_compiled_model(tiny, method):
     act = METHODS[method][0]
     model = tiny.model("sd3", **({"layers": 1} if method == "refam" else {}))
-    model.kind = "sd3"
     given = tiny.inputs(model)
     wanted = act(model, given)
     torch._dynamo.reset()
