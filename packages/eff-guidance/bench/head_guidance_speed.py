@@ -24,20 +24,25 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def measure(runs, rounds=5):
-    """Times of functions in turn, so that a busy machine slows all alike, as ratios to the first of each round."""
-    made = []
-    for run in runs.values():
-        with Largest() as seen:
-            run()
-        made.append(round(seen.bytes / 2**20, 2))
+def in_turns(runs, rounds):
+    """Milliseconds of functions in turn, so that a busy machine slows all alike, and as ratios to the first's."""
     times = np.zeros((rounds, len(runs)))
     for at in range(rounds):
         for place, run in enumerate(runs.values()):
             start = time.process_time()
             run()
             times[at, place] = 1e3 * (time.process_time() - start)
-    ratios = times / times[:, :1]
+    return times, times / times[:, :1]
+
+
+def measure(runs, rounds=5):
+    """Medians and spread of `in_turns`, and the largest tensors."""
+    made = []
+    for run in runs.values():
+        with Largest() as seen:
+            run()
+        made.append(round(seen.bytes / 2**20, 2))
+    times, ratios = in_turns(runs, rounds)
     return [
         {
             "name": name,

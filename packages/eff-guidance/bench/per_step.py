@@ -26,7 +26,7 @@ from eff_guidance.layerbind import Layer, LayerBindConfig, Layout, LayoutPrompts
 from eff_guidance.pokefusion import StyleAttentionConfig, add_style_attention
 from eff_guidance.refam import capture_joint_attention
 from eff_kernels.testing import environment
-from head_guidance_speed import guided, sd3, unet
+from head_guidance_speed import guided, in_turns, sd3, unet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdRef
 
@@ -197,17 +197,11 @@ def measured(runs: dict[str, Any], steps: int) -> list[dict[str, Any]]:
         with Memory() as seen:
             run()
         memory[name] = seen.largest, seen.most
-    times = np.zeros((ROUNDS, len(runs)))
-    for at in range(ROUNDS):
-        for place, run in enumerate(runs.values()):
-            start = time.process_time()
-            run()
-            times[at, place] = 1e3 * (time.process_time() - start) / steps
-    ratios = times / times[:, :1]
+    times, ratios = in_turns(runs, ROUNDS)
     return [
         {
             "name": name,
-            "ms": round(float(np.median(times[:, k])), 1),
+            "ms": round(float(np.median(times[:, k])) / steps, 1),
             "ratio": [round(float(x), 2) for x in np.quantile(ratios[:, k], [0.5, 0.2, 0.8])],
             "largest_mib": round(memory[name][0] / 2**20, 2),
             "alive_mib": round(memory[name][1] / 2**20, 1),
