@@ -48,7 +48,7 @@ def attend_explicit(
     chosen = None if heads is None else head_indices(heads, call.num_heads)
     dtype = call.dtype  # read where autocast is still on
     value = _of_heads(call.v.to(dtype), chosen, call.num_heads)
-    alone = _one_batch(call) and len(range(call.num_queries)[rows or slice(None)]) == 1
+    alone = _is_alone(call, _numbers(call, rows))
     value = value if alone else value.to(_precise(call))
     outs, maps, sums = [], [], []
     for part, block in logits(call, chosen, rows):
@@ -71,13 +71,12 @@ def logits(
 ) -> Iterator[tuple[Part, Tensor]]:
     """Blocks of edited logits [B, h, q, Sk], hidden entries -inf, with the part of the matrix that each is."""
     device = call.q.device
-    index = range(call.num_queries)[rows] if isinstance(rows, slice) else rows
-    index = range(call.num_queries) if index is None else index
+    index = _numbers(call, rows)
     width = call.num_heads if heads is None else len(heads)
     which = torch.arange(width, device=device) if heads is None else torch.tensor(heads, device=device)
     step = max(1, _BLOCK // max(1, call.k.shape[0] * width * call.num_keys))
     query = call.q if heads is None else call.q[:, list(heads)]
-    alone = len(index) == 1 and _one_batch(call)
+    alone = _is_alone(call, index)
     key = _of_heads(call.k.to(call.dtype), heads, call.num_heads)
     key = key if alone else key.to(_precise(call))
     sinks = _of_sinks(call, heads)
@@ -144,9 +143,16 @@ def _no_autocast(call: AttentionCall) -> AbstractContextManager[object]:
     return torch.autocast(call.q.device.type, enabled=False)
 
 
-def _one_batch(call: AttentionCall) -> bool:
-    """Whether queries and keys have as many sequences, so that neither is repeated."""
-    return call.q.shape[0] == call.k.shape[0]
+def _numbers(call: AttentionCall, rows: slice | Sequence[int] | None) -> Sequence[int]:
+    """Numbers of the queries that are asked for."""
+    if rows is None:
+        return range(call.num_queries)
+    return range(call.num_queries)[rows] if isinstance(rows, slice) else rows
+
+
+def _is_alone(call: AttentionCall, index: Sequence[int]) -> bool:
+    """Whether one query of each sequence is asked for, and queries and keys have as many sequences."""
+    return len(index) == 1 and call.q.shape[0] == call.k.shape[0]
 
 
 def _ends(at: range) -> tuple[int, int, int]:
