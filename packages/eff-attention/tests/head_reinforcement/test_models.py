@@ -330,6 +330,24 @@ def test_copies_pickles_threads_and_other_methods(zoo):
 
 
 @torch.no_grad()
+def test_outputs_of_heads_are_those_of_the_own_thread(zoo):
+    model, inputs, other = zoo("Llava"), zoo.ask("Llava", *PROMPTS), zoo.ask("Llava", (3, "P", 4), seed=3)
+    wanted, passes = head_outputs(model, inputs), []
+
+    def meanwhile(module, args, output):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=torch.no_grad()(lambda: passes.append(model(**other))))
+            thread.start()
+            thread.join()
+
+    hook = model.register_forward_hook(meanwhile)
+    found = head_outputs(model, inputs)
+    hook.remove()
+    assert len(passes) == 1
+    assert all(torch.equal(found[layer], out) for layer, out in wanted.items())
+
+
+@torch.no_grad()
 def test_trace(zoo, family):
     """T-VHD of every word of an answer, against single passes over what came before it."""
     model, pieces = zoo(family), (1, 5, "P", 6, 7, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def head_outputs(
     def record(call: AttentionCall, output: AttentionOutput) -> None:
         found[call.layer or 0] = output.out[:, :, position]
 
-    with observe_attention(model, record, where=_names(model, layers)):
+    with observe_attention(model, record, where=_names(model, layers), own_thread=True):
         model(**inputs)
     return found
 
@@ -76,13 +77,14 @@ def trace_tvhd(
     """
     count = generated_ids.shape[1]
     sides: dict[bool, dict[int, Tensor]] = {True: {}, False: {}}
+    mine = threading.get_ident()
 
     def record(call: AttentionCall, output: AttentionOutput) -> None:
         sides[_BARE in call.extra][call.layer or 0] = output.out[:, :, -count:]
 
     def before(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         roles = tokens_of(kwargs)
-        if _BARE in kwargs or roles is None:
+        if _BARE in kwargs or roles is None or threading.get_ident() != mine:
             return
         if not bool(roles.queries.of(Role.PICTURE).any()):
             raise ValueError("no prompt has a picture")
@@ -90,7 +92,7 @@ def trace_tvhd(
         _refuse_looking_ahead(given.get("attention_mask"), roles)
         decoder(**without_pictures(decoder, given, roles), **{_BARE: True})
 
-    with observe_attention(model, record, where=_names(model, layers), needs=["roles"]):
+    with observe_attention(model, record, where=_names(model, layers), needs=["roles"], own_thread=True):
         hook = find_decoder(model).register_forward_pre_hook(before, with_kwargs=True)
         try:
             model(**_continued(inputs, generated_ids[:, :-1]), use_cache=False)
