@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from eff_attention.sink_calibration import ACTConfig, apply_act, search_heads
 from eff_embedded.collages.vocabulary import things
+from eff_embedded.eyes.scores import ratio
 from eff_embedded.language import load_smollm2
 from eff_kernels.testing.records import environment
 
@@ -82,12 +83,9 @@ class Questions:
         return found
 
 
-def interval(values, draws=2000):
+def interval(values):
     """Mean with a 95 % bootstrap interval."""
-    x = np.asarray(values, float)
-    means = x[np.random.default_rng(0).integers(len(x), size=(draws, len(x)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"value": round(float(x.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4), "n": len(x)}
+    return ratio(values, np.ones(len(values))).to_dict()
 
 
 def measure(args):
