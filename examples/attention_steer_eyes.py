@@ -1,6 +1,6 @@
 """Steer where a vision-language model looks, and take the change back bit for bit.
 
-uv run examples/attention_steer_eyes.py
+uv run --extra pictures examples/attention_steer_eyes.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A recipe in a loop of your own: no run folder, no command, the same updates.
 
-uv run examples/train_digits.py
+uv run --extra train examples/train_digits.py
 """
 
 import torch

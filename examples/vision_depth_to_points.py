@@ -1,6 +1,6 @@
 """From depth to points and back: two views of a room agree in one frame, and a point cloud is written as PLY.
 
-uv run examples/vision_depth_to_points.py room.ply
+uv run --extra train examples/vision_depth_to_points.py room.ply
 """
 
 import sys
