@@ -1,13 +1,11 @@
 """The chat page in Chromium: markdown, code, stopping, editing, history over a reload, and nothing that is markup."""
 
-import asyncio
 import os
 import shutil
-import threading
 import time
 
 import pytest
-import uvicorn
+from eff_http.testing import served_in_a_thread
 from eff_serve.api import Settings, create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -39,14 +37,8 @@ def f(x):
 def address(engine, tokenizer):
     settings = Settings(model_id="fake", quantization="int8")
     engine.max_model_len = 20000
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, tokenizer, settings), port=0, log_level="warning"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with served_in_a_thread(create_app(engine, tokenizer, settings)) as address:
+        yield address
 
 
 def until(page, expression):

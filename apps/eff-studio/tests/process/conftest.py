@@ -1,6 +1,5 @@
 """A server in a process of its own."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -14,7 +13,7 @@ import time
 import urllib.request
 
 import pytest
-import uvicorn
+from eff_http.testing import served_in_a_thread
 from eff_studio.api import create_app
 
 
@@ -88,19 +87,6 @@ def serve():
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@contextlib.contextmanager
-def at_home(worker):
-    """Address of the app around a worker, in this process."""
-    server = uvicorn.Server(uvicorn.Config(create_app(worker), port=0, log_level="warning"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
-
-
 @pytest.fixture
 def opened():
     """Function that opens a worker's page in Chromium; whatever the page complains of fails the test."""
@@ -111,7 +97,7 @@ def opened():
     @contextlib.contextmanager
     def open_page(worker):
         problems = []
-        with at_home(worker) as address, api.sync_playwright() as playwright:
+        with served_in_a_thread(create_app(worker)) as address, api.sync_playwright() as playwright:
             options = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
             page = browser.new_page(viewport={"width": 1280, "height": 900})
