@@ -28,7 +28,6 @@ _DEPLOYMENT = "eff-serve"
 class About:
     """What a replica says of its model."""
 
-    name: str
     description: str
     quantization: str
     fingerprint: str
@@ -63,7 +62,6 @@ class Replica:
         """What it holds."""
         model, shape = self.model, self.model.engine.decoder.config
         return About(
-            name=model.name,
             description=model.description,
             quantization=model.quantization,
             fingerprint=model.fingerprint,
@@ -192,16 +190,12 @@ class ReplicaEngine:
             QueueFullError: all replicas and their lines are full.
             DrainingError: `stop` was called.
         """
-        from eff_serve.engine.types import DrainingError, QueueFullError
+        from eff_serve.engine.types import DrainingError, QueueFullError, check_prompt
 
         if pictures is not None or sampling.steering is not None:
             raise ValueError("replicas take neither pictures nor steering")
-        if not prompt or not 0 <= min(prompt) <= max(prompt) < self.about.vocab_size:
-            raise ValueError(f"a prompt must hold at least one token id, all from 0 to {self.about.vocab_size - 1}")
-        if len(prompt) + sampling.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{len(prompt)} prompt tokens and {sampling.max_tokens} new exceed the model's {self.max_model_len}"
-            )
+        vocab = self.about.vocab_size
+        check_prompt(prompt, sampling.max_tokens, vocab_size=vocab, max_model_len=self.max_model_len)
         if self._draining:
             raise DrainingError("the server is shutting down and takes no new requests")
         if self.open >= self.count * self.config.max_batch + self.config.max_waiting:

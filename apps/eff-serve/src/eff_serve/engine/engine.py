@@ -26,7 +26,7 @@ from eff_serve.engine.lookup import guess_for
 from eff_serve.engine.sampler import Sampler, sample_batch, score
 from eff_serve.engine.scheduler import Scheduler
 from eff_serve.engine.sequence import Sequence, TokenStream
-from eff_serve.engine.types import EngineStats, Sampling, Step
+from eff_serve.engine.types import EngineStats, Sampling, Step, check_prompt
 from eff_serve.engine_config import EngineConfig
 from eff_serve.pictures.prompt import PromptPictures
 
@@ -78,12 +78,7 @@ class BatchEngine:
             DrainingError: `stop` was called.
         """
         vocab = self.decoder.config.vocab_size
-        if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise ValueError(f"a prompt must hold at least one token id, all from 0 to {vocab - 1}")
-        if len(prompt) + sampling.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{len(prompt)} prompt tokens and {sampling.max_tokens} new exceed the model's {self.max_model_len}"
-            )
+        check_prompt(prompt, sampling.max_tokens, vocab_size=vocab, max_model_len=self.max_model_len)
         if pictures is not None:
             if getattr(self.decoder, "behind_pictures", None) is None:
                 raise ValueError("this model reads text only, and the prompt holds pictures")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -123,6 +123,18 @@ class QueueFullError(RuntimeError):
 
 class DrainingError(RuntimeError):
     """The engine is shutting down and takes no new requests."""
+
+
+def check_prompt(prompt: Sequence[int], max_tokens: int, *, vocab_size: int, max_model_len: int) -> None:
+    """Refuse a prompt that a model cannot go on from.
+
+    Raises:
+        ValueError: it is empty, has ids outside the vocabulary, or leaves no room for ``max_tokens`` new ones.
+    """
+    if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise ValueError(f"a prompt must hold at least one token id, all from 0 to {vocab_size - 1}")
+    if len(prompt) + max_tokens > max_model_len:
+        raise ValueError(f"{len(prompt)} prompt tokens and {max_tokens} new exceed the model's {max_model_len}")
 
 
 class Stream(Protocol):
