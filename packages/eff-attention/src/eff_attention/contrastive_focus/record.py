@@ -73,7 +73,8 @@ def record_image_attentions(
     Raises:
         ValueError: a prompt without that picture, a layer whose window lost it, or one that does not exist.
     """
-    names, host = decoder_attention(model), _host(model)
+    names = decoder_attention(model)
+    host: Any = model  # with what transformers' mixins add
     if layers is not None and (wrong := [i for i in layers if not -len(names) <= i < len(names)]):
         raise ValueError(f"layers {wrong} do not exist; the model has 0..{len(names) - 1}")
     chosen = (
@@ -107,24 +108,19 @@ def record_image_attentions(
         out = host.generate(  # as it is inside, where it notes the sizes of pictures
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
         )
-    found = []
+    found, stops = [], _ends(host, inputs["input_ids"].device)
     for row in range(count):
         ids = out[row, -(len(kept[row]) // len(chosen)) :]
-        ends = torch.isin(ids, _ends(model, inputs["input_ids"].device)).nonzero()
+        ends = torch.isin(ids, stops).nonzero()
         said = int(ends[0]) + 1 if len(ends) else len(ids)
         maps = torch.stack(kept[row]).unflatten(0, (len(ids), len(chosen)))
         found.append(ImageAttention(maps[:said], grids[row], ids[:said], chosen))
     return found
 
 
-def _host(model: nn.Module) -> Any:
-    """A model with what transformers' mixins add to it."""
-    return model
-
-
-def _ends(model: nn.Module, device: torch.device) -> Tensor:
+def _ends(model: Any, device: torch.device) -> Tensor:
     """Tokens that end an answer."""
-    ends = _host(model).generation_config.eos_token_id
+    ends = model.generation_config.eos_token_id
     return torch.tensor([] if ends is None else ends, dtype=torch.long, device=device).flatten()
 
 
