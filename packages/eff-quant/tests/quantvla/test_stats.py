@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 
 import pytest
 import torch
@@ -36,6 +37,19 @@ def test_the_streaming_mean_is_that_of_two_passes(plain, tokens):
     torch.testing.assert_close(torch.tensor(stats.std).double(), std, rtol=1e-5, atol=0)
     torch.testing.assert_close(stats.rms, rms.item(), rtol=1e-5, atol=0)
     assert stats.calls == 3
+
+
+def test_other_threads_are_not_looked_at(plain, tokens):
+    def both(model, batch):
+        other = threading.Thread(target=torch.no_grad()(lambda: run(model, 3 * batch)))
+        other.start()
+        other.join()
+        return run(model, batch)
+
+    model = plain()
+    assert collect_attention_stats(model, tokens, ["attn"], run=both) == collect_attention_stats(
+        model, tokens, ["attn"], run=run
+    )
 
 
 def test_diffusers_attention(diffusers_attention, tokens):

@@ -80,7 +80,7 @@ def collect_attention_stats(
     def record(call: AttentionCall, output: AttentionOutput) -> None:
         seen[call.name].calls.append(call)
 
-    with observe_attention(model, record, where=lambda name, module: name in modules, strict=True):
+    with observe_attention(model, record, where=lambda name, module: name in modules, own_thread=True, strict=True):
         calibrate(model, batches, look, run=run, seed=seed)
     return AttentionStats({name: s.result(name) for name, s in seen.items()}, std)
 
