@@ -10,6 +10,7 @@ from eff_kernels.op import triton_interprets
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eff_quant.experts.route import expert_of_rows
 from eff_quant.layer import StackedCodes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,12 +45,6 @@ def sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     order = flat.argsort(stable=True)
     edges = torch.arange(experts + 1, device=ids.device, dtype=flat.dtype)
     return order, torch.searchsorted(flat[order], edges, out_int32=True)
-
-
-def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """The expert of each of the sorted rows, int64 [rows]; E for those behind the last expert's."""
-    row = torch.arange(rows, device=offsets.device, dtype=torch.int32)
-    return torch.searchsorted(offsets[1:], row, right=True)
 
 
 class ExpertProduct(torch.autograd.Function):

@@ -38,6 +38,12 @@ def route(ids: Tensor, num_experts: int) -> Route:
     return Route(order[: sum(count for _, count in runs)], runs)
 
 
+def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """The expert of each of the sorted rows, int64 [rows]; E for those behind the last expert's."""
+    row = torch.arange(rows, device=offsets.device, dtype=torch.int32)
+    return torch.searchsorted(offsets[1:], row, right=True)
+
+
 def grouped(x: Tensor, runs: tuple[tuple[int, int], ...], product: Product) -> Tensor:
     """The products of consecutive runs of rows, each with its expert; there is at least one run."""
     parts = x.split([count for _, count in runs])

@@ -24,7 +24,7 @@ from eff_kernels.ops.int8_linear.triton import products
 from eff_kernels.ops.int8_quantize.triton import quantize_for_product
 from torch import Tensor
 
-from eff_quant.experts.launch import expert_of_rows
+from eff_quant.experts.route import expert_of_rows
 from eff_quant.layer import StackedCodes
 
 BLOCKS = {"nvfp4": 16, "mxfp4": 32}
