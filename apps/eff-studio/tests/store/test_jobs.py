@@ -79,5 +79,5 @@ def test_other_files_are_refused(tmp_path, newer):
         db.close()
     else:
         path.write_bytes(b"no database at all, but long enough to be looked at" * 20)
-    with pytest.raises(ValueError, match="version 2" if newer else "no database"):
+    with pytest.raises(ValueError, match="version 2" if newer else "not a database of eff-studio"):
         Jobs(path)

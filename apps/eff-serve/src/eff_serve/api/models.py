@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eff_serve.api.serving import Serving
 from eff_serve.engine.threads import give_memory_back
+from eff_serve.engine.types import Engine
 
 CLIENT_CLOSED_REQUEST = 499
 T = TypeVar("T")
@@ -185,13 +186,21 @@ class Models:
                 self._wanting_room = None
 
     async def _unload(self, serving: Serving) -> None:
-        engine = serving.unloaded()
-        if engine is not None:
-            await asyncio.to_thread(engine.stop, 0)
-        del engine
-        gc.collect()
-        give_memory_back()
+        await asyncio.to_thread(_stop_and_free, [serving.unloaded()])
         _log.info("unloaded %s", serving.settings.model_id)
+
+
+def _stop_and_free(engines: list[Engine | None]) -> None:
+    """Stop the one engine of the list and give its memory back.
+
+    It is taken out of the list: an argument is held by the pool's thread, whose hold would keep the weights.
+    """
+    engine = engines.pop()
+    if engine is not None:
+        engine.stop(0)
+    del engine
+    gc.collect()
+    give_memory_back()
 
 
 class HoldingModels:
