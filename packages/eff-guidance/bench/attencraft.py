@@ -23,7 +23,7 @@ from eff_embedded.collages.sprites import sprite
 from eff_embedded.diffusion import load_collage_diffusion
 from eff_embedded.diffusion.prompts import LENGTH, pack
 from eff_guidance.attencraft import AttenCraftConfig, AttenCraftTrainer, Concept, Reading, encode_latents
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 from PIL import Image
 from torch import Tensor
 
@@ -105,17 +105,10 @@ def run(arm: str, steps: int, seeds: int, training: int, pictures: dict[str, lis
             round(float(np.mean([getattr(r, k) for r in reports[-20:]])), 4) for k in ("instance", "attention")
         ],
         "likeness": {k: [[round(x, 3) for x in row] for row in v] for k, v in found.items()},
-        "own": estimate([v[i] for i, k in enumerate(("first", "second")) for v in found[k]]),
-        "other": estimate([v[1 - i] for i, k in enumerate(("first", "second")) for v in found[k]]),
-        "weaker_of_both": estimate([min(v) for v in found["both"]]),
+        "own": mean_interval([v[i] for i, k in enumerate(("first", "second")) for v in found[k]]),
+        "other": mean_interval([v[1 - i] for i, k in enumerate(("first", "second")) for v in found[k]]),
+        "weaker_of_both": mean_interval([min(v) for v in found["both"]]),
     }  # fmt: skip
-
-
-def estimate(values: list[float]) -> list[float]:
-    """Mean and its 95 % interval by bootstrap."""
-    data = np.asarray(values)
-    draws = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
-    return [round(float(x), 3) for x in (data.mean(), *np.quantile(data[draws].mean(1), (0.025, 0.975)))]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from eff_embedded.collages.sprites import sprite
 from eff_embedded.diffusion import GROUNDS, OBJECTS, load_collage_diffusion
 from eff_embedded.judge import load_judge
 from eff_guidance.context_brush import ContextBrushConfig, incontext_insert
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -72,13 +72,6 @@ def alike(painted, subject, ground):
     return best
 
 
-def interval(values):
-    values = np.asarray(values, float)
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return [round(float(x), 4) for x in (values.mean(), low, high)]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=16)
@@ -112,9 +105,9 @@ def main():
             pictures.append(image)
         base = base or (found, like)
         row = {
-            "what": what, **ContextBrushConfig(feather=0, **setting).to_dict(), "found": interval(found),
-            "found_gain": interval(np.subtract(found, base[0], dtype=float)), "likeness": interval(like),
-            "likeness_gain": interval(np.subtract(like, base[1])), "points_changed_outside": changed,
+            "what": what, **ContextBrushConfig(feather=0, **setting).to_dict(), "found": mean_interval(found),
+            "found_gain": mean_interval(np.subtract(found, base[0], dtype=float)), "likeness": mean_interval(like),
+            "likeness_gain": mean_interval(np.subtract(like, base[1])), "points_changed_outside": changed,
             "seconds": round(float(np.median(seconds)), 3),
         }  # fmt: skip
         with RESULTS.open("a") as file:

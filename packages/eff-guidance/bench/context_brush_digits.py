@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from eff_guidance.context_brush import CanvasSpans, ContextBrushConfig, apply_incontext_brush
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "context_brush_digits.jsonl"
@@ -62,13 +62,6 @@ def train(steps):
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, copy_digits.WEIGHTS)
 
 
-def interval(values):
-    values = np.asarray(values, float)
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return [round(float(x), 4) for x in (values.mean(), low, high)]
-
-
 def measure(seeds, record):
     """Likeness to the demonstration without a prompt, and classes where prompt and demonstration disagree."""
     shapes, classes = copy_digits.digits()
@@ -98,9 +91,9 @@ def measure(seeds, record):
         alike, obeyed, copied = (torch.stack(x).mean(0) for x in (alike, obeyed, copied))
         base = base or (alike, obeyed)
         record(
-            **config.to_dict(), likeness=interval(alike), likeness_gain=interval(alike - base[0]),
-            prompt=interval(obeyed), prompt_gain=interval(obeyed - base[1]), demonstration=interval(copied),
-            pictures=len(demo), seeds=list(seeds),
+            **config.to_dict(), likeness=mean_interval(alike), likeness_gain=mean_interval(alike - base[0]),
+            prompt=mean_interval(obeyed), prompt_gain=mean_interval(obeyed - base[1]),
+            demonstration=mean_interval(copied), pictures=len(demo), seeds=list(seeds),
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from eff_guidance.head_guidance import (
     perturbed_heads,
     pipeline_generator,
 )
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 from head_guidance_speed import speed
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,13 +55,6 @@ class Scorer:
         readings = zip(self.judge(torch.stack(list(pictures))), prompts, strict=True)
         cases = self.cases
         return [float(r.holds(cases[p].objects[0], cases[p].place, cases[p].objects[1])) for r, p in readings]
-
-
-def interval(values):
-    data = np.asarray(values, float)
-    draws = data[np.random.default_rng(0).integers(len(data), size=(4000, len(data)))].mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return [round(float(x), 4) for x in (data.mean(), low, high)]
 
 
 class Bench:
@@ -96,10 +89,10 @@ class Bench:
             "strength": config.strength,
         }
         for key in ("objects", "placed"):
-            made[key] = interval(found[key])
-            made[f"{key}_gain"] = interval(np.subtract(found[key], base[key]))
+            made[key] = mean_interval(found[key])
+            made[f"{key}_gain"] = mean_interval(np.subtract(found[key], base[key]))
         moved = [float((a - b).abs().mean()) for a, b in zip(found["pictures"], base["pictures"], strict=True)]
-        made["moved"] = interval(moved)
+        made["moved"] = mean_interval(moved)
         print(made, flush=True)
         return made
 
@@ -150,7 +143,7 @@ def plant(draw=5):
         rows.append(bench.row("guided by found heads", found.guidance(), hurt))
         wrong = [others[i] for i in dice.choice(len(others), 3, replace=False)]
         rows.append(bench.row("guided by three others", config.guidance(wrong), hurt))
-    clean_row = {"objects": interval(bench.base["objects"]), "placed": interval(bench.base["placed"])}
+    clean_row = {"objects": mean_interval(bench.base["objects"]), "placed": mean_interval(bench.base["placed"])}
     return {
         "draw": draw,
         "planted": [tuple(h) for h in planted],
@@ -211,7 +204,7 @@ def chance(draws=5):
         )
         for key, values in gains.items():
             values.append(np.subtract(chosen[key], made[key]))
-    over = {key: interval(np.mean(values, 0)) for key, values in gains.items()}
+    over = {key: mean_interval(np.mean(values, 0)) for key, values in gains.items()}
     return {"fresh_pictures": 60, "draws": draws, "rows": rows, "found_over_mean_of_random": over}
 
 

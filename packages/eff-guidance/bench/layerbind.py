@@ -18,7 +18,7 @@ from eff_embedded.diffusion import GROUNDS, OBJECTS, load_collage_diffusion
 from eff_embedded.judge import load_judge
 from eff_guidance.layerbind import Grid, Layer, LayerBindConfig, Layout, apply_layerbind, regions_of
 from eff_kernels.edit.attention import intercept_attention
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 
 SIDE, CELL = 128, 8
 RESULTS = Path(__file__).parent / "results" / "layerbind.jsonl"
@@ -153,13 +153,6 @@ def verdict(judge: Any, picture: Any, case: Case) -> dict[str, float]:
     }  # fmt: skip
 
 
-def interval(values: list[list[float]]) -> list[float]:
-    """Mean and its 95 % interval by bootstrap over layouts, each with the values of its pictures."""
-    draw, data = np.random.default_rng(0), np.asarray(values).mean(1)
-    means = data[draw.integers(0, len(data), (2000, len(data)))].mean(1)
-    return [round(float(v), 4) for v in (data.mean(), *np.quantile(means, (0.025, 0.975)))]
-
-
 def sheet(pipe: Any, path: str, layouts: int) -> None:
     """A picture: one row a layout with its boxes (red in front of blue), then each method's."""
     from PIL import Image, ImageDraw
@@ -234,7 +227,8 @@ def main() -> None:
             marks[case.kind, method].append([verdict(judge, p, case) for p in pictures])
     lines = []
     for (kind, method), found in marks.items():
-        shares = {key: interval([[m[key] for m in each] for each in found]) for key in found[0][0]}
+        # A layout's pictures are no layouts of their own: their mean is its one value.
+        shares = {key: mean_interval([np.mean([m[key] for m in each]) for each in found]) for key in found[0][0]}
         line = {"op": "layerbind", "kind": kind, "method": method, "layouts": len(found), "seeds": options.seeds}
         line |= shares | {"cpu_seconds": round(float(np.median(times[method])), 3), "dtype": "float32"}
         lines.append(line | environment("cpu", SOURCES))

@@ -21,7 +21,7 @@ from eff_embedded.collages.sprites import sprite
 from eff_embedded.diffusion import GROUNDS, OBJECTS, example, load_collage_diffusion
 from eff_embedded.vision import load_vit, vit_pixels
 from eff_guidance.pokefusion import StyleAttentionConfig, add_style_attention, condition_dropout
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -190,13 +190,6 @@ def train_lora(pipe, found, steps, rank):
     return sum(p.numel() for p in weights), losses
 
 
-def interval(values):
-    values = np.asarray(values, float)
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return [round(float(x), 4) for x in (values.mean(), low, high)]
-
-
 def draw(pipe, prompts, seed):
     parts = range(0, len(prompts), 12)
     return 2 * torch.cat([
@@ -216,7 +209,12 @@ def judge(eyes, pictures, numbers, prompts, judge_model):
     style = (eyes.read("style", seen) == 1).float()
     thing = (eyes.read("object", seen) == torch.tensor(numbers)).float()
     judged = [OBJECTS[n] in r.names for n, r in zip(numbers, judge_model((pictures + 1) / 2), strict=True)]
-    return {"openmoji": interval(style), "object": interval(thing), "judge": interval(judged), "n": len(prompts)}
+    return {
+        "openmoji": mean_interval(style),
+        "object": mean_interval(thing),
+        "judge": mean_interval(judged),
+        "n": len(prompts),
+    }
 
 
 def table():

@@ -20,7 +20,7 @@ import torch
 from eff_embedded.data import photograph
 from eff_embedded.diffusion import example, load_collage_diffusion
 from eff_guidance.refam import RefAMConfig, mean_iou, overlay, point_accuracy, refer
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, mean_interval
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results" / "refam.jsonl"
@@ -54,16 +54,9 @@ def measure(pipe: Any, collages: int, seeds: int, case: str) -> dict[str, Any]:
         points.append(np.mean(hit))
         masks.append(np.mean(overlap))
     return {
-        "case": case, "collages": collages, "seeds": seeds, "point_accuracy": estimate(points),
-        "mean_iou": estimate(masks), "sinks": sinks, "seconds": round(time.perf_counter() - start, 1),
+        "case": case, "collages": collages, "seeds": seeds, "point_accuracy": mean_interval(points),
+        "mean_iou": mean_interval(masks), "sinks": sinks, "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
-
-
-def estimate(values: list[float]) -> list[float]:
-    """Mean and its 95 % interval."""
-    data = np.asarray(values)
-    draws = np.random.default_rng(0).integers(len(data), size=(2000, len(data)))
-    return [round(float(x), 4) for x in (data.mean(), *np.quantile(data[draws].mean(1), (0.025, 0.975)))]
 
 
 def draw(pipe: Any, path: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 from eff_kernels.testing.budget import assert_within_budget, compare, to_float64, within_budget
+from eff_kernels.testing.intervals import mean_interval
 from eff_kernels.testing.records import Provider, Record, Recorder, environment, load_records, measure, rotating, same
 from eff_kernels.testing.specs import (
     NON_CONTIGUOUS,
@@ -26,6 +27,7 @@ __all__ = [
     "compare",
     "environment",
     "load_records",
+    "mean_interval",
     "measure",
     "padded_rows",
     "ratio_table",
