@@ -3,15 +3,17 @@
     uvx nox -s bench -- attention steering_cost [--tokens 1000] [--pictures 1] [--rounds 3] [--threads 1]
     uvx nox -s bench -- attention steering_cost --table
 
-SmolLM2 with eyes reads pictures and text, ``--tokens`` together, and then goes on. In each round, after one that is not
-counted, all methods read the prompt in turn, and then say ``--decode`` tokens in turn, twice: each time is
-compared with that of the plain model beside it. A line for each method goes to results/steering_cost.jsonl.
+SmolLM2 with eyes reads pictures and text, ``--tokens`` together, and then goes on. Each method sits in a copy of the
+model that has the same weights in memory. In each round, after one that is not counted, the plain model reads the
+prompt before and after each method does, and says a token before and after each of ``--decode`` tokens of the method:
+what a method takes is compared with the mean of its two neighbours, as processors change their speed within seconds.
+A line for each method goes to results/steering_cost.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import json
 import statistics
 import time
@@ -34,11 +36,9 @@ from eff_kernels.testing.records import environment
 RESULTS = Path(__file__).parent / "results" / "steering_cost.jsonl"
 SOURCES = (Path(eff_attention.__file__).parent, Path(eff_kernels.__file__).parent)
 PICTURE_TOKENS = 81
-BLOCKS = 2
 TARGETS = (1.15, 1.10)  # of the prompt and of a token
 KNOWN = "VHR, text known"
 METHODS = {
-    "none": lambda model: contextlib.nullcontext(),
     "VAR": lambda model: apply_var(model, VARConfig(dims=(507,))),
     "VAR, tau 13": lambda model: apply_var(model, VARConfig(dims=(507,), tau=13.0)),
     "PAINT": lambda model: apply_paint(model, PAINTConfig()),
@@ -66,25 +66,49 @@ def timed(run):
     return out, (time.perf_counter() - begin, time.process_time() - used)
 
 
+def with_method(model, name):
+    """A copy of the model that a method is put into; the weights are the same ones."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    treated = copy.deepcopy(model, shared)
+    METHODS[name](treated)
+    return treated
+
+
+def say(model, out):
+    """A further token after what a model gave."""
+    token = out.logits[:, -1:].argmax(-1)
+    return timed(lambda: model(input_ids=token, **cache_kwargs(model, returned_cache(out)), use_cache=True))
+
+
 @torch.inference_mode()
-def one_round(model, methods, inputs, other, decode):
-    """Seconds of the prompt, and of each further token, by method."""
-    outs, prefill, tokens = {}, {}, {name: [] for name in methods}
-    for name in methods:
-        with METHODS[name](model):
-            if name == KNOWN:  # the same question about another picture came before
-                model(**other, use_cache=True, logits_to_keep=1)
-            outs[name], prefill[name] = timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
-    for _ in range(BLOCKS):
-        for name in methods:
-            with METHODS[name](model):
-                for number in range(decode + 1):
-                    token = outs[name].logits[:, -1:].argmax(-1)
-                    given = {"input_ids": token, **cache_kwargs(model, returned_cache(outs[name])), "use_cache": True}
-                    outs[name], seconds = timed(lambda given=given: model(**given))
-                    if number:  # the first comes behind the work of putting rules in
-                        tokens[name].append(seconds)
+def one_round(plain, treated, inputs, other, decode):
+    """Seconds (clock, processor) of the method and of the plain model around it, by method: prompts and tokens."""
+
+    def read(model):
+        return timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
+
+    prefill, tokens = {}, {}
+    out, before = read(plain)
+    for name, model in treated.items():
+        if name == KNOWN:  # the same question about another picture came before
+            model(**other, use_cache=True, logits_to_keep=1)
+            out, before = read(plain)
+        own, seconds = read(model)
+        after = read(plain)
+        prefill[name] = [(seconds, mean(before, after[1]))]
+        tokens[name] = []
+        out, plain_before = say(plain, out)
+        for _ in range(decode):
+            own, seconds = say(model, own)
+            out, plain_after = say(plain, out)
+            tokens[name].append((seconds, mean(plain_before, plain_after)))
+            plain_before = plain_after
+        out, before = after
     return prefill, tokens
+
+
+def mean(a, b):
+    return tuple((x + y) / 2 for x, y in zip(a, b, strict=True))
 
 
 def measure(args):
@@ -92,44 +116,44 @@ def measure(args):
     model, processor = load_smollm2_eyes(dtype=getattr(torch, args.dtype))
     inputs = inputs_of(processor, args.tokens, args.pictures)
     other = inputs_of(processor, args.tokens, args.pictures, seed=1000)
-    methods = list(dict.fromkeys(["none", *args.methods]))
-    prefill, token = ({name: [] for name in methods} for _ in range(2))
-    for number in range(args.rounds + 1):
-        found = one_round(model, methods, inputs, other, args.decode)
-        if number:
-            for name in methods:
-                prefill[name].append(found[0][name])
-                token[name] += found[1][name]
-            write(args, methods, prefill, token, number)
+    treated = {name: with_method(model, name) for name in args.methods}
+    found = {name: ([], []) for name in treated}
+    one_round(model, treated, inputs, other, 1)
+    for number in range(1, args.rounds + 1):
+        for kind, by_method in enumerate(one_round(model, treated, inputs, other, args.decode)):
+            for name, pairs in by_method.items():
+                found[name][kind].extend(pairs)
+        write(args, found, number)
 
 
-def write(args, methods, prefill, token, rounds):
+def write(args, found, rounds):
     """Lines for what was measured in so many rounds; a later line takes the place of an earlier one in the table."""
     about = environment("cpu", (Path(__file__), *SOURCES))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
-        for name in methods:
-            # Of neighbours in time; of the processor, as other work on a shared machine makes the clock run.
-            ratios = [[a[1] / b[1] for a, b in zip(x[name], x["none"], strict=True)] for x in (prefill, token)]
-            clock = [[a[0] / b[0] for a, b in zip(x[name], x["none"], strict=True)] for x in (prefill, token)]
+        for name, kinds in found.items():
+            # Of the processor, as other work on a shared machine makes the clock run.
+            prefill, token = ([own[1] / plain[1] for own, plain in pairs] for pairs in kinds)
+            clock = [[own[0] / plain[0] for own, plain in pairs] for pairs in kinds]
+            plain = [statistics.median(plain[0] for _, plain in pairs) for pairs in kinds]
             record = {
                 "method": name,
                 "tokens": args.tokens,
                 "pictures": args.pictures,
-                "prefill_s": round(statistics.median(x[0] for x in prefill[name]), 5),
-                "token_s": round(statistics.median(x[0] for x in token[name]), 6),
-                "prefill_to_none": round(statistics.median(ratios[0]), 4),
-                "token_to_none": round(statistics.median(ratios[1]), 4),
+                "plain_prefill_s": round(plain[0], 4),
+                "plain_token_s": round(plain[1], 5),
+                "prefill_to_none": round(statistics.median(prefill), 4),
+                "token_to_none": round(statistics.median(token), 4),
                 "clock_to_none": [round(statistics.median(x), 4) for x in clock],
-                "prefill_ratios": [round(min(ratios[0]), 3), round(max(ratios[0]), 3)],
-                "token_ratios": [round(x, 3) for x in statistics.quantiles(ratios[1], n=4)],
+                "prefill_ratios": [round(min(prefill), 3), round(max(prefill), 3)],
+                "token_ratios": [round(x, 3) for x in statistics.quantiles(token, n=4)],
                 "rounds": rounds,
                 "decode": args.decode,
                 "dtype": args.dtype,
                 **about,
             }
             file.write(json.dumps(record) + "\n")
-            print(name, *(record[n] for n in ("prefill_to_none", "token_to_none", "clock_to_none", "token_s")))
+            print(name, *(record[n] for n in ("prefill_to_none", "token_to_none", "clock_to_none", "token_ratios")))
 
 
 def table():
@@ -139,9 +163,12 @@ def table():
     }
     for pictures in sorted({p for p, _ in last}):
         rows = {m: r for (p, m), r in last.items() if p == pictures}
-        plain = rows.pop("none")
+        plain = next(iter(rows.values()))
         print(
-            f"\n{pictures} pictures of {plain['tokens']} tokens, plain: {plain['prefill_s']} s, {plain['token_s']} s\n"
+            f"\n{pictures} pictures in {plain['tokens']} tokens",
+            plain["plain_prefill_s"],
+            plain["plain_token_s"],
+            "s\n",
         )
         print("| method | prompt, times the plain model | token, times the plain model |\n| --- | --- | --- |")
         for name, r in sorted(rows.items(), key=lambda item: list(METHODS).index(item[0])):
@@ -154,7 +181,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--decode", type=int, default=4)
+    parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
