@@ -1,10 +1,10 @@
 """Decoding with many LoRA adapters over one model: ``nox -s bench -- serve adapters``.
 
 Eight adapters of rank 16 on q, k, v and o with random factors, and a mixture of three of eight a token, over the
-embedded model in int8. One step of a batch of 1, 8 and 16 behind 64 tokens: without adapters, all rows with one, each
-row with its own, and all with the mixture. In the same run PEFT's mixed batch, each row with its own adapter
-(``adapter_names``), on transformers' model in float32. Also the memory of the weights, and the time to load and take
-away one.
+embedded model in int8. One step of a batch of 1, 8 and 32 behind 64 tokens: without adapters, all rows with one, each
+row with its own, and all with the mixture; also with the weights as they are stored ("float"). In the same run PEFT's
+mixed batch, each row with its own adapter (``adapter_names``), on transformers' model in float32. Also the memory of
+the weights, and the time to load and take away one.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import eff_kernels
 import torch
-from _peers import Eff
 from eff_adapters.lora_mixer import LoraMixerConfig, apply_lora_mixer
 from eff_adapters.lora_mixer.peft_files import write_adapter
 from eff_embedded.language import load_smollm2, smollm2_folder
 from eff_kernels.testing import Provider, Recorder, same
+from eff_serve.engine.decoder import PAGE, Decoder
 from peft import PeftModel
 
 RESULTS = Path(__file__).parent / "results" / "adapters.jsonl"
@@ -75,70 +75,95 @@ class Mixed:
         return step
 
 
+class Server:
+    """The decoder with all adapters loaded, each sequence with its own pages.
+
+    Attributes:
+        about: Memory of the weights, and times to load and take away an adapter.
+    """
+
+    def __init__(self, folders: dict[str, Path], most: int, quantize: str | None) -> None:
+        width = -(-(CONTEXT + 1) // PAGE)
+        self.decoder = decoder = Decoder(smollm2_folder(), quantize=quantize, num_pages=most * width)
+        self.table = torch.arange(most * width).view(most, width)
+        plain = decoder.weight_bytes
+        decoder.load_adapters(folders)
+        held = decoder.weight_bytes - plain
+        begun = time.perf_counter()
+        decoder.adapters.load("more", folders["e0"])
+        loading = time.perf_counter() - begun
+        begun = time.perf_counter()
+        decoder.adapters.unload("more")
+        taking = time.perf_counter() - begun
+        mib = {"base_mib": plain / 2**20, "adapters_and_mixture_mib": held / 2**20}
+        self.about = {**mib, "load_ms": loading * 1e3, "unload_ms": taking * 1e3}
+
+    def prepare(self, ids):
+        """A step of the last tokens behind all others; with the adapters of its rows, or none."""
+        batch = len(ids)
+        for row, pages in zip(ids, self.table, strict=False):
+            self.decoder.prefill(row, 0, pages)
+        tokens, positions = ids[:, -1], torch.full((batch,), CONTEXT)
+        table = self.table[:batch].to(torch.int32)
+
+        def step(numbers, rows=slice(None)):
+            chosen = None if numbers is None else numbers[rows]
+            return self.decoder.decode(tokens[rows], positions[rows], table[rows], adapters=chosen)
+
+        return step
+
+
+def ours(step, name: str, numbers: torch.Tensor | None, batch: int) -> Provider:
+    """One of the server's steps, right if each row is as alone and adapters change the answer."""
+
+    def check():
+        last = slice(batch - 1, batch)
+        alone = same(step(numbers)[last], step(numbers, last), tolerance=1e-4)
+        return alone and (numbers is None or not same(step(numbers), step(None), tolerance=1e-3))
+
+    return Provider(name, lambda _: step(numbers), check=check)
+
+
+def theirs(step, each: list[int]) -> Provider:
+    """PEFT's mixed batch, right if it is neither the base nor one adapter for all."""
+
+    def check():
+        one = same(step(each)[:1], step([each[0]] * len(each))[:1], tolerance=1e-4)
+        return one and not same(step(each), step([-1] * len(each)), tolerance=1e-3)
+
+    return Provider("PEFT, an adapter a row", lambda _: step(each), check=check)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--no-record", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
     recorder = Recorder("adapters", None if arguments.no_record else RESULTS, sources=sources)
-    engine = Eff(smollm2_folder(), "int8")
-    decoder = engine.decoder
-    plain_bytes = decoder.weight_bytes
+    most = max(arguments.batches)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_all(Path(folder))
-        decoder.load_adapters(paths)
+        int8, floats = Server(paths, most, "int8"), Server(paths, most, None)
         mixed = Mixed({name: path for name, path in paths.items() if name != "mix"})
-        held = decoder.weight_bytes - plain_bytes
-        begun = time.perf_counter()
-        decoder.adapters.load("more", paths["e0"])
-        loading = time.perf_counter() - begun
-        begun = time.perf_counter()
-        decoder.adapters.unload("more")
-        taking = time.perf_counter() - begun
-    about = {
-        "base_mib": plain_bytes / 2**20, "adapters_and_mixture_mib": held / 2**20, "load_ms": loading * 1e3,
-        "unload_ms": taking * 1e3,
-    }  # fmt: skip
-    print(json.dumps({n: round(v, 1) for n, v in about.items()}))
-    mixture = decoder.adapters.get("mix").number
+    for name, server in (("int8", int8), ("float", floats)):
+        print(name, json.dumps({n: round(v, 1) for n, v in server.about.items()}))
     for batch in arguments.batches:
         ids = torch.randint(5, 40000, (batch, CONTEXT), generator=torch.Generator().manual_seed(batch))
-        engine.prepare(ids)
-        tokens, positions = ids[:, -1], torch.full((batch,), CONTEXT)
-        table = engine.table[:batch].to(torch.int32)
-
-        def step(numbers, rows=slice(None), tokens=tokens, positions=positions, table=table):
-            chosen = None if numbers is None else numbers[rows]
-            return decoder.decode(tokens[rows], positions[rows], table[rows], adapters=chosen)
-
-        chosen = {
-            "no adapter": None,
-            "one adapter": torch.zeros(batch, dtype=torch.long),
-            "an adapter a row": torch.arange(batch) % EXPERTS,
-            "mixture, 3 of 8 a token": torch.full((batch,), mixture),
-        }
-
-        def check(numbers, batch=batch, step=step):
-            """Each row is as alone, and adapters change the answer."""
-            last = slice(batch - 1, batch)
-            alone = same(step(numbers)[last], step(numbers, last), tolerance=1e-4)
-            return alone and (numbers is None or not same(step(numbers), step(None), tolerance=1e-3))
-
+        each = torch.arange(batch) % EXPERTS
+        step, wide = int8.prepare(ids), floats.prepare(ids)
+        mixture = torch.full((batch,), int8.decoder.adapters.get("mix").number)
         providers = [
-            Provider(name, lambda _, n=n, step=step: step(n), check=lambda n=n, check=check: check(n))
-            for name, n in chosen.items()
+            ours(step, "no adapter", None, batch),
+            ours(step, "one adapter", torch.zeros_like(each), batch),
+            ours(step, "an adapter a row", each, batch),
+            ours(step, "mixture, 3 of 8 a token", mixture, batch),
+            ours(wide, "float, no adapter", None, batch),
+            ours(wide, "float, an adapter a row", each, batch),
+            theirs(mixed.prepare(ids), each.tolist()),
         ]
-        theirs, each = mixed.prepare(ids), (torch.arange(batch) % EXPERTS).tolist()
-
-        def as_alone(theirs=theirs, each=each, batch=batch):
-            """The mixed batch of PEFT is neither the base nor one adapter for all."""
-            one = same(theirs(each)[:1], theirs([each[0]] * batch)[:1], tolerance=1e-4)
-            return one and not same(theirs(each), theirs([-1] * batch), tolerance=1e-3)
-
-        providers.append(Provider("PEFT, an adapter a row", lambda _, t=theirs, e=each: t(e), check=as_alone))
         recorder.run(f"B={batch}", providers, mode="decode", rounds=arguments.rounds)
     print(recorder.table("no adapter"))
 
