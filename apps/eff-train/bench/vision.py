@@ -70,6 +70,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "eoras": {
         "default": {},
         "one frame": {"single": True},
+        "collages": {"world": "collages"},
+        "collages, one frame": {"world": "collages", "single": True},
         "forward only": {"bidirectional": False},
     },
     "scanpath": {
@@ -111,7 +113,7 @@ def add(method: str, line: dict[str, Any]) -> None:
 def run(method: str, seeds: int, minutes: float, only: str | None, pictures: Path | None) -> None:
     """Train what is missing."""
     start, cls = time.monotonic(), registry.load(method)
-    common: dict[str, Any] = {}
+    common: dict[Any, Any] = {}
     for seed in range(seeds):
         for name, options in VARIANTS[method].items():
             if (only and name != only) or any((r["run"], r.get("seed")) == (name, seed) for r in known(method)):
@@ -122,7 +124,7 @@ def run(method: str, seeds: int, minutes: float, only: str | None, pictures: Pat
 
 
 def one(
-    method: str, cls: Any, name: str, seed: int, options: dict[str, Any], common: dict[str, Any], pictures: Path | None
+    method: str, cls: Any, name: str, seed: int, options: dict[str, Any], common: dict[Any, Any], pictures: Path | None
 ) -> None:
     """Train and judge one variant."""
     usual = cls.config_class()
@@ -173,20 +175,22 @@ COMMON = {
     "specvit": ("pines", "scene"),
     "scanpath": ("sprites", "held_out"),
     "mtpano": ("held_out",),
-    "eoras": ("held_out",),
+    "eoras": ("drawn", "held_out"),
 }
 
 
-def shared(method: str, recipe: Any, common: dict[str, Any]) -> None:
-    """Hand over what an earlier run of the same method has made."""
+def shared(method: str, recipe: Any, common: dict[Any, Any]) -> None:
+    """Hand over what an earlier run of the same method, in the same world, has made."""
+    world = getattr(recipe.config, "world", None)
     for key in COMMON[method]:
-        if key in common:
-            recipe.__dict__[key] = common[key]
+        if (world, key) in common:
+            recipe.__dict__[key] = common[world, key]
 
 
-def keep(method: str, recipe: Any, common: dict[str, Any]) -> None:
+def keep(method: str, recipe: Any, common: dict[Any, Any]) -> None:
     """Keep it for the next."""
-    common |= {key: recipe.__dict__[key] for key in COMMON[method] if key in recipe.__dict__}
+    world = getattr(recipe.config, "world", None)
+    common |= {(world, key): recipe.__dict__[key] for key in COMMON[method] if key in recipe.__dict__}
 
 
 def table(method: str) -> str:

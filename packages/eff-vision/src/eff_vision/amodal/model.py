@@ -80,12 +80,13 @@ class EoRaS(nn.Module):
         tokens = tokens.unflatten(0, (batch, frames))
         above = None if above is None else above.unflatten(0, (batch, frames))
         start = self.fusion.start(batch) if slots is None else slots
+        if self.config.bidirectional:  # the clips run backwards are further clips of the same batch
+            tokens, valid = (torch.cat((x, x.flip(1))) for x in (tokens, valid))
+            above = None if above is None else torch.cat((above, above.flip(1)))
+            start = torch.cat((start, self.fusion.start(batch)))
         found, kept = self.fusion.run(tokens, above, valid, start)
         if self.config.bidirectional:
-            back, _ = self.fusion.run(
-                tokens.flip(1), None if above is None else above.flip(1), valid.flip(1), self.fusion.start(batch)
-            )
-            found = torch.cat((found, back.flip(1)), -1)
+            found, kept = torch.cat((found[:batch], found[batch:].flip(1)), -1), kept[:batch]
         return found.transpose(-2, -1).unflatten(-1, (self.config.grid, self.config.grid)), kept
 
     def forward(

@@ -1,4 +1,4 @@
-"""EoRaS: full masks of partly hidden objects in clips of rooms whose objects move (arXiv 2309.13248)."""
+"""EoRaS: full masks of partly hidden objects in clips of rooms and of drawings that move (arXiv 2309.13248)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from eff_vision.amodal import (
     amodal_loss,
     crop_frames,
     paste_masks,
-    visible_box_track,
 )
 from PIL import Image
 from torch import Tensor, nn
 
-from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built
-
-TRIES = 40
+from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built, generator, shuffled
+from eff_train.recipes.eoras.clips import FIELD_OF_VIEW, Track, collage_track, mirrored, room_track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,8 @@ class Config(TrainConfig):
     """Options of EoRaS.
 
     Attributes:
+        world: Rooms whose objects move, or drawings of which the evaluation shows other ones than the training.
+        pool: Clips to learn from; mirrored at random.
         frames: Pictures of a clip.
         side: Rows and columns of a frame.
         crop: Rows and columns of a crop.
@@ -44,7 +44,7 @@ class Config(TrainConfig):
         clips: Clips of the evaluation.
     """
 
-    steps: int = 1200
+    steps: int = 600
     batch_size: int = 4
     lr: float = 1e-3
     warmup: int = 50
@@ -52,6 +52,8 @@ class Config(TrainConfig):
     eval_every: int = 300
     save_every: int = 150
     log_every: int = 25
+    world: Literal["rooms", "collages"] = "rooms"
+    pool: int = 512
     frames: int = 6
     side: int = 64
     crop: int = 64
@@ -60,47 +62,6 @@ class Config(TrainConfig):
     bidirectional: bool = True
     single: bool = False
     clips: int = 48
-
-
-class Track(NamedTuple):
-    """One object through a clip.
-
-    Attributes:
-        frames: Colours, [T, 3, H, W].
-        visible: Where it is seen, bool [T, H, W].
-        full: Where it would be seen alone, bool [T, H, W].
-        intrinsics: Of the frames, [T, 3, 3].
-        boxes: Of the crops, int64 [T, 4].
-    """
-
-    frames: Tensor
-    visible: Tensor
-    full: Tensor
-    intrinsics: Tensor
-    boxes: Tensor
-
-
-def track_of(seed: int, frames: int, side: int) -> Track:
-    """An object that is hidden by a fifth in some frame and shown by four fifths in some frame."""
-    from eff_embedded.scenes import SceneConfig, make_path, make_scene, render_views
-
-    times = [float(t) for t in np.linspace(0, 1, frames)]
-    config = SceneConfig(num_objects=(3, 5), speed=(0.3, 1.0), spin=(0.0, 60.0), spread=0.5, floating=0.4)
-    for attempt in range(TRIES):
-        at = seed * TRIES + attempt
-        scene = make_scene(config, seed=at)
-        views = render_views(scene, make_path(scene, frames, seed=at, size=(side, side)), times)
-        area = views.full.flatten(2).sum(-1).float()
-        share = views.visible.flatten(2).sum(-1) / area.clamp(min=1)
-        fits = (share.amin(0) <= 0.8) & (share.amax(0) >= 0.8) & (area.amin(0) >= 12)
-        if bool(fits.any()):
-            k = int(fits.nonzero()[0])
-            boxes, _ = visible_box_track(views.visible[:, k])
-            intrinsics = views.intrinsics
-            if intrinsics is None:
-                raise ValueError("clips are drawn by perspective cameras")
-            return Track(views.colour, views.visible[:, k], views.full[:, k], intrinsics, boxes)
-    raise ValueError(f"seed {seed}: no object of {TRIES} scenes is partly hidden")
 
 
 class Amodal(Recipe[Config]):
@@ -123,10 +84,26 @@ class Amodal(Recipe[Config]):
         """The model."""
         return EoRaS(self.model_config)
 
-    def batch(self, samples: range) -> dict[str, Tensor]:
-        """Fresh clips."""
+    def track(self, seed: int, held_out: bool) -> Track:
+        """A clip of the world."""
         c = self.config
-        tracks = [track_of(c.seed * HELD_OUT // TRIES + s, c.frames, c.side) for s in samples]
+        if c.world == "rooms":
+            return room_track(seed, c.frames, c.side)
+        return collage_track(seed, c.frames, c.side, held_out=held_out)
+
+    @cached_property
+    def drawn(self) -> dict[tuple[int, int], Track]:
+        """Clips of the pool, by seed and number, once they were drawn."""
+        return {}
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Clips of the pool, half of them mirrored."""
+        c, tracks = self.config, []
+        for sample, place in zip(samples, shuffled(samples, c.pool, c.seed), strict=True):
+            if (c.seed, place) not in self.drawn:
+                self.drawn[c.seed, place] = self.track(c.seed * c.pool + place, held_out=False)
+            track = self.drawn[c.seed, place]
+            tracks.append(mirrored(track) if generator(c.seed, sample).random() < 0.5 else track)
         return self.prepared(tracks)
 
     def prepared(self, tracks: list[Track]) -> dict[str, Tensor]:
@@ -152,8 +129,7 @@ class Amodal(Recipe[Config]):
     @cached_property
     def held_out(self) -> list[Track]:
         """Clips of the evaluation."""
-        c = self.config
-        return [track_of(HELD_OUT + i, c.frames, c.side) for i in range(c.clips)]
+        return [self.track(HELD_OUT + i, held_out=True) for i in range(self.config.clips)]
 
     @torch.no_grad()
     def masks(self, model: nn.Module, track: Track) -> Tensor:
@@ -191,7 +167,7 @@ class Amodal(Recipe[Config]):
             raise ValueError(f"{file} must hold frames such as 000.png and visible masks such as 000-mask.png")
         frames = torch.stack([_points(Image.open(p).convert("RGB")).movedim(-1, 0).float() / 255 for p in names])
         visible = torch.stack([_points(Image.open(p).convert("L")) > 127 for p in masks])
-        intrinsics = intrinsics_from_fov(1.1, *frames.shape[-2:])
+        intrinsics = intrinsics_from_fov(FIELD_OF_VIEW, *frames.shape[-2:])
         track = predict_track(as_built(model, EoRaS), frames.to(self.device), visible, intrinsics.to(self.device))
         out.mkdir(parents=True, exist_ok=True)
         full = track.full.cpu() > 0.5
