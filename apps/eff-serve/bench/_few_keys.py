@@ -1,15 +1,15 @@
 """The ways to read few keys that the benchmark of layer reuse compares, and what each reads."""
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from eff_attention.layer_reuse import LayerReusePolicy, apply, apply_layer_reuse, select_blocks
+from eff_attention.layer_reuse import LayerReusePolicy, apply_layer_reuse
+from eff_attention.layer_reuse.rule import ReuseRule, begin_pass
 from eff_kernels import decode_attention, scored_decode_attention
-
-
-def dense(layers):
-    """Every layer an anchor that nobody reuses: dense attention by our kernel once `every_layer` takes them in."""
-    return LayerReusePolicy(kind=("anchor",) * layers, source=(-1,) * layers, score=1.0, meta={})
+from eff_kernels.edit.attention import decoder_attention, intercept_attention
+from torch import Tensor
 
 
 def previous(policy):
@@ -21,32 +21,40 @@ def previous(policy):
     return LayerReusePolicy(kind=tuple(kind), source=tuple(source), score=0.0, meta={})
 
 
-def alone(model, config, ends, choose):
+@dataclass(frozen=True)
+class Alone(ReuseRule):
     """All layers but ``ends`` attend to what ``choose(mass)`` makes of their own weights: a bench of upper bounds."""
+
+    ends: frozenset[int]
+    choose: Callable[[Tensor], Tensor]
+
+    @property
+    def anchors(self):
+        """All layers."""
+        return frozenset(range(len(self.policy.source)))
+
+    def _step(self, now, step, call, attend, layer):
+        q, k, v, size = call.q[:, :, 0], call.k, call.v, self.config.block_size
+        table, run = step.dense_table, step.run(k.size(2))
+        out, mass = scored_decode_attention(
+            q, k, v, step.real, score_block=size, block_table=table, run=run, scale=call.scale
+        )
+        if layer in self.ends:
+            return out[:, :, None]
+        step.store_selection(layer, self.choose(mass), self.config)
+        places, lengths = step.chosen[layer]
+        return decode_attention(q, k, v, lengths, block_table=places, run=size, scale=call.scale)[:, :, None]
+
+
+def alone(model, config, ends, choose):
+    """Attach `Alone`."""
     layers = model.config.num_hidden_layers
-    handle = apply_layer_reuse(model, dense(layers), config)
-    runtime = runtime_of(model)
-    runtime.anchors = set(range(layers))
-    state = {"layer": 0}
-
-    def scored(q, k, v, lengths, **options):
-        out, mass = scored_decode_attention(q, k, v, lengths, **options)
-        layer, state["layer"] = state["layer"], (state["layer"] + 1) % layers
-        if layer in ends:
-            return out, mass
-        index, kept = select_blocks(choose(mass), lengths.tolist(), config)
-        rows = (index * config.block_size).to(torch.int32)
-        return decode_attention(q, k, v, kept, block_table=rows, run=config.block_size, scale=options["scale"]), mass
-
-    apply.scored_decode_attention = scored
-    handle.on_remove(lambda: setattr(apply, "scored_decode_attention", scored_decode_attention))
+    anchors = LayerReusePolicy(kind=("anchor",) * layers, source=(-1,) * layers, score=1.0, meta={})
+    names = set(decoder_attention(model))
+    rule = Alone(anchors, config, frozenset(ends), choose)
+    handle = intercept_attention(model, rule, where=lambda name, module: name in names)
+    handle.on_remove(model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True).remove)
     return handle
-
-
-def runtime_of(model):
-    from transformers import AttentionInterface
-
-    return AttentionInterface._global_mapping[model.config._attn_implementation].__self__
 
 
 def recent(mass):

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from eff_attention.layer_reuse import growing_cache
 from eff_kernels.edit.caches import cache_kwargs
 from eff_serve.models.tokenizer import Tokenizer
 from rich.progress import track
@@ -75,10 +76,18 @@ def fresh(model, kept):
     return cache
 
 
+def growing(model, kept):
+    """A cache that holds the prompt and grows in place, which gives what ``fresh`` gives in less time."""
+    cache = growing_cache(model.config)
+    for layer, (keys, values) in enumerate(kept):
+        cache.update(keys, values, layer)
+    return cache
+
+
 @torch.no_grad()
 def forced(model, kept, tokens):
     """Log-probabilities [len(tokens) - 1, vocab] after each token but the last, decoded one by one."""
-    cache = fresh(model, kept)
+    cache = growing(model, kept)
     rows = [model(torch.tensor([[t]]), **cache_kwargs(model, cache)).logits[0, -1] for t in tokens[:-1]]
     return torch.stack(rows).float().log_softmax(-1)
 
@@ -98,16 +107,7 @@ def answered(model, kept, tokenizer, thing, number):
     return scores.argmax(1) == wanted, -float(scores.gather(1, wanted[:, None]).sum())
 
 
-def digits_found(model, kept, tokenizer):
-    """Share of facts whose four digits are all the likeliest, and the mean bits of a digit."""
-    right, nats, count = 0, 0.0, 0
-    for thing, number in facts().items():
-        hits, loss = answered(model, kept, tokenizer, thing, number)
-        right, nats, count = right + bool(hits.all()), nats + loss, count + len(hits)
-    return right / len(THINGS), nats / math.log(2) / count
-
-
-def copied(model, kept, tokens, passages=8, known=16, length=48):
+def copied(model, kept, tokens, passages=6, known=16, length=40):
     """Passages of the prompt once more: share of tokens that are the likeliest, and bits per token, after ``known``."""
     right, nats, count = 0, 0.0, 0
     for i in range(passages):
@@ -123,7 +123,7 @@ def copied(model, kept, tokens, passages=8, known=16, length=48):
 
 @torch.no_grad()
 def needles(model, folder, length, where: Path):
-    """For each fact a prompt that holds it alone, at sixteen depths: (thing, number, keys and values).
+    """For every second fact a prompt that holds it alone, at eight depths: (thing, number, keys and values).
 
     The text around is the same, so that what comes before a fact is read once for all.
     """
@@ -131,7 +131,8 @@ def needles(model, folder, length, where: Path):
     manual = tokenizer.encode("\n".join(topics.values())[:200_000])
     planted = sentences(tokenizer)
     plain = prefilled(model, manual[:length], where / f"haystack_{length}.pt")
-    for i, (thing, number) in enumerate(track(list(facts().items()), f"needles in {length} tokens")):
+    chosen = list(enumerate(facts().items()))[::2]
+    for i, (thing, number) in track(chosen, f"needles in {length} tokens"):
         path = where / f"needle_{length}_{i}.pt"
         if not path.is_file():
             at = round(length * (i + 0.5) / len(planted))
@@ -141,10 +142,15 @@ def needles(model, folder, length, where: Path):
 
 
 def needles_found(model, folder, length, where, tokenizer):
-    """Share of needles whose four digits are all the likeliest, the share of digits, and the mean bits of a digit."""
-    whole, single, nats, count = 0, 0, 0.0, 0
+    """How many needles there are, those whose four digits are all the likeliest, share and mean bits of digits."""
+    needle, whole, single, nats, count = 0, 0, 0, 0.0, 0
     for thing, number, kept in needles(model, folder, length, where):
         hits, loss = answered(model, kept, tokenizer, thing, number)
-        whole, single = whole + bool(hits.all()), single + int(hits.sum())
+        needle, whole, single = needle + 1, whole + bool(hits.all()), single + int(hits.sum())
         nats, count = nats + loss, count + len(hits)
-    return whole / len(THINGS), single / count, nats / math.log(2) / count
+    return {
+        "needles": needle,
+        "needles_found": whole,
+        "digits_found": single / count,
+        "bits_per_digit": nats / math.log(2) / count,
+    }
