@@ -93,6 +93,26 @@ def test_merging_quantises_what_the_float_twin_merges_to(pair, format, kind):
                 close(getattr(layer, leaf), tensor, f"{name}.{leaf}")
 
 
+def test_merging_adds_the_adapter_s_own_bias(llama):
+    model = llama(attention_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    quantize_(model, Int8Config())
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+    )
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            torch.nn.init.normal_(parameter)
+    wanted = {n: m.base_layer.bias + m.lora_B["default"].bias * m.scaling["default"]
+              for n, m in adapted.named_modules() if hasattr(m, "base_layer")}  # fmt: skip
+    merged, _ = merge_lora(adapted)
+    assert len(wanted) == 2
+    for name, bias in wanted.items():
+        torch.testing.assert_close(merged.get_submodule(inner(name)).bias, bias)
+
+
 @formats
 @kinds
 def test_an_adapter_is_saved_and_loaded(pair, ids, tmp_path, format, kind):

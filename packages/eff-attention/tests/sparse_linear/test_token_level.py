@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -71,6 +72,10 @@ def test_of_equal_scores_the_earlier_key_is_kept():
     q, k = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 10, 4)
     v = torch.arange(10.0).view(1, 1, 10, 1)
     assert token_linear_attention(q, k, v, keep=0.4).sparse.flatten().tolist() == [1.5, 1.5]
+    k[:, :, 6] = 1.5  # one above the equal ones leaves room for three of them
+    weights = torch.tensor([1.0, 1.0, 1.0, math.e]) / (3 + math.e)
+    found = token_linear_attention(q, k, v, keep=0.4).sparse
+    torch.testing.assert_close(found.flatten(), (weights @ torch.tensor([0.0, 1.0, 2.0, 6.0])).expand(2))
 
 
 def test_protected_keys_are_kept_by_every_query():

@@ -107,9 +107,12 @@ def test_statistics():
     assert torch.allclose(style_statistics_loss(packed, mean, std, channels=-1), want / 3)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd15-v", "sd3", "flux"])
 def test_loss_is_the_backbone_s_own(tiny, styled, name):
+    name, _, velocity = name.partition("-")
     pipe = tiny.pipeline(name)
+    if velocity:
+        pipe.scheduler.register_to_config(prediction_type="v_prediction")
     model = getattr(pipe, "unet", None) or pipe.transformer
     handle = styled(pipe)
     given = tiny.inputs(model, count=2)
@@ -125,6 +128,8 @@ def test_loss_is_the_backbone_s_own(tiny, styled, name):
     if name == "sd15":
         alpha = pipe.scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         noisy, target = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, noise
+        if velocity:
+            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     with handle.use(), torch.no_grad():
         made = model(
             **{key: noisy}, timestep=t / 1000 if name == "flux" else t, encoder_hidden_states=text, **given
@@ -132,9 +137,16 @@ def test_loss_is_the_backbone_s_own(tiny, styled, name):
     assert torch.allclose(got, (made - target).square().mean(), rtol=1e-5)
     got.backward()
     assert handle.adapter.style.table.grad.abs().sum() > 0
-    mean, std = torch.zeros(latents.shape[-1 if name == "flux" else 1]), torch.ones(1)
-    more = handle.train_step(latents, noise, t, text, statistics=(mean, std), **given)
-    assert more > got
+    axis = -1 if name == "flux" else 1
+    mean, std = torch.zeros(latents.shape[axis]), torch.ones(1)
+    more = handle.train_step(latents, noise, t, text, statistics=(mean, std), statistics_weight=2.0, **given)
+    clean = noisy - level * made
+    if name == "sd15":
+        clean = (noisy - (1 - alpha).sqrt() * made) / alpha.sqrt()
+        if velocity:
+            clean = alpha.sqrt() * noisy - (1 - alpha).sqrt() * made
+    added = 2 * style_statistics_loss(clean[:1], mean, std, channels=axis)  # the second sample is too early
+    assert torch.allclose(more - got, added, rtol=1e-4)
     same = handle.train_step(latents, noise, t + 290, text, statistics=(mean, std), **given)
     assert torch.allclose(same, handle.train_step(latents, noise, t + 290, text, **given))
 
