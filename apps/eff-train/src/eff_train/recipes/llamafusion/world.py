@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 SIDE = 32
 FOLD = 4  # a U-Net of 8 x 8 gets squares of so many points, their colours side by side
-_DRAWN = 112  # of 128 points, the longer side of an emoji
+_DRAWN = 88  # of 128 points, the longer side of an emoji: a size that the judge of collages knows
 
 
 def points(image: Image.Image) -> Tensor:
@@ -76,6 +78,22 @@ def emoji(name: str, ground: str) -> Tensor:
     place = Placed(name=name, x=(128 - wide) // 2, y=(128 - high) // 2, size=_DRAWN)
     layout = Layout(size=128, ground=Ground(kind="plain", first=GROUNDS[ground]), objects=(place,))
     return points(Image.fromarray(render(layout).picture))
+
+
+@cache
+def _judge() -> Any:
+    from eff_embedded.judge import load_judge
+
+    return load_judge()
+
+
+def found_on(drawn: Tensor) -> Sequence[Sequence[str]]:
+    """The things that the judge of collages finds on drawings [n, 3, 32, 32], surest first.
+
+    It was trained on pictures of 128 x 128 points; of the emojis themselves it names each.
+    """
+    large = functional.interpolate((drawn.float().cpu() + 1) / 2, size=128, mode="bicubic").clamp(0, 1)
+    return [reading.names for reading in _judge()(large)]
 
 
 def caption(name: str, ground: str) -> str:
