@@ -235,7 +235,7 @@ class ModalityTower(nn.Module):
         written = self.head.write(hidden[is_picture].to(read.tokens.dtype).view_as(read.tokens), read.skips, timesteps)
         wanted = self.wanted_of(latents, noise, timesteps)
         text = self.logits_of(hidden[~is_picture])
-        logits = text.new_zeros(*input_ids.shape, text.shape[-1]).masked_scatter(~is_picture[..., None], text)
+        logits = text.new_zeros(*input_ids.shape, text.shape[-1]).index_put((~is_picture,), text)  # by whole rows
         lm_loss, lm_losses = losses.language(logits, labels, is_picture, attention_mask)
         image_loss, image_losses = losses.diffusion(written, wanted, ~clean)
         total = losses.total(lm_loss, image_loss, self.config.loss_lambda)
