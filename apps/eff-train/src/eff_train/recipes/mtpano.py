@@ -51,18 +51,18 @@ class Config(TrainConfig):
         rooms: Panoramas of the evaluation.
     """
 
-    steps: int = 1200
+    steps: int = 600
     batch_size: int = 4
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: int = 50
     weight_decay: float = 1e-3
     eval_every: int = 300
     save_every: int = 150
     log_every: int = 25
-    height: int = 64
+    height: int = 48
     patch: int = 8
-    dim: int = 96
-    bridge: int = 64
+    dim: int = 64
+    bridge: int = 32
     streams: Literal[1, 2] = 2
     truncate: bool = True
     patches: int = 8
