@@ -20,7 +20,7 @@ from eff_train.frame.metrics import read_metrics
 from eff_train.frame.runs import Run, choose_checkpoint, read_checkpoint
 from eff_train.frame.training import load_weights
 from eff_train.recipes.llamafusion import Config, LlamaFusion, world
-from eff_train.recipes.llamafusion.scores import captions_right, drawings_right
+from eff_train.recipes.llamafusion.scores import captions_right, drawings_right, trivial_loss
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +31,7 @@ SOURCES = (
     HERE.parents[1] / "src" / "eff_train" / "recipes" / "llamafusion",
     HERE.parents[3] / "packages" / "eff-adapters" / "src" / "eff_adapters" / "llamafusion",
 )
+TIMES = (100, 500, 900)
 TEXTS = (
     "The capital of France is Paris, and the Seine runs through it.",
     "a heart on a yellow background",
@@ -71,6 +72,21 @@ def drawings_of(recipe: LlamaFusion, model, seeds: range) -> tuple[dict, dict]:
     return scores, first
 
 
+def losses_by_time(recipe: LlamaFusion, model) -> dict[str, float]:
+    """Losses of drawings at single times, 96 pictures that are trained with fresh noise, beside the trivial ones."""
+    asked = world.pairs(recipe.config.things, seen=True)[:96]
+    pictures, found = torch.stack([world.emoji(*pair) for pair in asked]), {}
+    context = recipe.context_of([world.caption(*pair) for pair in asked])
+    for time in TIMES:
+        t = torch.full((len(asked),), time)
+        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(time))
+        draw = {**context, "latents": recipe.latents(pictures), "noise": recipe.latents(noise), "t": t}
+        with recipe.arithmetic():
+            found[f"loss_{time}"] = round(float(recipe.loss(model, {"draw": draw})[1]["diffusion"]), 4)
+        found[f"trivial_{time}"] = round(trivial_loss(t, recipe.config.things), 4)
+    return found
+
+
 @torch.no_grad()
 def text_is_the_same(recipe: LlamaFusion, model) -> bool:
     """Whether logits without pictures have the bits of a model that never had a tower."""
@@ -97,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="of the noise that drawings begin with; two or more")
+    parser.add_argument("--only", choices=("untrained", "trained"), help="leave out the other tower")
     parser.add_argument("--picture", type=Path, help="where to draw the first drawings of the trained tower")
     parser.add_argument("--dry", action="store_true", help="do not write the records")
     args = parser.parse_args()
@@ -107,7 +124,7 @@ def main() -> None:
     about = {**environment("cpu", SOURCES), "seed": config.seed, "dtype": config.precision, "checked": True}
     torch.manual_seed(config.seed)
     model = recipe.build().eval()
-    for method in ("untrained", "trained"):
+    for method in (args.only,) if args.only else ("untrained", "trained"):
         updates, seconds = 0, 0.0
         if method == "trained":
             state = read_checkpoint(choose_checkpoint(run, "last", recipe.best, print))
@@ -116,21 +133,22 @@ def main() -> None:
             seconds = max(r["seconds"] for r in read_metrics(run.metrics) if "seconds" in r)
         with torch.no_grad():
             scores, first = drawings_of(recipe, model, range(args.seeds))
-            found = {n: round(v, 4) for n, v in recipe.losses(model).items()}
+            found = {n: round(v, 4) for n, v in recipe.losses(model).items()} | losses_by_time(recipe, model)
             for kind, asked in recipe.asked().items():
-                told = [recipe.read(model, world.emoji(*pair)) for pair in asked]
+                told = recipe.read(model, torch.stack([world.emoji(*pair) for pair in asked]))
                 found |= {f"{kind}_{n}": round(v, 4) for n, v in captions_right(told, asked).items()}
                 print(f"{method}, {kind}:", list(zip(told, [world.caption(*a) for a in asked], strict=True))[:4])
+        same = text_is_the_same(recipe, model)
         entry = {
             "method": method, "updates": updates, "seconds": seconds, **found, **scores,
-            "text_bit_identical": text_is_the_same(recipe, model), "drawing_seeds": args.seeds,
+            "text_bit_identical": same, "ok": same, "drawing_seeds": args.seeds,
             **{n: getattr(config, n) for n in ("things", "tokens", "first_layer", "batch_size", "guidance")}, **about,
         }  # fmt: skip
         print(json.dumps(entry), flush=True)
         if not args.dry:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-    if args.picture:
+    if args.picture and args.only != "untrained":
         sheet(recipe, first, args.picture)
 
 

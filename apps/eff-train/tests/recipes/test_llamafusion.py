@@ -141,6 +141,17 @@ def test_captions_that_are_read_once_give_the_same_loss(recipe, tower):
     torch.testing.assert_close(recipe.loss(tower, {"draw": again})[0], loss)
 
 
+def test_captions_of_several_pictures_are_those_of_each_alone(recipe, tower):
+    from eff_adapters.llamafusion import generate
+
+    with torch.no_grad():
+        tower.head.place.mul_(20)
+        seen = torch.stack([recipe.example(seed)[0] for seed in range(4)])
+        with recipe.arithmetic():
+            alone = [generate(tower, [one], max_new_tokens=8, allow_images=False, eos_token_id=256)[0] for one in seen]
+    assert recipe.read(tower, seen) == [Words().decode(one, skip_special_tokens=True).strip() for one in alone]
+
+
 def test_the_trivial_loss_is_that_of_a_fit():
     """Beside least squares of velocities on noised points, for each point by itself."""
     pictures = torch.stack([emoji(*pair) for pair in pairs(3, seen=True)])
