@@ -7,7 +7,7 @@
     python apps/eff-serve/bench/layer_reuse.py draw
 
 The prompt is Python's manual with sixteen planted facts. It is prefilled once, dense, and kept in ``--cache``; every
-method then decodes the same tokens from it, teacher-forced: 128 tokens of the text that goes on, and six passages of
+method then decodes the same tokens from it, teacher-forced: 96 tokens of the text that goes on, and six passages of
 the prompt again (copying by induction). "prompt too" has read the prompt itself with the policy, which "prompt" times.
 "needles" plants one fact in a prompt, at eight depths.
 Each method is checked first: where it may read all blocks but one it must give the logits of the untouched model.
@@ -84,7 +84,7 @@ def losses(model, kept, tokenizer, following, tokens):
     """What a model makes of the text that goes on, and of passages of the prompt again."""
     same_token, copy_bits = copied(model, kept, tokens)
     return {
-        "bits_per_byte": bits_per_byte(model, kept, tokenizer, following[:129]),
+        "bits_per_byte": bits_per_byte(model, kept, tokenizer, following[:97]),
         "copied_tokens": same_token,
         "bits_per_copied_token": copy_bits,
     }
