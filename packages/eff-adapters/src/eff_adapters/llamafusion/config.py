@@ -27,9 +27,11 @@ class ModalityTowerConfig(Settings):
         latent_channels: Channels of a picture's latents.
         latent_size: Height and width of the latents.
         tokens_per_image: Tokens of one picture, a square number; ``latent_size`` is a multiple of its root.
-        prediction: What the head's output is and the loss compares: "noise" (DDPM), or "velocity", sqrt(abar) noise -
-            sqrt(1 - abar) latents (arXiv 2202.00512), to which the noised latents add what is known of the noise.
-            Either way `ModalityOutput.noise_pred` and sampling are of the noise.
+        prediction: What the head's output is and the loss compares: "noise" (DDPM), "velocity", sqrt(abar) noise -
+            sqrt(1 - abar) latents (arXiv 2202.00512), to which the noised latents add what is known of the noise, or
+            "sample", the latents without noise: noise fills a patch, and a token with fewer numbers than its patch
+            cannot carry it, but can carry a picture (arXiv 2511.13720). In each case `ModalityOutput.noise_pred` and
+            sampling are of the noise.
         token_gain: Factor of the tokens that enter the decoder. What a deep model adds to its residual stream drowns
             tokens of size 1; a size near that of the stream at its end, 30 in SmolLM2-135M, keeps them readable there.
         loss_lambda: Weight of the diffusion loss beside that of language (Transfusion, arXiv 2408.11039).
@@ -51,7 +53,7 @@ class ModalityTowerConfig(Settings):
     latent_channels: int = 8
     latent_size: int = 32
     tokens_per_image: int = 256
-    prediction: Literal["noise", "velocity"] = "noise"
+    prediction: Literal["noise", "velocity", "sample"] = "noise"
     token_gain: float = 1.0
     loss_lambda: float = 5.0
     text_lr_ratio: float = 0.0

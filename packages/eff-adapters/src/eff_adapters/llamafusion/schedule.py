@@ -62,6 +62,19 @@ def noise_of_velocity(z: Tensor, v: Tensor, t: Tensor, steps: int = 1000) -> Ten
     return (1 - left).sqrt() * z.float() + left.sqrt() * v.float()
 
 
+def noise_of_sample(z: Tensor, x: Tensor, t: Tensor, steps: int = 1000) -> Tensor:
+    """Eps = (z_t - sqrt(abar_t) x) / sqrt(1 - abar_t), in float32: the noise between a picture and z_t.
+
+    Args:
+        z: z_t, [n, ...].
+        x: Like ``z``.
+        t: int64 [n].
+        steps: Of the schedule.
+    """
+    left = _at(alphas_cumprod(steps), t, z)
+    return (z.float() - left.sqrt() * x.float()) / (1 - left).sqrt()
+
+
 def ddim_step(
     z: Tensor,
     eps: Tensor,

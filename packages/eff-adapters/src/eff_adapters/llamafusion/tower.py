@@ -16,7 +16,7 @@ from eff_adapters.llamafusion.heads import make_head
 from eff_adapters.llamafusion.layout import check_layout, times_of_training
 from eff_adapters.llamafusion.masks import host_mask, picture_blocks
 from eff_adapters.llamafusion.routing import ARGUMENT, Routing, current
-from eff_adapters.llamafusion.schedule import add_noise, noise_of_velocity, velocity
+from eff_adapters.llamafusion.schedule import add_noise, noise_of_sample, noise_of_velocity, velocity
 
 
 class ModalityOutput(NamedTuple):
@@ -25,8 +25,8 @@ class ModalityOutput(NamedTuple):
     Attributes:
         loss: ``lm_loss + loss_lambda * diffusion_loss``, float32; None without labels and pictures to denoise.
         lm_loss: Mean cross-entropy over text targets; None without labels.
-        diffusion_loss: Mean squared error of the noise, or of the velocity, over all elements; None without pictures
-            to denoise.
+        diffusion_loss: Mean squared error of what is predicted, such as the noise, over all elements; None without
+            pictures to denoise.
         noise_pred: [pictures, c, s, s]; None without pictures.
         logits: [batch, tokens, vocabulary], wide enough for the two markers; 0 at picture tokens.
         lm_losses: Mean cross-entropy of each row, [batch], or None.
@@ -267,12 +267,16 @@ class ModalityTower(nn.Module):
         """What the head's output is compared with for clean latents [n, c, s, s] and their noise at times t [n]."""
         if self.config.prediction == "noise":
             return noise
+        if self.config.prediction == "sample":
+            return latents
         return velocity(latents, noise, t, self.config.num_train_timesteps)
 
     def noise_of(self, written: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The noise that the head's output [n, c, s, s] means for noised latents at times t [n]."""
         if self.config.prediction == "noise":
             return written
+        if self.config.prediction == "sample":
+            return noise_of_sample(noised, written, t, self.config.num_train_timesteps)
         return noise_of_velocity(noised, written, t, self.config.num_train_timesteps)
 
     def encode(self, pixels: Tensor) -> Tensor:
