@@ -83,7 +83,7 @@ def losses_by_time(recipe: LlamaFusion, model) -> dict[str, float]:
         draw = {**context, "latents": recipe.latents(pictures), "noise": recipe.latents(noise), "t": t}
         with recipe.arithmetic():
             found[f"loss_{time}"] = round(float(recipe.loss(model, {"draw": draw})[1]["diffusion"]), 4)
-        found[f"trivial_{time}"] = round(trivial_loss(t, recipe.config.things), 4)
+        found[f"trivial_{time}"] = round(trivial_loss(t, recipe.config.things, recipe.config.prediction), 4)
     return found
 
 

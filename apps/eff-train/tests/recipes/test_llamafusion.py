@@ -1,7 +1,11 @@
 """The recipe of pictures for SmolLM2: what its samples hold, and training on a tiny model in its place."""
 
+import dataclasses
+
 import pytest
 import torch
+from eff_train.frame.runs import create, write_checkpoint
+from eff_train.frame.training import saved_tensors
 from eff_train.recipes.llamafusion import Config, LlamaFusion
 from eff_train.recipes.llamafusion.scores import captions_right, trivial_loss
 from eff_train.recipes.llamafusion.world import (
@@ -152,16 +156,32 @@ def test_captions_of_several_pictures_are_those_of_each_alone(recipe, tower):
     assert recipe.read(tower, seen) == [Words().decode(one, skip_special_tokens=True).strip() for one in alone]
 
 
-def test_the_trivial_loss_is_that_of_a_fit():
-    """Beside least squares of velocities on noised points, for each point by itself."""
+def test_a_tower_of_velocities_becomes_one_of_pictures(recipe, tower, tmp_path):
+    run = create(tmp_path / "run", "llamafusion", dataclasses.replace(recipe.config, prediction="velocity"), "")
+    weights = {name: value.detach().clone() for name, value in saved_tensors(tower)}
+    write_checkpoint(run, {"step": 1, "weights": weights, "average": {}}, {})
+    with torch.no_grad():
+        tower.head.outward.weight.zero_()
+    later = LlamaFusion(dataclasses.replace(recipe.config, start=str(run.folder)))
+    later.take_over(tower, run)
+    assert torch.equal(tower.head.outward.weight, -weights["head.outward.weight"])
+    assert torch.equal(tower.head.inward.weight, weights["head.inward.weight"])
+    with pytest.raises(ValueError, match="predicts 'velocity', this run 'noise'"):
+        LlamaFusion(dataclasses.replace(later.config, prediction="noise")).take_over(tower, run)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "sample"])
+def test_the_trivial_loss_is_that_of_a_fit(prediction):
+    """Beside least squares on noised points, for each point by itself."""
     pictures = torch.stack([emoji(*pair) for pair in pairs(3, seen=True)])
     g, t = torch.Generator().manual_seed(0), torch.full((40 * len(pictures),), 600)
     x = pictures.repeat(40, 1, 1, 1)
     noise = torch.randn(x.shape, generator=g)
-    z, v = (f(x, noise, t).flatten(1) for f in (schedule.add_noise, schedule.velocity))
-    z, v = z - z.mean(0), v - v.mean(0)
-    fit = (z * v).sum(0) / z.square().sum(0)
-    assert trivial_loss(t, 3) == pytest.approx(float((v - fit * z).square().mean()), rel=0.02)
+    z = schedule.add_noise(x, noise, t).flatten(1)
+    wanted = {"noise": noise, "velocity": schedule.velocity(x, noise, t), "sample": x}[prediction].flatten(1)
+    z, wanted = z - z.mean(0), wanted - wanted.mean(0)
+    fit = (z * wanted).sum(0) / z.square().sum(0)
+    assert trivial_loss(t, 3, prediction) == pytest.approx(float((wanted - fit * z).square().mean()), rel=0.02)
 
 
 def test_captions_are_compared_with_what_was_asked():

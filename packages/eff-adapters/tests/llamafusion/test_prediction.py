@@ -31,6 +31,15 @@ def test_the_loss_compares_velocities_and_the_noise_is_derived(tower, batch, fix
     assert torch.equal(out.loss, out.lm_loss + 5 * out.diffusion_loss)
 
 
+def test_the_loss_compares_pictures_and_the_noise_is_derived(tower, batch, fixed):
+    mm, given, more = tower(prediction="sample"), batch(), fixed()
+    out = mm(**given, **more)
+    t = more["timesteps"]
+    noised = add_noise(given["latents"], more["noise"], t)
+    written = ddim_step(noised, out.noise_pred, t, torch.full_like(t, -1))
+    torch.testing.assert_close((written - given["latents"]).square().mean(), out.diffusion_loss, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("more", [{}, {"prediction": "velocity", "token_gain": 4.0}, {"patchify": "unet"}])
 def test_losses_against_what_was_read_are_those_of_the_whole(tower, config, more):
     shape = {"unet_channels": (8, 8)} if "patchify" in more else {}

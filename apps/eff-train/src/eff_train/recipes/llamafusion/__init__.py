@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
 from eff_train.frame.data import to_device
 from eff_train.frame.metrics import Means
+from eff_train.frame.runs import Run, choose_checkpoint, read_checkpoint
+from eff_train.frame.training import load_weights
 from eff_train.recipes.llamafusion import world
 from eff_train.recipes.llamafusion.scores import captions_right, drawings_right, trivial_loss
 from eff_train.recipes.llamafusion.world import SIDE, picture, points
@@ -46,7 +48,7 @@ class Config(TrainConfig):
         tokens: Tokens of a picture, a square number whose root divides 32; 16 or 64 with a U-Net.
         rank: Rank of the picture weights as additions to those of text; 0 for a full copy.
         first_layer: First of SmolLM2's 30 layers with weights of pictures' own.
-        prediction: What the head predicts: the noise, or the velocity.
+        prediction: What the head predicts: the noise, the velocity, or the picture itself.
         token_gain: Factor of the picture tokens that enter the model.
         reading: Share of pictures that come before their caption, to be read; the others come after it, to be drawn.
         no_caption: Share of drawn pictures whose caption is left out, for guidance.
@@ -54,11 +56,12 @@ class Config(TrainConfig):
         guidance: Scale of guidance of the samples.
         drawing_steps: Steps of a drawing.
         judged: Pictures of each evaluation.
+        start: Folder of a run with a tower of the same shape, whose newest weights this one starts with.
     """
 
-    steps: int = 400
-    batch_size: int = 48
-    lr: float = 5e-4
+    steps: int = 300
+    batch_size: int = 24
+    lr: float = 6e-4
     warmup: int = 20
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
@@ -71,7 +74,7 @@ class Config(TrainConfig):
     tokens: int = 4
     rank: int = 0
     first_layer: int = 24
-    prediction: Literal["noise", "velocity"] = "velocity"
+    prediction: Literal["noise", "velocity", "sample"] = "sample"
     token_gain: float = 16.0
     reading: float = 0.2
     no_caption: float = 0.1
@@ -79,6 +82,7 @@ class Config(TrainConfig):
     guidance: float = 1.5
     drawing_steps: int = 25
     judged: int = 96
+    start: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +142,27 @@ class LlamaFusion(Recipe[Config]):
         tower = add_modality_tower(text, self.settings)
         for parameter in tower.picture_parameters().values():
             parameter.data = parameter.data.float()
+        if self.config.start:
+            self.take_over(tower, Run(Path(self.config.start)))
         return tower
+
+    def take_over(self, tower: Any, run: Run) -> None:
+        """Load the newest weights of a run; where that predicts velocities and this one pictures, with signs turned.
+
+        Of a picture that is all noise, the velocity is the picture's negative.
+
+        Raises:
+            ValueError: the run is of no such tower, or predicts something that cannot be turned into what this does.
+        """
+        before = run.config(Config).prediction
+        turned = (before, self.config.prediction) == ("velocity", "sample") and self.config.head == "linear"
+        if before != self.config.prediction and not turned:
+            raise ValueError(f"start={self.config.start} predicts {before!r}, this run {self.config.prediction!r}")
+        load_weights(tower, read_checkpoint(choose_checkpoint(run, "last", self.best, lambda text: None))["weights"])
+        if turned:
+            with torch.no_grad():
+                for parameter in tower.head.outward.parameters():
+                    parameter.neg_()
 
     def batch(self, samples: range) -> dict[str, dict[str, Any]]:
         """Pictures to draw, "draw", and rows of a picture and its caption, "read"; either may be missing.
@@ -288,8 +312,9 @@ class LlamaFusion(Recipe[Config]):
             batch = self.batch(range(first, first + self.config.batch_size))
             with self.arithmetic():
                 found = dict(self.loss(model, to_device(batch, self.device))[1])
-            if self.config.things and self.config.prediction == "velocity":
-                found["trivial"] = trivial_loss(torch.cat([part["t"] for part in batch.values()]), self.config.things)
+            if self.config.things:
+                t = torch.cat([part["t"] for part in batch.values()])
+                found["trivial"] = trivial_loss(t, self.config.things, self.config.prediction)
             means.add(found)
         return means.read()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,16 +36,18 @@ def captions_right(told: Sequence[str], asked: Sequence[Pair]) -> dict[str, floa
     }
 
 
-def trivial_loss(t: Tensor, things: int) -> float:
-    """Loss of velocities at times t of the best affine function of each noised number, which knows no caption.
+def trivial_loss(t: Tensor, things: int, prediction: Literal["noise", "velocity", "sample"]) -> float:
+    """Loss at times t of the best affine function of each noised number, which knows no caption.
 
-    A number of variance s leaves s / (abar s + 1 - abar) of its velocity unexplained.
+    A number of variance s leaves s / (abar s + 1 - abar) of its velocity unexplained, abar times that of its noise, and
+    1 - abar times that of itself.
     """
     from eff_adapters.llamafusion.schedule import alphas_cumprod
 
     pictures = torch.stack([world.emoji(*pair) for pair in world.pairs(things, seen=True)])
     spread, left = pictures.var(0, unbiased=False), alphas_cumprod()[t.cpu()].view(-1, 1, 1, 1)
-    return float((spread / (left * spread + 1 - left)).mean())
+    share = {"noise": left, "velocity": torch.ones(()), "sample": 1 - left}[prediction]
+    return float((share * spread / (left * spread + 1 - left)).mean())
 
 
 def _share(right: Iterable[bool]) -> float:
