@@ -39,6 +39,16 @@ TEXTS = (
 )
 
 
+def newest(run: Run) -> dict:
+    """The state of a run's last checkpoint."""
+    return read_checkpoint(choose_checkpoint(run, "last", LlamaFusion.best, print))
+
+
+def spent(run: Run) -> float:
+    """Seconds of a run, the waits of a shared machine included."""
+    return max(r["seconds"] for r in read_metrics(run.metrics) if "seconds" in r)
+
+
 def drawn_by(recipe: LlamaFusion, model, asked, seeds: range):
     """Drawings for each seed of the noise, [seeds, n, 3, 32, 32]."""
     prompts, made = [world.caption(*pair) for pair in asked], []
@@ -120,17 +130,18 @@ def main() -> None:
     torch.set_num_threads(1)
     run = Run(args.run)
     config: Config = run.config(Config)
-    recipe = LlamaFusion(config)
+    recipe = LlamaFusion(dataclasses.replace(config, start=""))  # weights come from the run itself
+    before = Run(Path(config.start)) if config.start else None
     about = {**environment("cpu", SOURCES), "seed": config.seed, "dtype": config.precision, "checked": True}
     torch.manual_seed(config.seed)
     model = recipe.build().eval()
     for method in (args.only,) if args.only else ("untrained", "trained"):
         updates, seconds = 0, 0.0
         if method == "trained":
-            state = read_checkpoint(choose_checkpoint(run, "last", recipe.best, print))
+            state = newest(run)
             load_weights(model, state["weights"])
             updates = state["step"]
-            seconds = max(r["seconds"] for r in read_metrics(run.metrics) if "seconds" in r)
+            seconds = spent(run) + (spent(before) if before else 0)
         with torch.no_grad():
             scores, first = drawings_of(recipe, model, range(args.seeds))
             found = {n: round(v, 4) for n, v in recipe.losses(model).items()} | losses_by_time(recipe, model)
@@ -140,7 +151,8 @@ def main() -> None:
                 print(f"{method}, {kind}:", list(zip(told, [world.caption(*a) for a in asked], strict=True))[:4])
         same = text_is_the_same(recipe, model)
         entry = {
-            "method": method, "updates": updates, "seconds": seconds, **found, **scores,
+            "method": method, "updates": updates, "seconds": seconds,
+            "updates_before": newest(before)["step"] if before and updates else 0, **found, **scores,
             "text_bit_identical": same, "ok": same, "drawing_seeds": args.seeds,
             **{n: getattr(config, n) for n in ("things", "tokens", "first_layer", "batch_size", "guidance")}, **about,
         }  # fmt: skip
