@@ -21,7 +21,7 @@ MODELS = {
 
 def errors(target, models, n=512):
     points = list(sample_complexity_curve(target, {m: MODELS[m] for m in models}, [n], [0, 1, 2]))
-    assert [p.seed for p in points] == sorted(3 * [0] + 3 * [1] + 3 * [2])[:: 3 // len(models)] or len(models) != 3
+    assert [p.seed for p in points] == sorted([0, 1, 2] * len(models))
     return {m: np.mean([p.error for p in points if p.model == m]) for m in models}
 
 

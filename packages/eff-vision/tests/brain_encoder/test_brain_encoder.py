@@ -245,8 +245,10 @@ def test_backbones_stay_as_they_are(kind):
     torch.manual_seed(0)
     model = vit(kind)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    extractor = FrozenFeatureExtractor(model, layer=-2).train()
+    assert model.training
+    extractor = FrozenFeatureExtractor(model, layer=-2)
     assert not model.training
+    assert not extractor.train().backbone.training
     pictures = torch.randn(2, 3, 28, 28)
     features, grid = extractor(pictures)
     assert grid == (4, 4)
