@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="of the noise that drawings begin with; two or more")
+    parser.add_argument("--drawing-steps", type=int, default=10)
     parser.add_argument("--only", choices=("untrained", "trained"), help="leave out the other tower")
     parser.add_argument("--picture", type=Path, help="where to draw the first drawings of the trained tower")
     parser.add_argument("--dry", action="store_true", help="do not write the records")
@@ -130,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(1)
     run = Run(args.run)
     config: Config = run.config(Config)
-    recipe = LlamaFusion(dataclasses.replace(config, start=""))  # weights come from the run itself
+    recipe = LlamaFusion(dataclasses.replace(config, start="", drawing_steps=args.drawing_steps))
     before = Run(Path(config.start)) if config.start else None
     about = {**environment("cpu", SOURCES), "seed": config.seed, "dtype": config.precision, "checked": True}
     torch.manual_seed(config.seed)
@@ -154,7 +155,8 @@ def main() -> None:
             "method": method, "updates": updates, "seconds": seconds,
             "updates_before": newest(before)["step"] if before and updates else 0, **found, **scores,
             "text_bit_identical": same, "ok": same, "drawing_seeds": args.seeds,
-            **{n: getattr(config, n) for n in ("things", "tokens", "first_layer", "batch_size", "guidance")}, **about,
+            **{n: getattr(config, n) for n in ("things", "tokens", "first_layer", "batch_size", "guidance", "prediction")},
+            "drawing_steps": args.drawing_steps, **about,
         }  # fmt: skip
         print(json.dumps(entry), flush=True)
         if not args.dry:
