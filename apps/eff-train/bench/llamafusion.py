@@ -32,6 +32,7 @@ SOURCES = (
     HERE.parents[3] / "packages" / "eff-adapters" / "src" / "eff_adapters" / "llamafusion",
 )
 TIMES = (100, 500, 900)
+KEPT = ("things", "tokens", "first_layer", "batch_size", "guidance", "prediction")  # options that a record repeats
 TEXTS = (
     "The capital of France is Paris, and the Seine runs through it.",
     "a heart on a yellow background",
@@ -155,7 +156,7 @@ def main() -> None:
             "method": method, "updates": updates, "seconds": seconds,
             "updates_before": newest(before)["step"] if before and updates else 0, **found, **scores,
             "text_bit_identical": same, "ok": same, "drawing_seeds": args.seeds,
-            **{n: getattr(config, n) for n in ("things", "tokens", "first_layer", "batch_size", "guidance", "prediction")},
+            **{n: getattr(config, n) for n in KEPT},
             "drawing_steps": args.drawing_steps, **about,
         }  # fmt: skip
         print(json.dumps(entry), flush=True)
