@@ -6,6 +6,7 @@ Engines whose caches can be cut back do so after each step; the others grow by a
 
 import ctypes
 import importlib.util
+import json
 
 import torch
 from eff_embedded.language import smollm2_gguf
@@ -161,9 +162,49 @@ class OpenVino:
         self.handles = []
 
 
-def installed_peers():
+class OnnxRuntime:
+    """ONNX Runtime GenAI on a folder that its model builder made (``python -m onnxruntime_genai.models.builder``)."""
+
+    def __init__(self, folder):
+        import onnxruntime_genai
+
+        self.api = onnxruntime_genai
+        config = onnxruntime_genai.Config(str(folder))
+        threads = json.dumps({"intra_op_num_threads": torch.get_num_threads()})
+        config.overlay(f'{{"model": {{"decoder": {{"session_options": {threads}}}}}}}')
+        self.model = onnxruntime_genai.Model(config)
+
+    def read(self, ids):
+        params = self.api.GeneratorParams(self.model)
+        params.set_search_options(max_length=MOST_TOKENS, batch_size=ids.size(0), do_sample=False)
+        generator = self.api.Generator(self.model, params)
+        generator.append_tokens(ids.to(torch.int32).numpy())
+        return generator
+
+    def prefill(self, ids):
+        return self.logits(self.read(ids))
+
+    def prepare(self, ids):
+        generator = self.read(ids)
+
+        def step(tokens):
+            generator.append_tokens(tokens[:, None].to(torch.int32).numpy())
+            return self.logits(generator)
+
+        return step
+
+    @staticmethod
+    def logits(generator):
+        return torch.from_numpy(generator.get_logits())[:, -1].float()
+
+
+def installed_peers(onnx_folder=None):
     """Those of the peers that are installed; says of the others that they are left out."""
     peers = {}
+    if onnx_folder:
+        peers["ONNX Runtime GenAI int4"] = OnnxRuntime(onnx_folder)
+    else:
+        print("ONNX Runtime GenAI: left out, --onnx names no folder that its model builder made")
     for module, name, make in (
         ("llama_cpp", "llama.cpp Q4_1", LlamaCpp),
         ("openvino_genai", "OpenVINO GenAI Q4_1", OpenVino),

@@ -27,6 +27,7 @@ def main():
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--no-prefill", action="store_true", help="only decode")
     parser.add_argument("--engines", nargs="+", help="only these, transformers fp32 aside")
+    parser.add_argument("--onnx", type=Path, help="folder of onnxruntime_genai's model builder, with int4 weights")
     parser.add_argument("--no-record", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -45,7 +46,8 @@ def main():
     }
     wanted = arguments.engines or list(makers)
     engines = {name: make() for name, make in makers.items() if name in {*wanted, "transformers fp32"}}
-    engines |= {name: peer for name, peer in installed_peers().items() if not arguments.engines or name in wanted}
+    peers = installed_peers(arguments.onnx)
+    engines |= {name: peer for name, peer in peers.items() if not arguments.engines or name in wanted}
     text = "\n".join(topics.values())  # Python's own reference manual
     manual = torch.tensor(Tokenizer(folder).encode(text[:100_000]))
 

@@ -1,13 +1,15 @@
 """What a client gets over HTTP: start, memory, first tokens, throughput, and the next turn of a long conversation.
 
 Run it as ``nox -s bench -- serve over_http``, or by itself with ``--threads 2``. Each engine is a server process of its
-own on the embedded model; the client speaks the streaming API. Every line of the table is one engine.
+own on the embedded model; the client speaks the streaming API. Every line of the table is one engine. Other servers
+take part with ``--peer "NAME=COMMAND"``, where ``{folder}`` and ``{port}`` stand for the model's folder and the port.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pydoc_data.topics import topics
 
 import eff_kernels
 import httpx
+from eff_embedded.language import smollm2_folder
 from eff_kernels.testing.records import environment
 
 RESULTS = Path(__file__).parent / "results" / "over_http.jsonl"
@@ -35,12 +38,13 @@ ENGINES = {
 class Server:
     """A server process, from its start until it answers."""
 
-    def __init__(self, options, threads, port):
+    def __init__(self, command, threads, port, *, ours):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-c", "from eff_serve.cli import main; main()", "--port", str(port)]
+        if not ours:
+            environment.pop("PYTHONPATH", None)
         started = time.perf_counter()
         self.process = subprocess.Popen(
-            [*command, "--no-log-requests", *options], env=environment, stdout=subprocess.DEVNULL
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=None if ours else subprocess.DEVNULL
         )
         self.url = f"http://127.0.0.1:{port}"
         while True:
@@ -50,9 +54,10 @@ class Server:
             except httpx.TransportError:
                 pass
             if self.process.poll() is not None or time.perf_counter() - started > 180:
-                raise RuntimeError(f"the server with {options} did not start")
+                raise RuntimeError(f"the server did not start: {shlex.join(command)}")
             time.sleep(0.02)
         self.ready = time.perf_counter() - started
+        self.model = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
 
     def resident(self):
         """Resident memory in MB, and the most that it ever was."""
@@ -65,10 +70,10 @@ class Server:
         self.process.wait(30)
 
 
-async def answer(client, messages, max_tokens, **fields):
+async def answer(client, model, messages, max_tokens, **fields):
     """Seconds to the first token, seconds to the last, how many, and what was cached."""
     body = {
-        "messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": True,
+        "model": model, "messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True}, **fields,
     }  # fmt: skip
     started, first, text, usage = time.perf_counter(), None, "", None
@@ -98,12 +103,12 @@ def asking(i, characters=200):
 
 
 async def measure(server, rounds, batches):
-    found = {}
+    found, model = {}, server.model
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=64)) as client:
-        await answer(client, asking(999), 8, **GREEDY)
-        firsts = [(await answer(client, asking(i), 2, **GREEDY))[0] for i in range(3 * rounds)]
+        await answer(client, model, asking(999), 8, **GREEDY)
+        firsts = [(await answer(client, model, asking(i), 2, **GREEDY))[0] for i in range(3 * rounds)]
         found["first token of 60"] = [1000 * s for s in firsts]
-        longs = [(await answer(client, asking(100 + i, 2200), 2, **GREEDY))[0] for i in range(rounds)]
+        longs = [(await answer(client, model, asking(100 + i, 2200), 2, **GREEDY))[0] for i in range(rounds)]
         found["first token of 512"] = [1000 * s for s in longs]
         for batch in batches:
             for name, how in (("greedy", GREEDY), ("sampled", SAMPLED)):
@@ -111,7 +116,7 @@ async def measure(server, rounds, batches):
                 for r in range(rounds):
                     prompts = [asking(1000 * r + 20 * batch + i) for i in range(batch)]
                     started = time.perf_counter()
-                    got = await asyncio.gather(*(answer(client, p, 64, **how) for p in prompts))
+                    got = await asyncio.gather(*(answer(client, model, p, 64, **how) for p in prompts))
                     rates.append(sum(g[2] for g in got) / (time.perf_counter() - started))
                 found[f"tokens/s of {batch}, {name}"] = rates
         turns, cached = [], 0
@@ -119,7 +124,7 @@ async def measure(server, rounds, batches):
             talk = [{"role": "system", "content": SYSTEM + TEXT[r * 20000 : r * 20000 + 12500]}]
             for question in ("What is this?", "Tell me more.", "And what else?"):
                 talk.append({"role": "user", "content": question})
-                first, _, _, text, cached = await answer(client, talk, 24, **GREEDY)
+                first, _, _, text, cached = await answer(client, model, talk, 24, **GREEDY)
                 talk.append({"role": "assistant", "content": text})
                 turns.append((question, first))
         found["first turn of 3000"] = [1000 * s for q, s in turns if q == "What is this?"]
@@ -133,14 +138,20 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=["none", *ENGINES])
+    parser.add_argument("--peer", action="append", default=[], help="another server, NAME=COMMAND")
     parser.add_argument("--port", type=int, default=8931)
     parser.add_argument("--no-record", action="store_true", help="only print")
     options = parser.parse_args()
     sources = (Path(__file__).parents[1] / "src", Path(eff_kernels.__file__).parent)
     about = {"bench": "over_http", **environment("cpu", sources), "threads": options.threads}
-    for name in options.engines:
-        server = Server(ENGINES[name], options.threads, options.port)
+    start = [sys.executable, "-c", "from eff_serve.cli import main; main()", "--no-log-requests", "--port", "{port}"]
+    commands = {name: [*start, *ENGINES[name]] for name in options.engines if name != "none"}
+    peers = {name: shlex.split(command) for name, _, command in (peer.partition("=") for peer in options.peer)}
+    places = {"{port}": str(options.port), "{folder}": str(smollm2_folder(progress=False))}
+    for name, words in (commands | peers).items():
+        command = [places.get(word, word) for word in words]
+        server = Server(command, options.threads, options.port, ours=name in commands)
         try:
             before = server.resident()[0]
             found = asyncio.run(measure(server, options.rounds, options.batches))

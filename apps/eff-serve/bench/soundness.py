@@ -30,7 +30,7 @@ from eff_kernels.testing.records import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "soundness.jsonl"
-SOURCES = (HERE, HERE.parent / "src")
+SOURCES = (*HERE.glob("*.py"), HERE.parent / "src")
 PORT = 8967
 START = [sys.executable, "-c", "from eff_serve.cli import main; main()"]
 
