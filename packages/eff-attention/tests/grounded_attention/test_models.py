@@ -25,6 +25,7 @@ from eff_kernels.edit.attention import (
     intercept_attention,
     observe_attention,
 )
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache
 
 CLS = ("Llava", "LlavaNext", "InternVL")
@@ -226,10 +227,10 @@ def test_a_talk_goes_on(zoo):
     with apply_paint(model, PAINTConfig(summary_iqr=0.5)) as handle:
         wanted = handle.tokens(both)
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :19], pixel_values=pixels[:1], past_key_values=cache)
+        model(input_ids=ids[:, :19], pixel_values=pixels[:1], **cache_kwargs(model, cache))
         first = informed_tokens_in(cache)
-        model(input_ids=ids[:, 19:20], past_key_values=cache)
-        model(input_ids=ids[:, 20:], pixel_values=pixels[1:], past_key_values=cache)
+        model(input_ids=ids[:, 19:20], **cache_kwargs(model, cache))
+        model(input_ids=ids[:, 20:], pixel_values=pixels[1:], **cache_kwargs(model, cache))
         found = informed_tokens_in(cache)
         assert torch.equal(found.local, wanted.local)
         assert torch.equal(found.summary, wanted.summary)
@@ -319,10 +320,10 @@ def test_rows_of_a_cache_change_places(zoo):
     with apply_paint(model):
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         for cache in caches:
-            model(**inputs, past_key_values=cache)
-        wanted = model(input_ids=step, past_key_values=caches[0]).logits
+            model(**inputs, **cache_kwargs(model, cache))
+        wanted = model(input_ids=step, **cache_kwargs(model, caches[0])).logits
         caches[1].reorder_cache(torch.tensor([1, 0]))
-        found = model(input_ids=step, past_key_values=caches[1]).logits
+        found = model(input_ids=step, **cache_kwargs(model, caches[1])).logits
         assert (found - wanted.flip(0)).norm() < 1e-5 * wanted.norm()
         assert torch.equal(informed_tokens_in(caches[1]).local, informed_tokens_in(caches[0]).local.flip(0))
 

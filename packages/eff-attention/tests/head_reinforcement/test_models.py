@@ -21,6 +21,7 @@ from eff_attention.head_reinforcement import (
 from eff_attention.sink_calibration import ACTConfig, apply_act
 from eff_attention.visual_sinks import VARConfig, apply_var
 from eff_kernels.edit.attention import decoder_attention
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache
 
 ALL = VHRConfig(layers=(0, 1, 2, 3))
@@ -228,8 +229,8 @@ def test_prompts_in_pieces_are_measured_ahead(zoo):
 
     def read():
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :19], pixel_values=inputs["pixel_values"], past_key_values=cache)
-        out = model(input_ids=ids[:, 19:], past_key_values=cache).logits
+        model(input_ids=ids[:, :19], pixel_values=inputs["pixel_values"], **cache_kwargs(model, cache))
+        out = model(input_ids=ids[:, 19:], **cache_kwargs(model, cache)).logits
         return out, chosen_heads(cache)
 
     with apply_vhr(model, ALL) as handle:
@@ -243,16 +244,16 @@ def test_prompts_in_pieces_are_measured_ahead(zoo):
         whole = chosen_heads(wanted.past_key_values)
         assert all(torch.equal(whole[n], h) for n, h in heads.items())
         cache = DynamicCache(config=model.config)  # a talk goes on: its heads stay
-        out = model(**inputs, past_key_values=cache)
+        out = model(**inputs, **cache_kwargs(model, cache))
         word = out.logits[:, -1:].argmax(-1)
-        model(input_ids=word, past_key_values=cache)
-        model(input_ids=torch.tensor([[7, 8], [9, 4]]), past_key_values=cache)
+        model(input_ids=word, **cache_kwargs(model, cache))
+        model(input_ids=torch.tensor([[7, 8], [9, 4]]), **cache_kwargs(model, cache))
         assert all(torch.equal(chosen_heads(cache)[n], h) for n, h in heads.items())
         behind = DynamicCache(config=model.config)
         with pytest.warns(UserWarning, match="picture"):
-            model(input_ids=ids[:, :1], past_key_values=behind)
+            model(input_ids=ids[:, :1], **cache_kwargs(model, behind))
         with pytest.raises(RuntimeError, match="generation"):
-            model(input_ids=ids[:, 1:], pixel_values=inputs["pixel_values"], past_key_values=behind)
+            model(input_ids=ids[:, 1:], pixel_values=inputs["pixel_values"], **cache_kwargs(model, behind))
 
 
 @torch.no_grad()
@@ -262,22 +263,22 @@ def test_rows_of_a_cache_change_places_and_go(zoo):
     with apply_vhr(model, ALL):
         caches = [DynamicCache(config=model.config) for _ in range(3)]
         for cache in caches:
-            model(**inputs, past_key_values=cache)
-        wanted = model(input_ids=step, past_key_values=caches[0]).logits
+            model(**inputs, **cache_kwargs(model, cache))
+        wanted = model(input_ids=step, **cache_kwargs(model, caches[0])).logits
         caches[1].reorder_cache(torch.tensor([1, 0]))
-        found = model(input_ids=step, past_key_values=caches[1]).logits
+        found = model(input_ids=step, **cache_kwargs(model, caches[1])).logits
         assert (found - wanted.flip(0)).norm() < 1e-5 * wanted.norm()
         heads = chosen_heads(caches[0])
         assert all(torch.equal(h, heads[n].flip(0)) for n, h in chosen_heads(caches[1]).items())
         assert not torch.equal(heads[3][0], heads[3][1])
         caches[2].batch_select_indices(torch.tensor([1]))
-        one = model(input_ids=step[:1], past_key_values=caches[2]).logits
+        one = model(input_ids=step[:1], **cache_kwargs(model, caches[2])).logits
         assert (one - wanted[1:]).norm() < 1e-5 * wanted.norm()
         other = DynamicCache(config=model.config)
-        model(**zoo.ask("Llava", (3, "P", 9, 6), (4, "P", 7, 9), seed=5), past_key_values=other)
+        model(**zoo.ask("Llava", (3, "P", 9, 6), (4, "P", 7, 9), seed=5), **cache_kwargs(model, other))
         caches[1].layers = other.layers
         with pytest.raises(RuntimeError, match="begin with an empty cache"):
-            model(input_ids=step, past_key_values=caches[1])
+            model(input_ids=step, **cache_kwargs(model, caches[1]))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from eff_attention.sink_calibration import ACTConfig, apply_act
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache
 
 HEADS = {0: (0, 3), 1: (1, 2), 2: (0, 1, 2, 3)}
@@ -65,7 +66,7 @@ def test_generate_and_beams(text_model, ids):
         found = text_model.generate(ids, attention_mask=mask, **GREEDY)
         for more in (
             {"cache_implementation": "static", "disable_compile": True},
-            {"past_key_values": DynamicCache(config=text_model.config)},
+            cache_kwargs(text_model, DynamicCache(config=text_model.config)),
         ):
             assert torch.equal(text_model.generate(ids, attention_mask=mask, **GREEDY, **more), found)
         beams = text_model.generate(ids, attention_mask=mask, num_beams=3, **GREEDY)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from eff_attention.sink_calibration import ACTConfig, calibrate_attention, find_attention_sinks
-from eff_attention.sink_calibration.functional import Row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,20 +181,8 @@ def test_maps_are_refused():
         calibrate_attention(MAP, torch.zeros(4, dtype=torch.bool), 2)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-def test_a_row_is_calibrated_as_in_a_map(beta):
-    weights = torch.rand(2, 3, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
-    sinks = torch.zeros(2, 3, 6, dtype=torch.bool)
-    sinks[0, :2, 3], sinks[1, 0] = True, True  # one row has nothing but sinks, and keeps them
-    weights[0, 1, 0] = torch.tensor([0.0, 0, 0, 1, 0, 0])
-    row = Row.of(weights[:, :, 0], sinks)
-    torch.testing.assert_close(row.mass[..., 0], (weights[:, :, 0] * sinks).sum(-1))
-    torch.testing.assert_close(row.calibrated(beta), calibrate_attention(weights, sinks, beta)[:, :, 0])
-
-
 def test_others_with_next_to_no_weight_take_none():
     """A share by a number below the range of float32 would be infinite, and not a number where it meets a 0."""
     weights = torch.tensor([[[0.0, 1.0, 1e-44, 0.0]]])
     sinks = torch.tensor([[False, True, False, False]])
     assert torch.equal(calibrate_attention(weights, sinks, 0.4), weights)
-    torch.testing.assert_close(Row.of(weights[:, 0], sinks).calibrated(0.4), weights[:, 0], rtol=0, atol=1e-40)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from eff_attention.sink_calibration import ACTConfig, apply_act
 from eff_attention.visual_sinks import VARConfig, apply_var, find_sink_dims, known_sink_dims, visual_sinks_in
+from eff_kernels.edit.caches import cache_kwargs
 from transformers import DynamicCache
 
 CONFIG = VARConfig(dims=(7,), tau=6.0)
@@ -155,11 +156,13 @@ def test_prompts_in_pieces(zoo, plant):
     watch = plant(model, [[0, 2, 25], [3, 30]])
     with apply_var(model, CONFIG):
         whole = DynamicCache(config=model.config)
-        wanted = model(**inputs, past_key_values=whole).logits[:, -1]
+        wanted = model(**inputs, **cache_kwargs(model, whole)).logits[:, -1]
         cache = DynamicCache(config=model.config)
         for first, last, some in ((0, 18, (0, 2)), (18, 37, (1, 3))):
             watch.start = first
-            out = model(input_ids=ids[:, first:last], pixel_values=pixel_values[list(some)], past_key_values=cache)
+            out = model(
+                input_ids=ids[:, first:last], pixel_values=pixel_values[list(some)], **cache_kwargs(model, cache)
+            )
     assert torch.equal(visual_sinks_in(cache)[2], visual_sinks_in(whole)[2])
     assert visual_sinks_in(cache)[2].nonzero().tolist() == [[0, 0], [0, 2], [0, 25], [1, 3], [1, 30]]
     assert (out.logits[:, -1] - wanted).norm() < 1e-4 * wanted.norm()
@@ -173,21 +176,21 @@ def test_rows_of_a_cache_change_places_and_go(zoo, plant):
     with apply_var(model, VARConfig(dims=(7,), tau=6.0, rho=0.0)):
         caches = [DynamicCache(config=model.config) for _ in range(3)]
         for cache in caches:
-            model(**inputs, past_key_values=cache)
-        wanted = model(input_ids=step, past_key_values=caches[0]).logits
+            model(**inputs, **cache_kwargs(model, cache))
+        wanted = model(input_ids=step, **cache_kwargs(model, caches[0])).logits
         caches[1].reorder_cache(torch.tensor([1, 0]))
-        found = model(input_ids=step, past_key_values=caches[1]).logits
+        found = model(input_ids=step, **cache_kwargs(model, caches[1])).logits
         assert (found - wanted.flip(0)).norm() < 1e-5 * wanted.norm()
         assert visual_sinks_in(caches[1])[2].nonzero().tolist() == [[0, 2], [1, 1]]
         caches[2].layers = caches[0].layers
         caches[2].batch_select_indices(torch.tensor([1]))
-        model(input_ids=step[:1], past_key_values=caches[2])
+        model(input_ids=step[:1], **cache_kwargs(model, caches[2]))
         assert visual_sinks_in(caches[2])[2].nonzero().tolist() == [[0, 2]]
         other = DynamicCache(config=model.config)
-        model(**zoo.ask("Llava", (3, "P", 9, 6), (4, "P", 7, 9), seed=5), past_key_values=other)
+        model(**zoo.ask("Llava", (3, "P", 9, 6), (4, "P", 7, 9), seed=5), **cache_kwargs(model, other))
         caches[1].layers = other.layers
         with pytest.raises(RuntimeError, match="other rows"):
-            model(input_ids=step, past_key_values=caches[1])
+            model(input_ids=step, **cache_kwargs(model, caches[1]))
 
 
 @torch.no_grad()
@@ -197,7 +200,7 @@ def test_one_sink_of_one_row_is_found_exactly(zoo, plant):
     before = model(**inputs).logits
     with apply_var(model, CONFIG):
         cache = DynamicCache(config=model.config)
-        found = model(**inputs, past_key_values=cache).logits
+        found = model(**inputs, **cache_kwargs(model, cache)).logits
     assert visual_sinks_in(cache)[2].nonzero().tolist() == [[0, 9]]
     assert not torch.equal(found[0], before[0])
     assert (found[1] - before[1]).abs().max() < 1e-4 * before.abs().max()
@@ -216,7 +219,7 @@ def test_all_queries_and_the_last_layer(zoo, plant):
         assert torch.equal(model(**inputs).logits[:, behind], before[:, behind])
     with apply_var(model, VARConfig(dims=(7,), tau=6.0, skip_last_layer=False)):
         cache = DynamicCache(config=model.config)
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_kwargs(model, cache))
     assert list(visual_sinks_in(cache)) == [2, 3]
 
 

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from eff_kernels.edit import Handle, Report, SkippedModulesError, fits, matches, replace_module, select
 from eff_kernels.op import Backend, BackendError, Explanation, Op, explain, triton_backend
 from eff_kernels.ops.attention_columns import AttentionColumns, attention_columns
-from eff_kernels.ops.attention_rows import row_scores, row_values
+from eff_kernels.ops.attention_rows import CalibratedRow, row_calibrated, row_scores, row_values
+from eff_kernels.ops.attention_shift import Attended, can_shift, move_weights, scale_weights
 from eff_kernels.ops.block_sparse_attention import BlockSparseAttention, block_sparse_attention
 from eff_kernels.ops.decode_attention import ScoredAttention, decode_attention, scored_decode_attention
 from eff_kernels.ops.fp4_linear import fp4_linear
@@ -32,11 +33,13 @@ from eff_kernels.ops.taylor_linear_attention import TaylorAttentionOutput, taylo
 
 __all__ = [
     "AddRMSNorm",
+    "Attended",
     "AttentionColumns",
     "Backend",
     "BackendError",
     "BlockMap",
     "BlockSparseAttention",
+    "CalibratedRow",
     "Explanation",
     "FP4Codes",
     "FP8Rows",
@@ -57,6 +60,7 @@ __all__ = [
     "attention_columns",
     "block_map",
     "block_sparse_attention",
+    "can_shift",
     "decode_attention",
     "explain",
     "fits",
@@ -77,13 +81,16 @@ __all__ = [
     "int8_static_linear",
     "linear",
     "matches",
+    "move_weights",
     "neighborhood_attention",
     "replace_module",
     "rms_norm",
     "rope",
+    "row_calibrated",
     "row_scores",
     "row_values",
     "row_write",
+    "scale_weights",
     "scored_decode_attention",
     "select",
     "self_gated_scan",

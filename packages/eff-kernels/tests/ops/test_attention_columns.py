@@ -30,6 +30,10 @@ def check(q, k, heads, scale=0.125):
     found = attention_columns(q, k, scale=scale, heads=heads)
     torch.testing.assert_close(found.sums.double(), scores.softmax(-1).sum(2), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=5e-5)
+    known = attention_columns(q, k, scale=scale).lse.float().mT.contiguous().mT  # by other strides than its own
+    again = attention_columns(q, k, scale=scale, heads=heads, lse=known)
+    torch.testing.assert_close(again.sums, found.sums, rtol=1e-4, atol=1e-6)
+    assert torch.equal(again.lse, known if heads is None else known[:, heads]) or q.dtype == torch.float64
 
 
 @settings(deadline=None)  # the first call compiles

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from eff_kernels.edit.attention import AttentionCall, Role, TokenRoles
+from eff_kernels.ops import attention_rows as rows
 from torch import Tensor
 
 from eff_attention.sink_calibration.config import ACTConfig
@@ -78,12 +79,27 @@ class Pass:
         found = self.notes.get(key)
         if found is None:
             length = real.shape[1]
-            rows = new[:, :length]
+            seen = new[:, :length]
             if old is not None:
-                rows = torch.nn.functional.pad(old, (0, length - old.shape[1])) + rows
+                seen = torch.nn.functional.pad(old, (0, length - old.shape[1])) + seen
             limits = Limits.of(
-                rows[:, None], real[:, None], config.threshold, spare=config.spare, min_rows=config.min_rows
+                seen[:, None], real[:, None], config.threshold, spare=config.spare, min_rows=config.min_rows
             )
             # What the key names is kept, so that no other thing gets its id.
-            found = self.notes[key] = (rows, limits, (config, old, new, real))
+            found = self.notes[key] = (seen, limits, (config, old, new, real))
         return found[0], found[1]
+
+    def of_one(self, limits: Limits) -> rows.Limits:
+        """The same limits as one compiled step of a query takes them."""
+        key = "one", id(limits)
+        found = self.notes.get(key)
+        if found is None:
+            counts, bound = limits.rows[:, 0].contiguous(), limits.bound
+            wide = bound.reshape(-1).float() if isinstance(bound, Tensor) else torch.full((len(counts),), bound)
+            found = self.notes[key] = (
+                rows.Limits(
+                    counts, limits.may_be[:, 0].contiguous(), wide.to(counts.device), limits.spare == "first_sink"
+                ),
+                limits,
+            )
+        return found[0]

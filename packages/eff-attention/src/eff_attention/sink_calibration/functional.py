@@ -149,32 +149,3 @@ def calibrate_attention(
     gain = 1.0 + (1.0 - beta) * mass / rest.where(enough, 1.0)
     changed = torch.where(at, beta * weights, gain * weights)
     return torch.where(enough, changed, weights).to(attn.dtype)
-
-
-class Row(NamedTuple):
-    """The weights of one query, parted into those of sinks and others, [..., n], float32 or float64.
-
-    Attributes:
-        of_sinks: Weights of sinks; 0 elsewhere.
-        others: The rest.
-        mass: Sum over the sinks [..., 1].
-    """
-
-    of_sinks: Tensor
-    others: Tensor
-    mass: Tensor
-
-    @classmethod
-    def of(cls, weights: Tensor, sinks: Tensor) -> Row:
-        """Part weights by sinks of the same shape."""
-        of_sinks = weights * sinks
-        return cls(of_sinks, weights - of_sinks, of_sinks.sum(-1, keepdim=True))
-
-    def calibrated(self, beta: float) -> Tensor:
-        """`calibrate_attention` of the row, in as few steps as it takes; it can be asked once."""
-        rest = self.others.sum(-1, keepdim=True)
-        # Where others have no weight they cannot take any, and the sinks keep theirs.
-        tiny = torch.finfo(rest.dtype).tiny
-        own = torch.full_like(rest, beta).masked_fill_(rest <= tiny, 1.0)
-        gain = 1.0 + (1.0 - own) * self.mass / rest.clamp(min=tiny)
-        return self.others.mul_(gain).addcmul_(self.of_sinks, own)

@@ -9,7 +9,7 @@ from eff_kernels import attention_columns
 from eff_kernels.edit.attention import AttentionCall, Part, column_sums
 from torch import Tensor
 
-from eff_attention.plain import alike, is_plain, scores_of_one
+from eff_attention.plain import alike, is_plain
 
 
 class Seen(NamedTuple):
@@ -18,18 +18,22 @@ class Seen(NamedTuple):
     Attributes:
         sums: Weight of each key from the queries that count, float32 [B, h, Sk].
         rows: Number of these queries that could see it, int64 [B, Sk].
-        lse: Log-sum-exp of the logits of each query, float32 [B, h, Sq]; None of a single query that has weights.
-        weights: Of a single query that sees all keys, [B, h, Sk].
+        lse: Log-sum-exp of the logits of each query, float32 [B, h, Sq].
     """
 
     sums: Tensor
     rows: Tensor
-    lse: Tensor | None
-    weights: Tensor | None = None
+    lse: Tensor
 
 
 @torch.no_grad()
-def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor, seen_by: Tensor | None = None) -> Seen:
+def look(
+    call: AttentionCall,
+    heads: tuple[int, ...],
+    real: Tensor,
+    seen_by: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Seen:
     """Read a call without holding a whole map.
 
     Args:
@@ -37,16 +41,19 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor, seen_by: Ten
         heads: Query heads to look at.
         real: Which queries are no padding, bool [B, Sq].
         seen_by: `plain_rows` of the call, if they are known and all queries are real.
+        lse: Log-sum-exp of all heads of a plain call, if it is known.
     """
     if is_plain(call) and (seen_by is not None or bool(real.all())):
         if seen_by is None:
             seen_by = plain_rows(call.q.shape[0], call.num_queries, call.num_keys, call.q.device)
-        return _plainly(call, heads, seen_by)
-    lse, rows = [], []
+        query, key = alike(call, call.q), alike(call, call.k)
+        sums, own = attention_columns(query, key, scale=call.scale, heads=heads, lse=lse)
+        return Seen(sums.float(), seen_by, own)
+    found, rows = [], []
 
     def on_logits(block: Tensor, part: Part) -> Tensor:
         empty = ~(block > -torch.inf).any(-1)
-        lse.append(block.masked_fill(empty[..., None], 0.0).logsumexp(-1))
+        found.append(block.masked_fill(empty[..., None], 0.0).logsumexp(-1))
         return block
 
     def on_weights(block: Tensor, part: Part) -> Tensor:
@@ -56,20 +63,10 @@ def look(call: AttentionCall, heads: tuple[int, ...], real: Tensor, seen_by: Ten
         return torch.where(counts[:, None, :, None], block, 0.0)
 
     sums = column_sums(call.edited(logits=on_logits, weights=on_weights), heads)
-    return Seen(sums.float(), torch.stack(rows).sum(0), torch.cat(lse, 2))
+    return Seen(sums.float(), torch.stack(rows).sum(0), torch.cat(found, 2))
 
 
 def plain_rows(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
     """How many of the last ``queries`` of ``keys`` tokens see each key, int64 [B, Sk]."""
     later = torch.arange(queries, 0, -1, device=device)  # queries from each one on
     return torch.cat([later.new_full((keys - queries,), queries), later]).expand(batch, -1)
-
-
-def _plainly(call: AttentionCall, heads: tuple[int, ...], rows: Tensor) -> Seen:
-    if call.num_queries == 1:
-        scores = scores_of_one(call)
-        scores = scores if len(heads) == call.num_heads else scores[:, list(heads)]
-        weights = scores.softmax(-1)
-        return Seen(weights.float(), rows, None, weights)
-    sums, lse = attention_columns(alike(call, call.q), alike(call, call.k), scale=call.scale, heads=heads)
-    return Seen(sums.float(), rows, lse)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from eff_kernels import Attended, can_shift, move_weights
 from eff_kernels.edit import uncompiled
 from eff_kernels.edit.attention import Attend, AttentionCall, AttentionOutput, Part, Role, TokenRoles
 from torch import Tensor
 
 from eff_attention.passes import Keeper, Marks, checked_roles, spread
-from eff_attention.plain import answer_of_one, is_one, scores_of_one
+from eff_attention.plain import alike, answer_of_one, is_one, is_plain, scores_of_one
 from eff_attention.visual_sinks.columns import Columns, is_worth_it
 from eff_attention.visual_sinks.config import VARConfig
 from eff_attention.visual_sinks.functional import image_centric_heads, redistribute_attention, sink_mask
@@ -97,8 +98,19 @@ class VARRule:
             if not found:
                 return attend(call)
             first = found[0]
+        query, key, value = (alike(call, x) for x in (call.q, call.k, call.v))
+        base = attend.with_lse(call) if attend.alone and is_plain(call) and can_shift(query, key, value) else None
+        if base is not None and base.lse is not None:
+            config = self.config
+            out, moved = move_weights(
+                Attended(query, key, value, base.out, base.lse, call.scale),
+                image & ~sinks, image & sinks, sinks & ~image, rows,
+                share=config.p, rho=config.rho, least=config.min_image_mass, by_sinks=config.ratio != "non_sink",
+            )  # fmt: skip
+            self.counts.note_moved(call.layer or 0, int(rows.sum()) * call.num_heads, moved)
+            return base.replace(out=out)
         if attend.alone and is_worth_it(call, image | sinks):
-            base = attend(call)
+            base = attend(call) if base is None else base
             few = Columns.of(call, image | sinks, first)
             moved = self._moved(call, few.weights, rows[:, first:], image[:, few.at], sinks[:, few.at])
             return base.replace(out=few.changed(call, base.out, moved))

@@ -42,6 +42,11 @@ class VARCounts:
         """Add pairs of head and query: those treated [B, H, Q], those chosen, and the weight that moved."""
         self._add(layer, [0, 0, 0, asked.sum(), select.sum(), moved.sum()])
 
+    def note_moved(self, layer: int, asked: int, moved: Tensor) -> None:
+        """Add the number of treated pairs, and of each head how many were chosen and the weight, float64 [..., 2]."""
+        chosen, weight = moved.reshape(-1, 2).sum(0)
+        self._add(layer, [0, 0, 0, asked, chosen, weight])
+
     def _add(self, layer: int, numbers: list[Any]) -> None:
         kind = next(n for n in reversed(numbers) if isinstance(n, Tensor)).device
         new = torch.stack([torch.as_tensor(n, device=kind).detach().double() for n in numbers])

@@ -16,6 +16,7 @@ from eff_kernels.edit.attention import (
     observe_attention,
     rows,
 )
+from eff_kernels.edit.caches import cache_kwargs
 
 
 def random_call(seed=0, **more):
@@ -168,7 +169,7 @@ def test_rows_through_caches(name, cache, chunks, zoo):
         start = 0
         for size in chunks:
             stop = start + size
-            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=made)
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], **cache_kwargs(model, made))
             for layer, weights, spread in seen:
                 want = whole[layer][0][:, :, start:stop, :stop]
                 got = weights[..., weights.any(2).any(1).any(0)]  # places that hold a key that somebody sees

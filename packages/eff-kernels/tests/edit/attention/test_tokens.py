@@ -10,6 +10,7 @@ from eff_kernels.edit.attention import (
     observe_attention,
     tokens_of,
 )
+from eff_kernels.edit.caches import cache_kwargs, returned_cache
 
 transformers = pytest.importorskip("transformers")
 
@@ -319,17 +320,17 @@ def test_a_loop_of_ones_own():
     ids = prompt(5, [IMAGE] * 16, 6)
     with torch.no_grad(), observe_attention(model, lambda c, o: seen.append(c.roles), where=decoder_attention(model),
         needs="roles"):  # fmt: skip
-        cache = model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16)).past_key_values
-        model(input_ids=prompt(7), past_key_values=cache)
-        model(input_ids=prompt(8, 9), past_key_values=cache)
+        cache = returned_cache(model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16)))
+        model(input_ids=prompt(7), **cache_kwargs(model, cache))
+        model(input_ids=prompt(8, 9), **cache_kwargs(model, cache))
         assert letters(seen[-1].keys) == "s" + "P" * 16 + "tGtt"
         cache.crop(-3)
-        model(input_ids=prompt(8), past_key_values=cache)
+        model(input_ids=prompt(8), **cache_kwargs(model, cache))
         assert letters(seen[-1].keys) == "s" + "P" * 16 + "tG"
     with torch.no_grad():
-        cache = model(input_ids=prompt(5, 6, 7)).past_key_values
+        cache = returned_cache(model(input_ids=prompt(5, 6, 7)))
     with torch.no_grad(), observe_attention(model, lambda c, o: seen.append(c.roles), needs="roles"):
-        model(input_ids=prompt(8, 9), past_key_values=cache)
+        model(input_ids=prompt(8, 9), **cache_kwargs(model, cache))
     assert letters(seen[-1].keys) == "???tt"
     assert not hasattr(model, "_eff_attention")
     assert "generate" not in model.__dict__

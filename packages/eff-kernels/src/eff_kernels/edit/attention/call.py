@@ -89,6 +89,7 @@ class AttentionCall:
             ``image_rotary_emb``, (cosines, sines) by which queries and keys have been rotated.
         recomputed: Whether gradient checkpointing is computing this forward again.
         wants_weights: Whether the host returns its weights.
+        wants_lse: Whether the log-sum-exp is welcome, where the host's kernel has it anyhow.
     """
 
     module: nn.Module
@@ -113,6 +114,7 @@ class AttentionCall:
     extra: Mapping[str, Any] = field(default_factory=dict)
     recomputed: bool = False
     wants_weights: bool = False
+    wants_lse: bool = False
 
     def replace(self, **changes: Any) -> AttentionCall:
         """The same call with some fields changed.
@@ -189,7 +191,7 @@ class AttentionOutput:
     Attributes:
         out: [B, H, Sq, Dv].
         weights: Weights after the softmax [B, H, Sq, Sk], if the host returns them or they were asked for.
-        lse: Log-sum-exp of the logits, float32 [B, H, Sq], if it was asked for.
+        lse: Log-sum-exp of the logits, float32 [B, H, Sq], if it was asked for or came along.
     """
 
     out: Tensor

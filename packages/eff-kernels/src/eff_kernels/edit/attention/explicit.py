@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput, Edit, EditBlock, Part, head_indices
+from eff_kernels.native import DTYPE_CODES
+from eff_kernels.op import needs_torch_dispatch
 from eff_kernels.ops.attention_rows import row_scores, row_values
 
+_FLASH = 1  # SDPBackend.FLASH_ATTENTION
 _BLOCK = 2**24  # entries of a block of logits: 64 MiB in float32
 
 
@@ -133,6 +136,26 @@ def dense(call: AttentionCall) -> AttentionOutput:
     return AttentionOutput(
         F.scaled_dot_product_attention(query, key, value, mask, call.dropout, scale=call.scale, enable_gqa=grouped)
     )
+
+
+def flash_with_lse(call: AttentionCall) -> AttentionOutput | None:
+    """A causal call of a whole prompt by PyTorch's flash attention for CPUs, which has the log-sum-exp.
+
+    None where PyTorch would take another kernel. The output has the bits of ``scaled_dot_product_attention``.
+    """
+    q, k, v = call.q, call.k, call.v
+    other = (call.mask, call.softcap, call.sinks, call.bias, call.window)
+    plain = call.causal and not call.offset and q.shape[2] == k.shape[2] and all(x is None for x in other)
+    if not plain or call.edits or call.dropout or call.wants_weights or not q.is_cpu or q.dtype not in DTYPE_CODES:
+        return None
+    if not q.dtype is k.dtype is v.dtype is call.dtype or q.shape[0] != k.shape[0] or needs_torch_dispatch((q, k, v)):
+        return None
+    grouped = q.shape[1] != k.shape[1]
+    kernel = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=call.scale, enable_gqa=grouped)
+    if kernel != _FLASH:
+        return None
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=call.scale)
+    return AttentionOutput(out, lse=lse)
 
 
 def _precise(call: AttentionCall) -> torch.dtype:

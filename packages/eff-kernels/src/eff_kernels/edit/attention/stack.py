@@ -116,6 +116,10 @@ class Attend:
             raise RuntimeError(f"{call.name}: {entry.rule!r} computes no weights, but an outer rule changes them")
         return _output(call, entry, result)
 
+    def with_lse(self, call: AttentionCall) -> AttentionOutput:
+        """Answer a call, with the log-sum-exp of its logits where the host's kernel has it anyhow; see `alone`."""
+        return self(call.replace(wants_lse=True))
+
     def with_weights(
         self, call: AttentionCall, edit: EditBlock, *, heads: Heads = None, rows: slice | None = None
     ) -> AttentionOutput:
@@ -162,7 +166,7 @@ def _edited(call: AttentionCall, host: Host) -> AttentionOutput:
     rows = _hull(call)
     if heads is None and rows == slice(0, call.num_queries):
         return attend_explicit(call, weights=call.wants_weights)
-    base = host(call.replace(edits=()))
+    base = host(call.replace(edits=(), wants_lse=False))
     if heads == () or rows.start >= rows.stop:
         return base
     part = attend_explicit(call, heads=heads, rows=rows, weights=base.weights is not None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eff_kernels.edit.attention.call import AttentionCall, AttentionOutput
 from eff_kernels.edit.attention.diffusers import named_cross
-from eff_kernels.edit.attention.explicit import dense
+from eff_kernels.edit.attention.explicit import dense, flash_with_lse
 from eff_kernels.edit.attention.masks import is_partial
 from eff_kernels.edit.attention.sdpa import recomputing
 from eff_kernels.edit.attention.stack import Stack, stack_of
@@ -106,6 +106,8 @@ def attention(
     call = _call(stack, module, query, key, value, attention_mask, kwargs, chosen, step)
 
     def host(now: AttentionCall) -> AttentionOutput:
+        if now.wants_lse and chosen == "sdpa" and (found := flash_with_lse(now)) is not None:
+            return found
         if now is call:
             out, weights = function(module, query, key, value, attention_mask, **kwargs)[:2]
             return AttentionOutput(out.transpose(1, 2), weights)

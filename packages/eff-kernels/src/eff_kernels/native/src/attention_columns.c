@@ -24,6 +24,8 @@ typedef struct {
   float *sums; /* [batch, chosen, keys] */
   float *lse;  /* [batch, chosen, queries] */
   int64_t threads;
+  const float *known; /* [batch, heads, queries] or NULL: the log-sum-exps, if they are known already */
+  int64_t known_batch, known_head, known_row;
 } args;
 
 #if AT_W == 16
@@ -95,6 +97,13 @@ static void tile_scores(const uint16_t *keys, int64_t stride, const uint16_t *pa
 }
 #endif
 
+/* Add what the lanes of sixteen keys sum up to to `count` of them. */
+INLINE void add(at_v *parts, float *sums, int64_t count) {
+  float got[16];
+  at_sums(parts, got);
+  for (int64_t y = 0; y < count; y++) sums[y] += got[y];
+}
+
 /* One head of one sequence. */
 static void look(void *ctx, int64_t item) {
   const job *j = ctx;
@@ -150,6 +159,22 @@ static void look(void *ctx, int64_t item) {
       for (int64_t l = 0; l < AT_LANES; l++)
         if (i >= seen + l || i >= a->keys) s[i * AT_LANES + l] = -INFINITY;
     const at_v scale = at_splat((float)a->scale);
+    if (a->known) {
+      const float *known = a->known + b * a->known_batch + head * a->known_head;
+      at_v of[AT_V] = {{0}};
+      for (int l = 0; l < AT_LANES; l++) of[l / AT_W][l % AT_W] = l < lanes ? known[(start + l) * a->known_row] : INFINITY;
+      for (int64_t i = 0; i < n; i += 16) {
+        at_v parts[16];
+#pragma GCC unroll 16
+        for (int y = 0; y < 16; y++) {
+          parts[y] = exp_of(at_load(s + (i + y) * AT_LANES) * scale - of[0]);
+#pragma GCC unroll 4
+          for (int u = 1; u < AT_V; u++) parts[y] += exp_of(at_load(s + (i + y) * AT_LANES + u * AT_W) * scale - of[u]);
+        }
+        add(parts, sums + i, MIN(16, a->keys - i));
+      }
+      continue;
+    }
     at_v top[AT_V], total[AT_V], share[AT_V];
     for (int u = 0; u < AT_V; u++) top[u] = at_splat(-INFINITY), total[u] = (at_v){0};
     for (int64_t i = 0; i < n; i++)
@@ -173,7 +198,6 @@ static void look(void *ctx, int64_t item) {
         share[u][l] = lane < lanes ? 1.0f / total[u][l] : 0.0f; /* lanes without a query */
       }
     for (int64_t i = 0; i < n; i += 16) {
-      float got[16];
       at_v parts[16];
 #pragma GCC unroll 16
       for (int y = 0; y < 16; y++) {
@@ -181,9 +205,7 @@ static void look(void *ctx, int64_t item) {
 #pragma GCC unroll 4
         for (int u = 1; u < AT_V; u++) parts[y] += at_load(s + (i + y) * AT_LANES + u * AT_W) * share[u];
       }
-      at_sums(parts, got);
-      const int64_t count = MIN(16, a->keys - i);
-      for (int64_t y = 0; y < count; y++) sums[i + y] += got[y];
+      add(parts, sums + i, MIN(16, a->keys - i));
     }
   }
 }

@@ -14,7 +14,7 @@ from eff_kernels.native import DTYPE_CODES
 from eff_kernels.op import needs_torch_dispatch
 from eff_kernels.ops.common import check_groups
 
-_ARGS = struct.Struct("PqqqPqqqqqqqqqqPqdPPq")  # the fields of args in attention_columns.c
+_ARGS = struct.Struct("PqqqPqqqqqqqqqqPqdPPqPqqq")  # the fields of args in attention_columns.c
 _kernel = native.loader("eff_attention_columns", _ARGS)
 _BLOCK = 128  # queries
 
@@ -32,7 +32,12 @@ class AttentionColumns(NamedTuple):
 
 
 def attention_columns(
-    q: Tensor, k: Tensor, *, scale: float | None = None, heads: Sequence[int] | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    heads: Sequence[int] | None = None,
+    lse: Tensor | None = None,
 ) -> AttentionColumns:
     """Weights of causal attention summed over the queries, which are the last ones: query i sees S - Sq + i + 1 keys.
 
@@ -44,6 +49,7 @@ def attention_columns(
         k: [B, KV, S, D]; query head h reads key head h // (H / KV).
         scale: Factor of the scores; D ** -0.5 by default.
         heads: Query heads; None for all.
+        lse: Log-sum-exp of all heads [B, H, Sq], float32, if it is known: it saves one of two passes over the scores.
 
     Raises:
         ValueError: shapes do not fit, or a head does not exist.
@@ -57,21 +63,23 @@ def attention_columns(
     which = range(total) if heads is None else heads
     if any(not 0 <= h < total for h in which):
         raise ValueError(f"heads must be in 0..{total - 1}, got {list(which)}")
+    if lse is not None and (lse.shape != q.shape[:3] or lse.dtype is not torch.float32):
+        raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
     factor = d**-0.5 if scale is None else float(scale)
     if not _fits(q, k) or not factor > 0:
         return _reference(q, k, factor, which)
     chosen = torch.tensor(list(which), dtype=torch.int64)
     keys = k.shape[2]
     sums = torch.zeros(batch, len(which), keys)
-    lse = torch.empty(batch, len(which), count)
+    own = torch.empty(batch, len(which), count) if lse is None else lse[:, list(which)]
     failed = _kernel()(_ARGS.pack(
         q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], DTYPE_CODES[q.dtype], batch, total, k.shape[1],
-        count, keys, d, chosen.data_ptr(), len(which), factor, sums.data_ptr(), lse.data_ptr(),
-        torch.get_num_threads(),
+        count, keys, d, chosen.data_ptr(), len(which), factor, sums.data_ptr(), own.data_ptr(),
+        torch.get_num_threads(), *((0, 0, 0, 0) if lse is None else (lse.data_ptr(), *lse.stride())),
     ))  # fmt: skip
     if failed:
         raise MemoryError(f"attention_columns could not allocate scratch memory for q {list(q.shape)}")
-    return AttentionColumns(sums, lse)
+    return AttentionColumns(sums, own)
 
 
 def _fits(q: Tensor, k: Tensor) -> bool:

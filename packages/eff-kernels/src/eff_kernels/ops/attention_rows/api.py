@@ -1,11 +1,14 @@
 """row_scores and row_values: what one query per sequence thinks of all keys, and values summed by weights.
 
+Both together with the weights of sinks scaled are row_calibrated.
+
 Caches are read as they lie: no copy in float32, none for the query heads that share keys.
 """
 
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ _SCORES = struct.Struct("PqqqPqqqqqqqqqdP")  # the fields of score_args in atten
 _scores = native.loader("eff_attention_row_scores", _SCORES)
 _VALUES = struct.Struct("PPqqqqqqqqqPq")  # those of value_args
 _values = native.loader("eff_attention_row_values", _VALUES)
+_CALIBRATED = struct.Struct("PqqqPqqqqPqqqqqqqqqdPqPPPqdPPPPPq")  # those of calibrate_args
+_calibrated = native.loader("eff_attention_row_calibrated", _CALIBRATED)
 
 
 def row_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -88,6 +93,113 @@ def row_values(weights: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     if failed:
         raise MemoryError(f"row_values could not allocate scratch memory for weights {list(weights.shape)}")
     return out
+
+
+class Limits(NamedTuple):
+    """What makes a key a sink.
+
+    Attributes:
+        rows: Queries that could see each key, this one included, int64 [B, S], at least 1.
+        may_be: Keys that may be sinks, bool [B, S].
+        bound: Mean weight above which a key is one, float32 [B].
+        spare_first: Whether the first key above it is none.
+    """
+
+    rows: Tensor
+    may_be: Tensor
+    bound: Tensor
+    spare_first: bool = False
+
+
+class CalibratedRow(NamedTuple):
+    """What `row_calibrated` returns.
+
+    Attributes:
+        out: [B, H, Dv]; None where no head has a sink.
+        sums: Weight that each key got, this query's included, float32 [B, H, S].
+        sinks: bool [B, H, S].
+        number: Sinks of all sequences, int64 [H].
+        mass: Weight that they had, float32 [H].
+    """
+
+    out: Tensor | None
+    sums: Tensor
+    sinks: Tensor
+    number: Tensor
+    mass: Tensor
+
+
+def row_calibrated(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, old: Tensor, limits: Limits, beta: float
+) -> CalibratedRow:
+    """One step of attention of a query that sees all keys: sinks are found anew and their weights scaled.
+
+    A key is a sink if the mean of the weight that it got is above the bound. Sinks keep ``beta`` of their weight, and
+    the others of the row get the rest in proportion to theirs; where they have none, all stays. Where a gradient is
+    wanted, plain PyTorch runs.
+
+    Args:
+        q: [B, H, D]; any float dtype.
+        k: [B, KV, S, D]; H is a multiple of KV.
+        v: [B, KV, S, Dv].
+        scale: Factor of the scores.
+        old: Weight that the first n keys got before, float32 [B, H, n].
+        limits: What makes a key a sink.
+        beta: 0 to 1.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    batch, heads, d = q.shape
+    keys = k.shape[2]
+    fits = k.shape[:3] == v.shape[:3] and (k.shape[0], k.shape[3]) == (batch, d) and not _apart(q, k)
+    if not fits or old.shape[:2] != (batch, heads) or old.shape[2] > keys:
+        raise ValueError(
+            f"q [B, H, D], k [B, KV, S, D], v [B, KV, S, Dv] and old [B, H, n] do not fit: got {list(q.shape)}, "
+            f"{list(k.shape)}, {list(v.shape)}, {list(old.shape)}"
+        )
+    if limits.rows.shape != (batch, keys) or limits.may_be.shape != (batch, keys) or limits.bound.shape != (batch,):
+        raise ValueError(
+            f"limits must be for {batch} sequences of {keys} keys, got {[list(x.shape) for x in limits[:3]]}"
+        )
+    plain = not _compiled(q, k) or not _compiled(q, v) or k.dtype is not v.dtype
+    if plain or q.dtype not in DTYPE_CODES or q.stride(2) != 1 or old.dtype is not torch.float32:
+        return _calibrated_plainly(q, k, v, scale, old, limits, beta)
+    rows, may_be, bound, old = (x.contiguous() for x in (*limits[:3], old))
+    sums, sinks = torch.empty(batch, heads, keys), torch.empty(batch, heads, keys, dtype=torch.bool)
+    count, mass = torch.zeros(heads, dtype=torch.int64), torch.zeros(heads)
+    out = q.new_empty((batch, heads, v.shape[3]), dtype=v.dtype)
+    failed = _calibrated()(_CALIBRATED.pack(
+        q.data_ptr(), DTYPE_CODES[q.dtype], q.stride(0), q.stride(1), k.data_ptr(), DTYPE_CODES[k.dtype],
+        *k.stride()[:3], v.data_ptr(), *v.stride()[:3], batch, heads, k.shape[1], keys, d, v.shape[3], scale,
+        old.data_ptr(), old.shape[2], rows.data_ptr(), may_be.data_ptr(), bound.data_ptr(), int(limits.spare_first),
+        beta, sums.data_ptr(), sinks.data_ptr(), count.data_ptr(), mass.data_ptr(), out.data_ptr(),
+        DTYPE_CODES[out.dtype],
+    ))  # fmt: skip
+    if failed:
+        raise MemoryError(f"row_calibrated could not allocate scratch memory for k {list(k.shape)}")
+    return CalibratedRow(out if bool(count.any()) else None, sums, sinks, count, mass)
+
+
+def _calibrated_plainly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, old: Tensor, limits: Limits, beta: float
+) -> CalibratedRow:
+    weights = row_scores(q, k, scale).softmax(-1)
+    sums = torch.nn.functional.pad(old, (0, k.shape[2] - old.shape[2])) + weights.detach().to(old.dtype)
+    sinks = (sums / limits.rows[:, None] > limits.bound[:, None, None]) & limits.may_be[:, None]
+    if limits.spare_first:
+        sinks = sinks & (sinks.cumsum(-1) > 1)
+    of_sinks = weights * sinks
+    mass = of_sinks.sum(-1, keepdim=True)
+    count = sinks.sum((0, 2))
+    out = None
+    if bool(count.any()):
+        rest = (weights - of_sinks).sum(-1, keepdim=True)
+        tiny = torch.finfo(rest.dtype).tiny
+        own = torch.full_like(rest, beta).masked_fill(rest <= tiny, 1.0)
+        gain = 1.0 + (1.0 - own) * mass / rest.clamp(min=tiny)
+        out = row_values((weights - of_sinks) * gain + of_sinks * own, v, v.dtype)
+    return CalibratedRow(out, sums, sinks, count, mass[..., 0].sum(0))
 
 
 def _apart(rows: Tensor, cache: Tensor) -> bool:
