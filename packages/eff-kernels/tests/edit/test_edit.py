@@ -196,6 +196,16 @@ def test_handles_removed_in_the_wrong_order_say_so_and_can_be_removed_later():
     assert_same(before, snapshot(model))
 
 
+def test_a_wrapper_gives_back_what_it_holds_by_then():
+    model, tanh = make_model(), nn.Tanh()
+    wrapper = nn.Sequential(model.lm_head, nn.ReLU())
+    handle = Handle()
+    handle.replace(model, "lm_head", wrapper, back=lambda: wrapper[0])
+    wrapper[0] = tanh
+    handle.remove()
+    assert model.lm_head is tanh
+
+
 def test_shared_module_is_shared_again_after_removal():
     model = make_model()
     model.layers[1].attn["q_proj"] = model.layers[0].attn["q_proj"]

@@ -29,8 +29,13 @@ class Handle:
         """Add a function that takes one change back."""
         self._undo.append(undo)
 
-    def replace(self, model: nn.Module, name: str, new: nn.Module) -> None:
+    def replace(
+        self, model: nn.Module, name: str, new: nn.Module, *, back: Callable[[], nn.Module] | None = None
+    ) -> None:
         """Replace the module ``name`` as `replace_module` does; `remove` puts the old one back.
+
+        ``back`` is for a new module that holds the old one, in which others may have changed it meanwhile: it gives
+        what `remove` puts back.
 
         `remove` raises RuntimeError if something else has been put there since: later changes are to be removed first.
         """
@@ -41,7 +46,7 @@ class Handle:
             if any(parent._modules.get(leaf) is not new for parent, leaf in held):
                 raise RuntimeError(f"{name!r} was changed again after this change; remove the later change first")
             for parent, leaf in held:
-                setattr(parent, leaf, old)
+                setattr(parent, leaf, old if back is None else back())
 
         for parent, leaf in held:
             setattr(parent, leaf, new)

@@ -261,6 +261,21 @@ def test_needs(zoo):
     torch.testing.assert_close(output.lse, weights.logsumexp(-1), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "sd3", "timm_style"])
+def test_what_a_rule_puts_into_an_attention_is_none_of_the_model(zoo, name):
+    class InnerAttention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    model, _ = zoo(name)
+    before = [f.name for f in find_attention(model)]
+    with intercept_attention(model, plain):
+        for found in before:
+            model.get_submodule(found).inner = InnerAttention()
+        assert [f.name for f in find_attention(model)] == before
+
+
 def test_what_cannot_be_reached_is_named(zoo):
     model, _ = zoo("siglip")
     found = {f.name: f.reason for f in find_attention(model) if not f.way}

@@ -126,8 +126,11 @@ def find_attention(model: nn.Module, where: Where | None = None) -> list[Found]:
     nothing shows that they call ``scaled_dot_product_attention``, and raise when they run if they do not.
     """
     named = list(model.named_modules())
-    known = {m for _, m in named if transformers.goes_through_interface(m) or diffusers.is_diffusers_attention(m)}
-    chosen = known | {m for _, m in named if _called_attention(m) and not any(c in known for c in m.modules())}
+    known = {m for _, m in named if _certain(m)}
+    # What a rule has put inside of an attention, such as sparse-linear's, is no attention of the model.
+    parts = {c for m in known for c in m.modules() if c is not m}
+    called = {m for _, m in named if _called_attention(m) and m not in parts}
+    chosen = known | {m for m in called if not any(c in known for c in m.modules())}
     chosen = {m for m in chosen if not any(c in chosen for c in m.modules() if c is not m)}
     if where is None:
         return [_found(n, m, named=False) for n, m in named if m in chosen]
@@ -161,6 +164,12 @@ def decoder_attention(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     found = [f for f in find_attention(model) if f.way and decoder_of(modules, f.name) is not None]
     return [f.name for f in found if not diffusers.named_cross(f.module, f.name)]
+
+
+def _certain(module: nn.Module) -> bool:
+    """Whether a module is attention whatever it is called: by how it computes, or as it has rules already."""
+    computes = transformers.goes_through_interface(module) or diffusers.is_diffusers_attention(module)
+    return computes or stack_of(module) is not None
 
 
 def _called_attention(module: nn.Module) -> bool:
