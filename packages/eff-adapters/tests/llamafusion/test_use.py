@@ -245,7 +245,7 @@ def test_a_cache_may_not_cut_a_picture(tower):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"boi_token_id": 65}, "two different ids"),
+        ({"boi_token_id": 65}, "use two ids"),
         ({"tokens_per_image": 5}, "square"),
         ({"tokens_per_image": 9}, "divisor"),
         ({"patchify": "unet", "latent_size": 8}, "patchify='linear'"),

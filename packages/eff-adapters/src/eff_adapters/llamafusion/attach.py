@@ -26,7 +26,7 @@ def decoder_of(model: Any) -> Any:
     kind = type(model).__name__
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(decoder, "norm") or not hasattr(model, "lm_head"):
-        raise ValueError(f"{kind} is no Llama-type model: it needs a decoder with layers and norm, and an lm_head")
+        raise ValueError(f"{kind} is not a Llama-type model: it needs a decoder with layers and norm, and an lm_head")
     for name in _CAPPED:
         if getattr(decoder.config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{kind} scales its logits ({name}); models with plain logits are supported")
@@ -60,7 +60,7 @@ def attach(decoder: Any, config: ModalityTowerConfig) -> Handle:
         text = decoder.get_submodule(name)
         made[name] = ModalityModule(text, counterpart(text, config.image_rank))
     for name, module in made.items():
-        handle.replace(decoder, name, module)
+        handle.replace(decoder, name, module, back=functools.partial(getattr, module, "text"))
         handle.report.change(name, bytes_before=_size(module.text), bytes_after=_size(module))
     for layer in decoder.layers:
         plain = type(layer)

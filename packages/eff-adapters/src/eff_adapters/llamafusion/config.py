@@ -65,7 +65,7 @@ class ModalityTowerConfig(Settings):
         """Refuse numbers out of range, and latents that do not divide into tokens."""
         if min(self.boi_token_id, self.eoi_token_id) < 0 or self.boi_token_id == self.eoi_token_id:
             raise ValueError(
-                f"boi_token_id={self.boi_token_id}, eoi_token_id={self.eoi_token_id}; use two different ids from 0 on"
+                f"boi_token_id={self.boi_token_id}, eoi_token_id={self.eoi_token_id}; use two ids of 0 or more"
             )
         for name in ("latent_channels", "latent_size", "tokens_per_image", "num_train_timesteps"):
             if getattr(self, name) < 1:

@@ -18,7 +18,7 @@ def picture_blocks(modality_ids: Tensor, tokens_per_image: int | None = None) ->
             each run as one picture.
 
     Raises:
-        ValueError: ids are other than 0 and 1, or a run is no multiple of ``tokens_per_image``.
+        ValueError: ids are other than 0 and 1, or a run is not a multiple of ``tokens_per_image``.
     """
     if modality_ids.dim() != 2:
         raise ValueError(f"modality_ids has shape {list(modality_ids.shape)}; use [batch, tokens]")

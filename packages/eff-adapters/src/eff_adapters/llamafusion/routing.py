@@ -12,6 +12,9 @@ from torch import Tensor, nn
 ARGUMENT = "modality_routing"
 """Argument of decoder layers: the `Routing` of the call; absent or None: all tokens are text."""
 
+_OF_ADAPTERS = frozenset({"base_layer", "unload_and_optionally_merge_module"})
+"""By these PEFT knows its layers: it would put the text's layer in the place of both."""
+
 current: contextvars.ContextVar[Routing | None] = contextvars.ContextVar("eff_modality_routing", default=None)
 
 
@@ -63,6 +66,8 @@ class ModalityModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in _OF_ADAPTERS:
+                raise
             return getattr(super().__getattr__("text"), name)  # such as weight, in_features: hosts ask for them
 
     def forward(self, x: Tensor) -> Tensor:

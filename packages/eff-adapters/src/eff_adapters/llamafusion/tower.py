@@ -90,17 +90,27 @@ class ModalityTower(nn.Module):
         return self._handle
 
     def remove(self) -> None:
-        """Give the language model back as it was, bit for bit; the tower is of no use afterwards."""
+        """Give the language model back as it was, bit for bit; the tower is of no use afterwards.
+
+        Text weights that were quantised since stay so.
+
+        Raises:
+            RuntimeError: text weights that the tower trains were quantised since; nothing has changed then.
+        """
         handle = self._live()
         if not handle.active:
             return
+        left = {name.replace(".text.", ".") for name, _ in self.model.named_parameters()}
+        if lost := [name for name in self._kept if name not in left]:
+            raise RuntimeError(f"{lost[0]} was trained and then quantised: the weight before training cannot come back")
         handle.remove()
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in self._kept.items():
                 parameters[name].copy_(value)
         for name, flag in self._flags.items():
-            parameters[name].requires_grad_(flag)
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
 
     def picture_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the picture side by name: tower, head and markers."""

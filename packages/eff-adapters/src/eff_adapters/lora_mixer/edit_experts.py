@@ -59,7 +59,7 @@ def remove_expert(mixer: LoraMixer, name: str) -> None:
     state.config.check_experts(tuple(state.names[i] for i in left))
     last_here = [n for n, layer in layers.items() if not any(layer.ranks[i] for i in left)]
     if len(last_here) == len(layers):
-        raise ValueError(f"no other expert than {name!r} has weights; remove() takes the whole mixture away")
+        raise ValueError(f"only the expert {name!r} has weights; remove() takes the whole mixture away")
     given, starts = {}, {}
     for n, layer in layers.items():
         rank = max(layer.ranks[i] for i in left)

@@ -45,7 +45,7 @@ class SentinelConfig(Settings):
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}; use a number above 0")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}; use above 0 and up to 1")
+            raise ValueError(f"top_p={self.top_p}; use a number above 0, at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +88,6 @@ class CDPOConfig(Settings):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}; use a number above 0")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing}; use 0 up to below 0.5")
+            raise ValueError(f"label_smoothing={self.label_smoothing}; use 0 to below 0.5")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio}; use 0 up to below 1")
+            raise ValueError(f"warmup_ratio={self.warmup_ratio}; use 0 to below 1")

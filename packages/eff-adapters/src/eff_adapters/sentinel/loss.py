@@ -41,7 +41,7 @@ def c_dpo_loss(
     if beta <= 0:
         raise ValueError(f"beta={beta}; use a number above 0")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}; use 0 up to below 0.5")
+        raise ValueError(f"label_smoothing={label_smoothing}; use 0 to below 0.5")
     given = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     if any(x.shape != given[0].shape for x in given) or given[0].dim() != 1 or not len(given[0]):
         raise ValueError(f"log-probabilities have shapes {[list(x.shape) for x in given]}; use [pairs] for all four")
