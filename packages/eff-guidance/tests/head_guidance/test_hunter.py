@@ -160,8 +160,8 @@ def test_results_travel(tmp_path):
         ({"prompts": []}, "0 prompts"),
         ({"seeds": [1]}, "2 prompts and 1 seeds"),
         ({"heads": None}, "pass heads="),
-        ({"config": HeadHunterConfig(rounds=7, heads_per_round=2)}, "14 heads are to be chosen of 12"),
-        ({"heads": [*HEADS, HEADS[0]]}, "24 heads are to be chosen of 12|of 12"),
+        ({"config": HeadHunterConfig(rounds=7, heads_per_round=2)}, "14 heads cannot be chosen from 12"),
+        ({"heads": [*HEADS, HEADS[0]]}, "24 heads cannot be chosen from 12|of 12"),
     ],
 )
 def test_bad_searches(change, text):

@@ -36,7 +36,7 @@ def test_boxes_that_hold_nothing(box):
 
 
 def test_sides_must_be_multiples():
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         boxes_to_token_indices([(0, 0, 1, 1)], 100, 96, 16)
 
 

@@ -90,19 +90,21 @@ class AttenCraftConfig(Settings):
         """See `Settings`."""
         for name in ("steps", "power", "refresh"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; at least 1")
+                raise ValueError(f"{name}={getattr(self, name)}; use at least 1")
         for name in ("attention_weight", "prior_weight", "weight_decay"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; at least 0")
+                raise ValueError(f"{name}={getattr(self, name)}; use at least 0")
         for name in ("background_weight", "similarity", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}; from 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)}; use a number from 0 to 1")
         if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}, clip={self.clip}; above 0")
+            raise ValueError(f"learning_rate={self.learning_rate}, clip={self.clip}; use numbers above 0")
         if not 0 <= self.mask_time[0] < self.mask_time[1] <= 1:
-            raise ValueError(f"mask_time={self.mask_time}; two shares of the schedule, the lower one first")
+            raise ValueError(f"mask_time={self.mask_time}; use two shares of the schedule, the lower one first")
         if not 0 < self.cross_share <= 1 or not 0 < self.self_share <= 1:
-            raise ValueError(f"cross_share={self.cross_share}, self_share={self.self_share}; above 0, at most 1")
+            raise ValueError(
+                f"cross_share={self.cross_share}, self_share={self.self_share}; use numbers above 0, at most 1"
+            )
         if self.template.count("{}") != 1:
             raise ValueError(f"template={self.template!r}; it needs one {{}} for the concepts")
         if not self.train:

@@ -56,7 +56,7 @@ def masked_denoising_loss(
         ValueError: the mask does not fit, or w is outside of 0..1.
     """
     if not 0 <= background_weight <= 1:
-        raise ValueError(f"background_weight={background_weight}; from 0 to 1")
+        raise ValueError(f"background_weight={background_weight}; use a number from 0 to 1")
     size = (pred.shape[-2], pred.shape[-1])
     if tuple(mask.shape[-2:]) != size or pred.shape != target.shape:
         raise ValueError(f"pred {list(pred.shape)}, target {list(target.shape)} and mask {list(mask.shape)} do not fit")

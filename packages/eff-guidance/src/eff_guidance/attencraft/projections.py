@@ -88,7 +88,7 @@ def train_projections(model: nn.Module, which: Sequence[Projection] = ("k", "v")
                     raise ValueError(f"{full} is a {type(base).__name__}, not a plain linear layer")
                 if base.weight.dtype.itemsize == 1:
                     raise ValueError(
-                        f"{full} stores its weight as {base.weight.dtype}; put what is learnt on first, then cast"
+                        f"{full} stores its weight as {base.weight.dtype}; apply what was learnt first, then cast"
                     )
                 new = ConceptLinear(base, still_first=kind in ("k", "v")).to(base.weight.device)
                 handle.replace(model, full, new)

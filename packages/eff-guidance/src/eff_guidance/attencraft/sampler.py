@@ -49,7 +49,7 @@ class ConceptSampler:
         self, concepts: Sequence[Concept], mode: Sampling = "uniform", *, template: str = "a photo of {}", seed: int = 0
     ) -> None:
         if not concepts or len({c.token for c in concepts}) < len(concepts):
-            raise ValueError(f"concepts={[c.token for c in concepts]}; at least one, each with a token of its own")
+            raise ValueError(f"concepts={[c.token for c in concepts]}; give at least one, each with a token of its own")
         if mode not in get_args(Sampling):
             raise ValueError(f"mode={mode!r}; use one of {get_args(Sampling)}")
         self.concepts, self.mode, self.template = tuple(concepts), mode, template

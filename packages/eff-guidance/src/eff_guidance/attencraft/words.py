@@ -106,7 +106,7 @@ def _add(
 
     known = tokenizer.get_vocab()
     if there := [c.token for c in concepts if c.token in known]:
-        raise ValueError(f"{there} are tokens of tokenizer{part} already; use other ones")
+        raise ValueError(f"{there} are tokens of tokenizer{part} already; use others")
     base = encoder.get_input_embeddings()
     first = [_piece(tokenizer, c.init_word) for c in concepts]
     larger = copy.deepcopy(tokenizer)
@@ -129,7 +129,7 @@ def _piece(tokenizer: Any, word: str) -> int:
         if len(ids) == 1:
             return ids[0]
     raise ValueError(
-        f"init_word={word!r} has {len(ids)} pieces: {tokenizer.convert_ids_to_tokens(ids)}; use one of one"
+        f"init_word={word!r} has {len(ids)} pieces: {tokenizer.convert_ids_to_tokens(ids)}; use a word of one piece"
     )
 
 

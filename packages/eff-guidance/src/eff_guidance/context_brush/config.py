@@ -46,11 +46,11 @@ class ContextBrushConfig(Settings):
         """See `Settings`."""
         for name in ("shift_image", "shift_text", "head_gain"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)}; wanted a finite number from 0 on")
+                raise ValueError(f"{name}={getattr(self, name)}; wanted a finite number of 0 or more")
         if not 0 <= self.start <= self.stop <= 1:
             raise ValueError(f"start={self.start}, stop={self.stop}; wanted 0 <= start <= stop <= 1")
         if self.feather is not None and self.feather < 0:
-            raise ValueError(f"feather={self.feather}; wanted points from 0 on, or None for no pasting")
+            raise ValueError(f"feather={self.feather}; wanted 0 points or more, or None for no pasting")
 
     @property
     def acts(self) -> bool:

@@ -130,7 +130,7 @@ def locate(model: nn.Module, heads: Sequence[Head]) -> dict[str, list[int]]:
         if not 0 <= head.head < at.num_heads:
             raise ValueError(f"{tuple(head)}: layer {at.layer} ({at.name}) has heads 0..{at.num_heads - 1}")
         if (at.name, head.head) in seen:
-            raise ValueError(f"{tuple(head)} is there twice, also as {tuple(seen[at.name, head.head])}")
+            raise ValueError(f"{tuple(head)} is named twice, also as {tuple(seen[at.name, head.head])}")
         seen[at.name, head.head] = head
         found.setdefault(at.name, []).append(place)
     return {name: sorted(places, key=lambda p: heads[p].head) for name, places in found.items()}

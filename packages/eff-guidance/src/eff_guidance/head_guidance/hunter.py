@@ -71,13 +71,13 @@ class HeadHunter:
             self.pool = list_heads(model) if heads is None else [read_head(tuple(head)) for head in heads]
         else:
             if heads is None:
-                raise ValueError("a function tells no heads; pass heads=list_heads(model)")
+                raise ValueError("a function does not say which heads there are; pass heads=list_heads(model)")
             self.generate, self.model = generate, "function"
             self.pool = [read_head(tuple(head)) for head in heads]
         wanted = self.config.rounds * self.config.heads_per_round
         if wanted > len(self.pool) or len(set(self.pool)) < len(self.pool):
             raise ValueError(
-                f"{wanted} heads are to be chosen of {len(set(self.pool))}; use fewer rounds or heads_per_round"
+                f"{wanted} heads cannot be chosen from {len(set(self.pool))}; use fewer rounds or heads_per_round"
             )
 
     def search(self, resume: str | Path | None = None) -> HeadSet:

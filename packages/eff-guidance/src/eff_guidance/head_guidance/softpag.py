@@ -168,6 +168,6 @@ def _streams(image: slice | None, length: int) -> dict[str, slice] | None:
         return None
     start, stop, step = image.indices(length)
     if step != 1 or start >= stop or (start > 0 and stop < length) or (start == 0 and stop == length):
-        raise ValueError(f"image={image} of {length} tokens; the image must be the begin or the end, text the rest")
+        raise ValueError(f"image={image} of {length} tokens; the image must come first or last, the text beside it")
     text = slice(stop, length) if start == 0 else slice(0, start)
     return {"image": slice(start, stop), "text": text}

@@ -156,7 +156,7 @@ def draw(
     """Call a pipeline with a layout: what it returns, and the run."""
     named = _named_call(base, pipe, args, kwargs)
     if given := [name for name in _REFUSED if named.get(name) is not None]:
-        raise ValueError(f"{', '.join(given)}: does not go together with a layout")
+        raise ValueError(f"{', '.join(given)}: cannot be combined with a layout")
     check_parts(pipe, binding)
     run = Run(pipe, binding, functools.partial(_guidance, pipe, named), cached)
     own = named.get("callback_on_step_end")

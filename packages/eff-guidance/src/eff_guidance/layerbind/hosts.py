@@ -119,8 +119,8 @@ class Flux(Host):
         grid = Grid(int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)
         if grid.high * grid.wide != args["hidden_states"].shape[1]:
             raise ValueError(
-                f"{args['hidden_states'].shape[1]} picture tokens are no grid of {grid.wide} x {grid.high}; layers "
-                "need the plain picture, without reference pictures beside it"
+                f"{args['hidden_states'].shape[1]} picture tokens do not form a grid of {grid.wide} x {grid.high}; "
+                "layers need the plain picture, without reference pictures beside it"
             )
         return grid
 

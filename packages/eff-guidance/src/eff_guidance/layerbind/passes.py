@@ -54,7 +54,7 @@ def rule(call: AttentionCall, attend: Attend) -> AttentionOutput | Tensor:
         return attend(call)
     check_whole(call.module)
     if call.mask is not None:
-        raise ValueError(f"{call.name} got an attention mask; layers and a mask of one's own do not go together")
+        raise ValueError(f"{call.name} got an attention mask; layers cannot be combined with an attention mask")
     with tell_parts():
         return now.attend(call, attend)
 

@@ -71,7 +71,7 @@ def boxes_to_token_indices(boxes: Sequence[Box], height: int, width: int, patch_
         ValueError: a box lies outside of the picture or has no area, or the sides are no multiples.
     """
     if height % patch_px or width % patch_px:
-        raise ValueError(f"a picture of {width} x {height} points is no multiple of patch_px={patch_px}")
+        raise ValueError(f"a picture of {width} x {height} points is not a multiple of patch_px={patch_px}")
     high, wide = height // patch_px, width // patch_px
     found = []
     for box in boxes:

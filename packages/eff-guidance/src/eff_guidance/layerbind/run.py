@@ -108,7 +108,9 @@ class Run:
         _, way = self.guidance()
         extra = current_extra()
         if extra is not None and extra.joined:
-            raise ValueError("guidance in one batch with the other passes does not go with a layout; use batched=False")
+            raise ValueError(
+                "a layout cannot be combined with guidance in one batch with other passes; use batched=False"
+            )
         if self.grid is None:
             self._begin(model, args, way)
         self.calls += extra is None
@@ -122,7 +124,7 @@ class Run:
                 return self._branches(model, plain, args, bound=0, extra=extra)
             return self._nursing(model, plain, args, bound=0)
         if self.calls > (2 if way == "separate" else 1):
-            raise RuntimeError("the transformer ran more often in one step than LayerBind knows a reason for")
+            raise RuntimeError("the transformer ran more often in one step than LayerBind expects")
         if way != "batched":
             uncond = self.calls == 2
             if self.step < self.ends[0]:

@@ -56,7 +56,7 @@ def add_style_attention(
     modules: dict[str, Any] = style_layers(model, config.layers)
     for name, module in modules.items():
         if is_joint(module) and not calls_once(module):
-            raise ValueError(f"{name}: {type(module.processor).__name__} is no processor of the model's own; remove it")
+            raise ValueError(f"{name}: {type(module.processor).__name__} is not a processor of the model; remove it")
     adapter = _adapter(model, modules, config)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     handle = StyleAttentionHandle(adapter, model, None if pipe_or_model is model else pipe_or_model)
