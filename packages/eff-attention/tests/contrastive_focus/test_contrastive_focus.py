@@ -267,6 +267,7 @@ def test_several_prompts_are_recorded_as_each_alone(zoo, family):
     """Grids of every family, left padding, a second picture, and answers that end at different steps."""
     model, prompts = zoo(family), [(1, 5, "P", 6, 7, 8), (1, "P", 9, "P", 10, 11, 12, 13, 14)]
     model.generation_config.suppress_tokens = [95, 96]
+    model.generation_config.pad_token_id = 0  # transformers 5.17 takes Idefics3's, beyond this vocabulary
     together = record_image_attentions(model, zoo.ask(family, *prompts), [1, 3], max_new_tokens=4)
     model.generation_config.eos_token_id = int(together[0].ids[1])
     together = record_image_attentions(model, zoo.ask(family, *prompts), [1, 3], max_new_tokens=4)

@@ -103,6 +103,7 @@ def test_copies_and_pickles_run_on_their_own_weights(net, x, tmp_path):
         assert not torch.allclose(net(x), wanted)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo of torch 2.11 cannot trace Tensor.unflatten in a mode")
 def test_a_changed_model_compiles_to_one_graph(net, x):
     with apply_sla(net, SMALL, exclude="camera_head"):
         torch._dynamo.reset()

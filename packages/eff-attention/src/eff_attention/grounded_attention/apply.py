@@ -112,6 +112,6 @@ def _watch_tower(model: Any, decoder: Any, config: PAINTConfig, order: float | N
     owner: Any = model.base_model
     stem = next(n for n, m in owner.named_modules() if m is model.get_submodule(tower.stem))
     if "get_image_features" in vars(owner):
-        raise ValueError("get_image_features of this model was replaced before; remove that first")
+        raise ValueError("get_image_features of this model has been replaced already; remove that first")
     owner.get_image_features = Encoder(owner, stem, config)
     handle.on_remove(lambda: vars(owner).pop("get_image_features", None))

@@ -34,8 +34,9 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.buffers = None
+        """Forget everything, the length too, which early releases of transformers 5 keep."""
+        self.buffers = self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
 
 

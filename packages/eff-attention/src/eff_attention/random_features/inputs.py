@@ -42,7 +42,7 @@ def as_sets(X: Any, query: QueryFrom, token_dim: int | None) -> Sets:
             )
         flat = check_array(X, dtype=np.float64)
         if flat.shape[1] % token_dim:
-            raise ValueError(f"{flat.shape[1]} feature(s) are no multiple of token_dim={token_dim}")
+            raise ValueError(f"{flat.shape[1]} feature(s) are not a multiple of token_dim={token_dim}")
         X = flat.reshape(len(flat), -1, token_dim)
     tokens = check_array(X, dtype=np.float64, allow_nd=True)
     if tokens.ndim != 3:
@@ -50,7 +50,7 @@ def as_sets(X: Any, query: QueryFrom, token_dim: int | None) -> Sets:
     if query == "first":
         if tokens.shape[1] < 2:
             raise ValueError(
-                f"the first token is the query: need at least one more as key, got {tokens.shape[1]} token(s)"
+                f"the first token is the query: at least one more is needed as a key, got {tokens.shape[1]} token(s)"
             )
         return _checked(tokens[:, :1], tokens[:, 1:], None if keep is None else keep[:, 1:])
     if query == "self":
