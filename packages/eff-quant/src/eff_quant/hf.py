@@ -141,9 +141,14 @@ class EffHfQuantizer(HfQuantizer):
             else:
                 for key, shape in new.float_shapes().items():
                     self._missing.add(f"{f.names[0]}.{key}")
-                    if key not in new.state_dict():
+                    held = new.state_dict().get(key)
+                    if held is None:
                         # transformers takes only entries that the model has; this one goes when its weight arrives
                         new._buffers[key] = torch.empty(shape, device="meta")
+                    elif isinstance(new, QuantizedLinear) and is_code(held.dtype):
+                        # Early releases of transformers 5 cast what they read to the dtype of the entry
+                        own = next(n for n in new._buffers if new.stored_as.get(n, n) == key)
+                        new._buffers[own] = torch.empty_like(held, dtype=torch.get_default_dtype())
             for name in f.names:
                 replace_module(model, name, new)
                 self._planned[name] = f

@@ -28,7 +28,7 @@ KINDS = [
 
 
 def quantised(llama, ids, config):
-    # 50 columns are no multiple of any block, and their half is odd
+    # 50 columns are not a multiple of any block, and their half is odd
     model = llama(hidden_size=48, intermediate_size=50, num_key_value_heads=4)
     layout = QuantLayout(include=LAYOUT.include, exclude=LAYOUT.exclude, bits=(config.weight_bits, 8))
     found = calibrate_activations(model, [ids], layout, config) if config.activation == "static_folded" else None
