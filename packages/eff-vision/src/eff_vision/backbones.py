@@ -54,7 +54,7 @@ class FrozenFeatureExtractor(nn.Module):
         """Features of pictures [B, 3, H, W], normalised as the backbone wants them.
 
         Raises:
-            ValueError: the height or width is no multiple of the patch size.
+            ValueError: the height or width is not a multiple of the patch size.
         """
         grid = patch_grid(pictures, self.patch_size)
         seen: list[Tensor] = []
@@ -78,7 +78,7 @@ def patch_grid(pictures: Tensor, size: int) -> tuple[int, int]:
     """Rows and columns of patches of ``size`` pixels in pictures [B, 3, H, W].
 
     Raises:
-        ValueError: the height or width is no multiple of the patch size.
+        ValueError: the height or width is not a multiple of the patch size.
     """
     height, width = pictures.shape[-2:]
     if height % size or width % size:

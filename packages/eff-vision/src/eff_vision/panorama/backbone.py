@@ -40,7 +40,7 @@ class BackboneTaps(nn.Module):
         """Maps [B, C, H / patch, W / patch] of pictures [B, 3, H, W], normalised as the backbone wants them.
 
         Raises:
-            ValueError: the height or width is no multiple of the patch size.
+            ValueError: the height or width is not a multiple of the patch size.
         """
         grid = patch_grid(pictures, self.patch_size)
         found: dict[int, Tensor] = {}
