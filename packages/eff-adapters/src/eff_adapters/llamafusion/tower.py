@@ -95,14 +95,18 @@ class ModalityTower(nn.Module):
         Text weights that were quantised since stay so.
 
         Raises:
-            RuntimeError: text weights that the tower trains were quantised since; nothing has changed then.
+            RuntimeError: text weights that the tower trains were quantised since, or are under an adapter; nothing has
+                changed then.
         """
         handle = self._live()
         if not handle.active:
             return
         left = {name.replace(".text.", ".") for name, _ in self.model.named_parameters()}
         if lost := [name for name in self._kept if name not in left]:
-            raise RuntimeError(f"{lost[0]} was trained and then quantised: the weight before training cannot come back")
+            raise RuntimeError(
+                f"{lost[0]} is no longer a plain weight (quantised since, or under an adapter): its value before "
+                "training cannot be put back"
+            )
         handle.remove()
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
