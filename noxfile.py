@@ -165,7 +165,7 @@ def wheel(session: nox.Session, member: str) -> None:
     session.run("pytest", str(folder), "--timeout=600", "-m", "not gpu and not cluster", *session.posargs, env=CPU)
 
 
-@nox.session
+@nox.session(python="3.12")
 @each_target
 def oldest(session: nox.Session, target: Target) -> None:
     """Run the tests with the oldest torch, Triton and transformers that the packages allow."""

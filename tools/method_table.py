@@ -1,15 +1,16 @@
-"""Writes docs/methods/table.md from the rows of tests/methods.
+"""Writes docs/methods/table.md from the rows of tests/methods, and docs/compositions.md from tests/compositions.
 
-uv run tools/method_table.py           write the page
-uv run tools/method_table.py --check   say whether it is as the rows are
+uv run tools/method_table.py           write both pages
+uv run tools/method_table.py --check   say whether they are as the tables are
 """
 
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "methods"))
+sys.path[:0] = [str(ROOT / "tests" / "compositions"), str(ROOT / "tests" / "methods")]
 
 WORDS = {
     "changes": "acts", "nothing": "strength 0", "leaves": "looks on", "undo": "undone", "twice": "twice",
@@ -25,6 +26,23 @@ Each method of each package is a row; each column is a property that a test look
 A number: it is refused with the text below the table, which the test compares. Empty: it is not asked of such a method.
 The rows lie in `tests/methods/rows`, the properties in `tests/methods/properties.py`; this page is made from them by
 `tools/method_table.py`.
+
+"""
+
+
+COMPOSITIONS = """# Methods together
+
+Pairs of methods on one model. "yes": whichever is applied first, both act; each with strength 0 is as if it were not
+there, bit for bit; stored weights give what the same weights in float give; a copy of the model gives the same outputs;
+and whichever is taken back first, the model is then that of the other alone, bit for bit. A number: refused in at least
+one order, or not undone exactly in that order; see the notes. [Stacking methods](stack.md) walks through one stack
+of four with its memory and its speed.
+
+Two things to know: AttenCraft's projections are float weights of its own, so that its strength 0 is not compared beside
+stored weights or FP8's noise; and NVFP4 is stored here without groups (`fuse_groups=()`), since layers that another
+method has renamed no longer form one.
+
+Every cell is a test in `tests/compositions`; this page is made from its tables by `tools/method_table.py`.
 
 """
 
@@ -100,15 +118,52 @@ def methods() -> str:
     return "".join(parts).rstrip() + "\n"
 
 
+def compositions() -> str:
+    """The page of compositions."""
+    from families import FAMILIES, STACKS
+
+    pages = [COMPOSITIONS]
+    for family in FAMILIES.values():
+        names, notes = list(family.parts), Notes()
+        lines = [
+            [a, *(cell(family, notes, a, b) if j > i else "" for j, b in enumerate(names) if j)]
+            for i, a in enumerate(names[:-1])
+        ]
+        text = [f"## {family.name.capitalize()}", "", *table(["", *names[1:]], lines), ""]
+        if notes.texts:
+            text += ["Notes:", "", *notes.lines(), ""]
+        wider = [names for other, names in STACKS if other is family]
+        text += ["Of three and more, the same is looked at for:", "", *("- " + ", ".join(names) for names in wider), ""]
+        pages.append("\n".join(text) + "\n")
+    return "".join(pages).rstrip() + "\n"
+
+
+def cell(family: Any, notes: Notes, a: str, b: str) -> str:
+    """What is known of a pair, whichever is first."""
+    if (a, b) not in family.pairs():
+        return ""
+    texts = []
+    for first, then in ((a, b), (b, a)):
+        if (first, then) in family.refusals:
+            texts.append(f"{first}, then {then}: {plain(family.refusals[first, then])}")
+        if (first, then) in family.apart:
+            texts.append(f"{first}, then {then}: works; taken back, {family.apart[first, then]}")
+        if (first, then) in family.held:
+            texts.append(f"{first} taken back while {then} is there: {plain(family.held[first, then])}")
+    return ", ".join(notes.number(text) for text in texts) or "yes"
+
+
 def main() -> int:
     """Write or compare."""
-    path, page = ROOT / "docs/methods/table.md", methods()
-    if "--check" not in sys.argv:
-        path.write_text(page)
-    elif not path.exists() or path.read_text() != page:
-        print("docs/methods/table.md is not what tools/method_table.py writes")
-        return 1
-    return 0
+    wrong = 0
+    for name, page in (("docs/methods/table.md", methods()), ("docs/compositions.md", compositions())):
+        path = ROOT / name
+        if "--check" not in sys.argv:
+            path.write_text(page)
+        elif not path.exists() or path.read_text() != page:
+            print(f"{name} is not what tools/method_table.py writes")
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class Row:
             nothing to keep.
         lora: Linear layers that an adapter goes to.
         loose: Relative error that bfloat16 may cause.
+        rounding: Relative error that an adapter may leave when it is switched off: 0 but for models of PyTorch's own
+            encoder layers.
         float32: Whether results are float32 whatever the model is in, as losses and measured maps are.
         stride: How far `gradients` steps, as a share of the loss; more where weights or activations are rounded.
         cannot: By property that does not hold: a regular expression that its error fits.
@@ -62,6 +64,7 @@ class Row:
     brief: Callable[..., Tensor] | None = None
     lora: tuple[str, ...] = ("q_proj", "down_proj")
     loose: float = 0.05
+    rounding: float = 0.0
     stride: float = 1e-3
     float32: bool = False
     cannot: Mapping[str, str] = field(default_factory=dict)

@@ -194,7 +194,8 @@ def under_peft(row: Row, folder: Path) -> None:
     found = row.run(adapted, row.data(0))
     assert not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
     with adapted.disable_adapter():
-        assert torch.equal(row.run(adapted, row.data(0)), wanted)
+        without = row.run(adapted, row.data(0))
+    assert (without - wanted).norm() <= row.rounding * wanted.norm()
     assert torch.equal(row.run(adapted, row.data(0)), found)
 
 

@@ -31,7 +31,7 @@ ROWS = [
         **kept_by_state(llama, apply),
         cannot={
             "twice": "was changed again after this change; remove the later change first",
-            "stranger": "Sequential is no Llama-type model: it needs a decoder with layers and norm, and an lm_head",
+            "stranger": "Sequential is not a Llama-type model: it needs a decoder with layers and norm, and an lm_head",
         },
         lora=("q_proj.text", "up_proj"),
     )

@@ -63,7 +63,6 @@ def row(name, make, train):
         kind="loss",
         apply=attach,
         train=train,
-        absent=dict.fromkeys(("leaves", "save_load"), "not looked at yet"),
         data=normal(3, 4, 8, 8),
         **kept_by_state(make, attach),
     )

@@ -38,7 +38,6 @@ ROWS = [
         lora=("first", "projections.0"),
         loose=0.3,
         stride=0.05,
-        absent={"under_peft": "not looked at yet"},
         cannot={
             "bf16": "the heads run in float32, their weights are torch.bfloat16; use torch.autocast for the rest",
             "twice": "has sparse-linear attention already; remove that first",

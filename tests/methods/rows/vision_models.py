@@ -118,10 +118,6 @@ def columns(model, x, mask=None):
     return model(x, (2, 3)).prediction["lh"]
 
 
-PENDING = "not looked at yet"
-ALL = (
-    "save_load", "deepcopy", "pickle", "bf16", "autocast", "alone", "gradients", "compiled", "under_peft", "threads",
-)  # fmt: skip
 ROWS = [
     state_row(
         "specvit", functools.partial(seeded(LolaSpecViT), SPECVIT), lambda m, x, mask=None: m(x),
@@ -129,22 +125,15 @@ ROWS = [
     ),
     state_row(
         "multiview", functools.partial(seeded(MultiViewTransformer), MULTI), lambda m, x, mask=None: m(x).depth,
-        data=normal(2, 3, 3, 32, 32), lora=("first", "projections.0"), absent={"under_peft": PENDING},
+        data=normal(2, 3, 3, 32, 32), lora=("first", "projections.0"),
         cannot={"bf16": "the heads run in float32, their weights are torch.bfloat16; use torch.autocast for the rest"},
     ),
-    state_row(
-        "amodal", eoras, amodal, data=normal(2, 2, 3, 32, 32), lora=("features", "smooth"),
-        absent=dict.fromkeys(ALL, PENDING),
-    ),
+    state_row("amodal", eoras, amodal, data=normal(2, 2, 3, 32, 32), lora=("features", "linear1"), rounding=1e-6),
     state_row("panorama", panorama, tasks, data=normal(2, 3, 32, 64), lora=("patch",)),
-    state_row(
-        "scanpath", scanpath, search, data=normal(2, 5, 6), lora=("linear1", "query", "mix"),
-        absent=dict.fromkeys(("bf16", "under_peft"), PENDING),
-    ),
+    state_row("scanpath", scanpath, search, data=normal(2, 5, 6), lora=("linear1", "query", "mix"), rounding=1e-6),
     state_row("brain_encoder", brain, columns, data=normal(2, 6, 16), lora=("value",)),
     state_row(
         "pixpro", pixpro, views, data=normal(2, 3, 16, 16), lora=("online.0.backbone.0", "online.1.0"),
-        absent={"under_peft": PENDING},
         float32=True,
     ),
     state_row(
