@@ -93,8 +93,9 @@ def test_merging_quantises_what_the_float_twin_merges_to(pair, format, kind):
                 close(getattr(layer, leaf), tensor, f"{name}.{leaf}")
 
 
-def test_merging_adds_the_adapter_s_own_bias(llama):
-    model = llama(attention_bias=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_adds_the_adapter_s_own_bias(llama, dtype):
+    model = llama(dtype, attention_bias=True)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.q_proj.bias)
     quantize_(model, Int8Config())
@@ -110,7 +111,24 @@ def test_merging_adds_the_adapter_s_own_bias(llama):
     merged, _ = merge_lora(adapted)
     assert len(wanted) == 2
     for name, bias in wanted.items():
-        torch.testing.assert_close(merged.get_submodule(inner(name)).bias, bias)
+        torch.testing.assert_close(merged.get_submodule(inner(name)).bias, bias.to(dtype))
+
+
+def test_a_failed_merge_leaves_biases(llama):
+    model = llama(attention_bias=True)
+    quantize_(model, Int8Config())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True))
+    *_, last = (m for m in adapted.modules() if hasattr(m, "base_layer"))
+    first = next(m for m in adapted.modules() if hasattr(m, "base_layer")).base_layer
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                parameter.fill_(1.0)
+        last.lora_A["default"].weight[0, 0] = torch.nan
+        before = first.bias.clone()
+    with pytest.raises(ValueError, match=r"(?i)\bnan\b"):
+        merge_lora(adapted)
+    assert torch.equal(first.bias, before)
 
 
 @formats

@@ -38,7 +38,10 @@ def merge_lora(peft_model: Any, *, adapter_names: list[str] | None = None) -> tu
         raise ValueError("no quantised layer has an adapter; PEFT's merge_and_unload merges float layers")
     names = [_inner_name(peft_model, layer) for _, layer in below]
     for name, layer in below:
-        replace_module(peft_model, name, layer.to_linear(torch.float32))
+        linear = layer.to_linear(torch.float32)
+        if layer.bias is not None:  # PEFT adds to it in place, which a failed merge must not leave
+            linear.bias = nn.Parameter(layer.bias.detach().to(torch.float32, copy=True), layer.bias.requires_grad)
+        replace_module(peft_model, name, linear)
     done = False
     try:
         model = peft_model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
@@ -53,7 +56,8 @@ def merge_lora(peft_model: Any, *, adapter_names: list[str] | None = None) -> tu
     for name, (_, layer), new, linear in zip(names, below, tensors, merged, strict=True):
         size = size_of(layer)
         layer.fill(new)
-        layer.bias = linear.bias
+        if layer.bias is not None:
+            layer.bias.data.copy_(linear.bias.data)
         replace_module(model, name, layer)
         report.change(name, bytes_before=size, bytes_after=size_of(layer))
     return model, report
