@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ class LlamaFusion(Recipe[Config]):
         Raises:
             ValueError: the run is of no such tower, or predicts something that cannot be turned into what this does.
         """
-        before = run.config(Config).prediction
+        before = cast("Config", run.config(Config)).prediction
         turned = (before, self.config.prediction) == ("velocity", "sample") and self.config.head == "linear"
         if before != self.config.prediction and not turned:
             raise ValueError(f"start={self.config.start} predicts {before!r}, this run {self.config.prediction!r}")
