@@ -126,7 +126,7 @@ def test_a_failed_merge_leaves_biases(llama):
                 parameter.fill_(1.0)
         last.lora_A["default"].weight[0, 0] = torch.nan
         before = first.bias.clone()
-    with pytest.raises(ValueError, match=r"(?i)\bnan\b"):
+    with pytest.raises(ValueError, match="NaN"):
         merge_lora(adapted)
     assert torch.equal(first.bias, before)
 
