@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,7 @@ def _banner(text: str, config: Serve, port: int) -> None:
     key = " -H 'Authorization: Bearer <key>'" if config.api_key_file else ""
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(text)
-    console.print(f"Chat page {address}/ and OpenAI-compatible API at {address}/v1. Try:")
-    console.print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    with suppress(OSError):  # a full disk behind standard output: the server is there all the same
+        console.print(text)
+        console.print(f"Chat page {address}/ and OpenAI-compatible API at {address}/v1. Try:")
+        console.print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")

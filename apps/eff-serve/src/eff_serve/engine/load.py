@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -251,8 +252,8 @@ def find_folder(model: str) -> Path:
 
 @contextmanager
 def _progress(shown: bool, layers: int) -> Iterator[Callable[[], object]]:
-    """A bar on standard error, and what moves it by one layer."""
-    if not shown:
+    """A bar on standard error, if that is a terminal, and what moves it by one layer."""
+    if not (shown and sys.stderr.isatty()):  # nobody watches a log, and its disk may be full
         yield lambda: None
         return
     from rich.console import Console
