@@ -233,8 +233,10 @@ def main() -> None:
     elif args.verb == "peers":
         import vision_peers
 
+        done = {r["run"] for r in known(args.method)}
         for line in vision_peers.PEERS[args.method]():
-            add(args.method, line)
+            if line["run"] not in done:
+                add(args.method, line)
     else:
         print(table(args.method))
 

@@ -1,11 +1,13 @@
 """What `vision.py` compares with that is not trained by a recipe: classical methods, other libraries, exact theory.
 
-Libraries that are not installed are left out: himalaya, lightly, multimatch_gaze.
+Libraries that are not installed are left out: himalaya, lightly, multimatch_gaze, py360convert, pyequilib and
+segmentation-models-pytorch.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -180,6 +182,7 @@ def unip() -> Lines:
             **_line(f"teacher, layer {i} ({profile.pattern[i - 1]})", began, values),
             "pictures": profile.num_pictures,
         }
+    yield from smp()
 
 
 def scanpath() -> Lines:
@@ -212,6 +215,87 @@ def scanpath() -> Lines:
     yield _line("multimatch_gaze, largest difference", began, dict(zip(names, map(float, worst), strict=True)))
 
 
+def mtpano() -> Lines:
+    """Pictures cut out of a panorama whose colours are known exactly in each direction: largest error, and time."""
+    from eff_vision.geometry import (
+        erp_rays,
+        erp_to_perspective,
+        intrinsics_from_fov,
+        pixel_rays,
+        rotation_from_yaw_pitch,
+    )
+
+    height, side, fov = 512, 256, math.pi / 2
+
+    def colours(ray: Tensor) -> Tensor:
+        x, y, z = ray.unbind(-1)
+        return torch.stack((x * y + z, y * y - x, x * z * z + y), -3) / 4 + 0.5
+
+    panorama = colours(erp_rays(height, 2 * height))
+    rays = F.normalize(pixel_rays(intrinsics_from_fov(fov, side, side), side, side), dim=-1)
+    array = panorama.movedim(0, -1).contiguous().numpy()
+    for yaw, pitch in ((0.0, 0.0), (0.7, 0.3), (-2.9, -1.2)):
+        turn = rotation_from_yaw_pitch(yaw, pitch)
+        exact = colours(rays @ turn.T)
+        ways: dict[str, Callable[[], Tensor]] = {
+            "ours": lambda turn=turn: erp_to_perspective(panorama[None], turn, fov, side, side)[0]
+        }
+        if there("py360convert"):
+            from py360convert import e2p
+
+            degrees = math.degrees(yaw), math.degrees(pitch)
+            ways["py360convert"] = lambda d=degrees: torch.from_numpy(
+                e2p(array, math.degrees(fov), *d, (side, side), mode="bilinear")
+            ).movedim(-1, 0)
+        if there("equilib"):
+            from equilib import equi2pers
+
+            # Its yaw turns to the left and its pitch downwards, as the errors of the other signs show.
+            rotation = [{"roll": 0.0, "pitch": -pitch, "yaw": -yaw}]
+            ways["pyequilib"] = lambda r=rotation: equi2pers(
+                panorama[None], r, side, side, math.degrees(fov), mode="bilinear"
+            )[0]
+        for name, way in ways.items():
+            began, found = time.process_time(), way()
+            values = {"error": float((found - exact).abs().max()), "ms": 1e3 * _best(way)}
+            yield _line(f"{name}, turned by {yaw:g} and {pitch:g}", began, values)
+
+
+def smp() -> Lines:
+    """Dice loss and pyramid decoder of segmentation-models-pytorch on the same numbers."""
+    if not there("segmentation_models_pytorch"):
+        return
+    from eff_vision.panorama.losses import segmentation_loss
+    from eff_vision.unip import LastLayerFPN
+    from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    g, dim, classes = torch_generator(0, 1), 96, 6
+    logits = torch.randn(4, classes, 64, 64, generator=g)
+    target = torch.randint(0, classes, (4, 64, 64), generator=g)
+    theirs = DiceLoss("multiclass", smooth=1e-6, ignore_index=255)
+    pair: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: segmentation_loss(logits, target),
+        "theirs": lambda: F.cross_entropy(logits, target) + theirs(logits, target),
+    }
+    began, values = time.process_time(), {name: float(way()) for name, way in pair.items()}
+    values |= {"ms": 1e3 * _best(pair["ours"]), "theirs_ms": 1e3 * _best(pair["theirs"])}
+    yield _line("segmentation-models-pytorch: cross-entropy and dice", began, values)
+    pyramid, maps = LastLayerFPN(dim).eval(), torch.randn(2, dim, 16, 16, generator=g)
+    decoder = FPNDecoder([dim] * 5, encoder_depth=5, pyramid_channels=dim, segmentation_channels=dim).eval()
+    with torch.no_grad():
+        levels = pyramid(maps)
+        finest = F.interpolate(levels[0], scale_factor=2.0)
+        began, made = time.process_time(), decoder([finest, finest, *levels])
+        values = {
+            "pyramid_ms": 1e3 * _best(lambda: pyramid(maps)[0]),
+            "theirs_ms": 1e3 * _best(lambda: decoder([finest, finest, *levels])),
+            "rows": float(made.size(-2)),
+            "theirs_weights": float(sum(p.numel() for p in decoder.parameters())),
+        }
+    yield _line("segmentation-models-pytorch: its decoder reads our pyramid", began, values)
+
+
 def _line(name: str, began: float, values: dict[str, float]) -> dict[str, Any]:
     return {"run": name, "seed": 0, "seconds": round(time.process_time() - began, 2), "metrics": values}
 
@@ -232,4 +316,5 @@ PEERS: dict[str, Callable[[], Lines]] = {
     "pixpro": pixpro,
     "unip": unip,
     "scanpath": scanpath,
+    "mtpano": mtpano,
 }

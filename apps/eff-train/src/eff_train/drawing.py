@@ -23,9 +23,18 @@ def read_picture(file: object) -> Tensor:
     Raises:
         ValueError: the file is no picture.
     """
+    return from_image(open_picture(file))
+
+
+def open_picture(file: object, mode: str = "RGB") -> Image.Image:
+    """A picture file in a mode of Pillow.
+
+    Raises:
+        ValueError: the file is no picture.
+    """
     try:
         with Image.open(file) as image:  # type: ignore[arg-type]
-            return from_image(image.convert("RGB"))
+            return image.convert(mode)
     except OSError as error:
         raise ValueError(f"{file} cannot be read as a picture: {error}") from error
 

@@ -68,6 +68,18 @@ def test_prediction(tmp_path):
         Image.fromarray(track.visible[i].byte().mul(255).numpy()).save(tmp_path / f"{i:03}-mask.png")
     assert recipe.predict(recipe.build().eval(), tmp_path, tmp_path / "out") == "3 frames"
     assert len(list((tmp_path / "out").iterdir())) == 3
+    Image.new("L", (48, 48)).save(tmp_path / "000-mask.png")  # hidden in this frame
+    assert recipe.predict(recipe.build().eval(), tmp_path, tmp_path / "out") == "3 frames"
+    for i in range(3):
+        Image.new("L", (48, 48)).save(tmp_path / f"{i:03}-mask.png")
+    with pytest.raises(ValueError, match="not visible in any frame"):
+        recipe.predict(recipe.build(), tmp_path, tmp_path / "out")
+    Image.new("L", (48, 40), 255).save(tmp_path / "001-mask.png")
+    with pytest.raises(ValueError, match="must have one size"):
+        recipe.predict(recipe.build(), tmp_path, tmp_path / "out")
+    (tmp_path / "002.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"002\.png cannot be read as a picture"):
+        recipe.predict(recipe.build(), tmp_path, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="must hold frames"):
         recipe.predict(recipe.build(), tmp_path / "empty", tmp_path / "out")

@@ -102,6 +102,13 @@ def test_distance_of_attention(teacher, scenes):
         hook.remove()
 
 
+@pytest.fixture
+def without_onnx(monkeypatch):
+    """Exports of weights alone: a test of its own writes and runs ONNX."""
+    monkeypatch.setattr("eff_train.frame.onnx.write_onnx", lambda *_: 0.0)
+
+
+@pytest.mark.usefixtures("without_onnx")
 def test_the_whole_way(tmp_path, train_into):
     _, status = train_into(tmp_path / "teacher", TINY, Teacher)
     assert status == 0
@@ -124,6 +131,14 @@ def test_the_whole_way(tmp_path, train_into):
         apply_lite3r(model, dataclasses.replace(config, layers="encoder"))
 
 
+@pytest.mark.slow
+def test_onnx_is_what_the_teacher_is(tmp_path):
+    pytest.importorskip("onnxscript")
+    recipe = Teacher(TINY)
+    recipe.export(recipe.build().eval(), tmp_path)  # compares with PyTorch itself
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", "views.onnx"}
+
+
 def test_a_folder_of_pictures(tmp_path, teacher):
     for i in range(2):
         Image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / f"{i}.png")
@@ -133,8 +148,10 @@ def test_a_folder_of_pictures(tmp_path, teacher):
         "0-depth.png",
         "1-depth.png",
         "cameras.json",
+        "points.glb",
         "points.ply",
     }
+    assert (tmp_path / "out" / "points.glb").read_bytes()[:4] == b"glTF"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no"):
         predict_folder(teacher, tmp_path / "empty", tmp_path / "out", 32)

@@ -50,6 +50,9 @@ def test_prediction(tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "q.png")
     with pytest.raises(ValueError, match="twice as wide"):
         recipe.predict(recipe.build(), tmp_path / "q.png", tmp_path / "out")
+    (tmp_path / "q.png").write_text("no picture")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        recipe.predict(recipe.build(), tmp_path / "q.png", tmp_path / "out")
 
 
 def test_a_page_with_hostile_names(tmp_path):

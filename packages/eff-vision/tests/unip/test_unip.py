@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from eff_vision.unip import (
@@ -101,6 +103,20 @@ def test_tapping_reads_the_logits_and_changes_nothing():
     for i, want in enumerate(eager_maps(model, pictures)):
         torch.testing.assert_close(tap[i], want, atol=1e-5, rtol=0)
     assert torch.equal(model(pictures), plain)
+
+
+def test_a_tap_keeps_the_passes_of_its_own_thread_alone():
+    model, pictures = make(), torch.rand(2, 1, 3, 32, 32)
+    with torch.no_grad(), AttentionTap(model) as tap:
+        model(pictures[0])
+        kept = [tap[i].clone() for i in range(tap.num_layers)]
+        other = threading.Thread(target=model, args=(pictures[1],))
+        other.start()
+        other.join()
+        for i, mine in enumerate(kept):
+            assert torch.equal(tap[i], mine)
+        model(pictures[1])
+        assert not torch.equal(tap[0], kept[0])  # and the next pass of its own takes their place
 
 
 @pytest.mark.parametrize("name", ["ViT", "Dinov2", "DINOv3ViT", "ViTMAE"])

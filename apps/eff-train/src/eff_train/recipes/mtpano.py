@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eff_train.drawing import from_image, open_picture
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig, generator
 from eff_train.panorama_page import write_panorama_page
 
@@ -212,11 +213,11 @@ class Panorama(Recipe[Config]):
         from eff_vision.geometry.formats import write_ply
         from eff_vision.panorama import point_map
 
-        image: Any = Image.open(file).convert("RGB")
+        image = open_picture(file)
         if image.width != 2 * image.height:
             raise ValueError(f"{file} is {image.width} x {image.height}; a panorama is twice as wide as high")
         small = image.resize((2 * self.config.height, self.config.height), Image.Resampling.LANCZOS)
-        picture = torch.from_numpy(np.array(small)).movedim(-1, 0).float() / 255
+        picture = from_image(small)
         out.mkdir(parents=True, exist_ok=True)
         main = self._found(model, picture)
         maps = self._maps(picture, main)

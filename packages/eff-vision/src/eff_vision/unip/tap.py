@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class AttentionTap:
-    """A context in which the attention of some layers is kept: ``tap[layer]`` after each forward.
+    """A context in which the attention of some layers is kept: ``tap[layer]`` after each forward of the same thread.
 
     Logits are those that enter the softmax, after rotary and relative positions and norms of queries and keys. The
     model's output stays bit-identical.
@@ -53,7 +53,9 @@ class AttentionTap:
 
     def __enter__(self) -> AttentionTap:
         names = list(self._index)
-        self._handle = observe_attention(self._model, self._record, where=names, grad=self._grad, strict=True)
+        self._handle = observe_attention(
+            self._model, self._record, where=names, grad=self._grad, own_thread=True, strict=True
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

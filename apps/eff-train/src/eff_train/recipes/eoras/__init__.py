@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from eff_vision.amodal import (
     crop_frames,
     paste_masks,
 )
+from eff_vision.geometry import intrinsics_from_fov
 from PIL import Image
 from torch import Tensor, nn
 
+from eff_train.drawing import from_image, open_picture
 from eff_train.frame import HELD_OUT, Recipe, TrainConfig, as_built, generator, shuffled
 from eff_train.recipes.eoras.clips import FIELD_OF_VIEW, Track, collage_track, mirrored, room_track
 
@@ -159,14 +161,16 @@ class Amodal(Recipe[Config]):
     def predict(self, model: nn.Module, file: Path, out: Path) -> str:
         """Full masks of a folder of frames (000.png ...) with their visible masks (000-mask.png ...)."""
         from eff_vision.amodal import predict_track
-        from eff_vision.geometry import intrinsics_from_fov
 
         masks = sorted(file.glob("*-mask.png"))
         names = [p.with_name(p.name.replace("-mask", "")) for p in masks]
         if not masks or not all(p.is_file() for p in names):
             raise ValueError(f"{file} must hold frames such as 000.png and visible masks such as 000-mask.png")
-        frames = torch.stack([_points(Image.open(p).convert("RGB")).movedim(-1, 0).float() / 255 for p in names])
-        visible = torch.stack([_points(Image.open(p).convert("L")) > 127 for p in masks])
+        pictures, seen = [open_picture(p) for p in names], [open_picture(p, "L") for p in masks]
+        if len(sizes := {image.size for image in pictures + seen}) > 1:
+            raise ValueError(f"all frames and masks of {file} must have one size, got {sorted(sizes)}")
+        frames = torch.stack([from_image(image) for image in pictures])
+        visible = torch.stack([from_image(image.convert("RGB"))[0] > 0.5 for image in seen])
         intrinsics = intrinsics_from_fov(FIELD_OF_VIEW, *frames.shape[-2:])
         track = predict_track(as_built(model, EoRaS), frames.to(self.device), visible, intrinsics.to(self.device))
         out.mkdir(parents=True, exist_ok=True)
@@ -174,10 +178,6 @@ class Amodal(Recipe[Config]):
         for path, frame, mask in zip(names, frames, full, strict=True):
             Image.fromarray(_tinted(frame[None], mask[None])).save(out / f"{path.stem}-full.png")
         return f"{len(names)} frames"
-
-
-def _points(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image))
 
 
 def _tinted(frames: Tensor, masks: Tensor) -> np.ndarray:

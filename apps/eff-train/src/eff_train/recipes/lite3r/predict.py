@@ -11,24 +11,25 @@ from eff_vision.multiview import MultiViewOutput
 from PIL import Image
 from torch import nn
 
+from eff_train.drawing import open_picture
 from eff_train.recipes.lite3r.scores import colours
 
 
 @torch.no_grad()
 def predict_folder(model: nn.Module, folder: Path, out: Path, side: int) -> str:
-    """Depth in colour, cameras as JSON and points as PLY of a folder of pictures.
+    """Depth in colour, cameras as JSON and points as PLY and GLB of a folder of pictures.
 
     Raises:
-        ValueError: the folder has no picture.
+        ValueError: the folder has no picture, or one that cannot be read.
     """
     from eff_vision.geometry import unproject
-    from eff_vision.geometry.formats import write_ply
+    from eff_vision.geometry.formats import write_glb, write_ply
 
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not paths:
         raise ValueError(f"{folder} holds no PNG, JPEG or WebP picture")
     device = next(model.parameters()).device
-    pictures = [Image.open(p).convert("RGB") for p in paths]
+    pictures = [open_picture(p) for p in paths]
     squares = [p.crop(_square(p.size)).resize((side, side), Image.Resampling.LANCZOS) for p in pictures]
     images = torch.stack([torch.from_numpy(np.array(s)).movedim(-1, 0).float() / 255 for s in squares]).to(device)
     output: MultiViewOutput = model(images)
@@ -44,8 +45,10 @@ def predict_folder(model: nn.Module, folder: Path, out: Path, side: int) -> str:
     ]
     (out / "cameras.json").write_text(json.dumps(cameras, indent=2))
     points = unproject(depth, intrinsics[0], extrinsics[0]).reshape(-1, 3)
-    write_ply(out / "points.ply", points, images.movedim(1, -1).reshape(-1, 3))
-    return f"{len(paths)} views: depth, cameras.json and points.ply"
+    shades = images.movedim(1, -1).reshape(-1, 3)
+    write_ply(out / "points.ply", points, shades)
+    write_glb(out / "points.glb", points, shades)
+    return f"{len(paths)} views: depth, cameras.json, points.ply and points.glb"
 
 
 def _square(size: tuple[int, int]) -> tuple[int, int, int, int]:

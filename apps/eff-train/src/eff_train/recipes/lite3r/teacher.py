@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from eff_vision.multiview import MultiViewBatch, MultiViewConfig, MultiViewOutput, MultiViewTransformer, multiview_loss
 from torch import Tensor, nn
 
@@ -68,11 +69,29 @@ class Teacher(ViewsRecipe[Config]):
         return scores(model, self.held_out)
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Weights and settings."""
+        """Weights and settings, and the cameras and depth of a scene's views as ONNX."""
         from safetensors.torch import save_file
+
+        from eff_train.frame.onnx import write_onnx
 
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.model_config.to_dict(), indent=2))
+        c = self.config
+        images = {"images": torch.rand(1, c.views, 3, c.side, c.side)}
+        write_onnx(Views(model), images, ("cameras", "depth", "confidence"), folder / "views.onnx")
+
+
+class Views(nn.Module):
+    """Cameras as nine numbers, depth and its confidence as a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of pictures [B, S, 3, H, W]."""
+        output: MultiViewOutput = self.model(images)
+        return output.pose_enc, output.depth, output.depth_conf
 
 
 RECIPE = Teacher
