@@ -216,7 +216,9 @@ def clients(session: nox.Session) -> None:
 def evaluation(session: nox.Session) -> None:
     """Score a running server with lm-evaluation-harness, in an environment of its own, on tasks that lie here."""
     sync(session, *TARGETS["serve"].sync_args())
-    python, scores = python_with(session, "lm", "lm-eval[api]", "transformers"), Path(session.create_tmp()) / "scores"
+    # Whole paths, as lm-eval runs in the folder of its tasks.
+    python = python_with(session, "lm", "lm-eval[api]", "transformers")
+    scores = Path(session.create_tmp()).resolve() / "scores"
     ask = "from eff_embedded.language import smollm2_folder; print(smollm2_folder(progress=False))"
     folder = session.run("python", "-c", ask, silent=True, env=CPU).splitlines()[-1]
     with server(Path(session.bin) / "eff-serve", "--quantize=int4") as url, session.chdir("apps/eff-serve/evaluation"):
@@ -243,7 +245,7 @@ def vllm(session: nox.Session) -> None:
 
 def python_with(session: nox.Session, name: str, *packages: str) -> str:
     """The interpreter of a new environment that holds packages alone, beside the session's own."""
-    venv = Path(session.create_tmp()) / name
+    venv = Path(session.create_tmp()).resolve() / name
     session.run_install("uv", "venv", "--clear", f"--python={session.python or '3.11'}", str(venv), external=True)
     python = str(venv / "bin" / "python")
     session.run_install("uv", "pip", "install", f"--python={python}", *packages, external=True)
