@@ -127,6 +127,7 @@ def find_attention(model: nn.Module, where: Where | None = None) -> list[Found]:
     """
     named = list(model.named_modules())
     known = {m for _, m in named if _certain(m)}
+    known = {m for m in known if not any(c in known for c in m.modules() if c is not m)}
     # What a rule has put inside of an attention, such as sparse-linear's, is no attention of the model.
     parts = {c for m in known for c in m.modules() if c is not m}
     called = {m for _, m in named if _called_attention(m) and m not in parts}
