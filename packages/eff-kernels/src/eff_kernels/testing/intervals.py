@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 
 
 def mean_interval(values: Sequence[float], *, draws: int = 2000, digits: int = 4) -> list[float]:
@@ -18,8 +18,9 @@ def mean_interval(values: Sequence[float], *, draws: int = 2000, digits: int = 4
     Raises:
         ValueError: there is no value.
     """
-    data = np.asarray(values, float)
+    data = torch.as_tensor(values, dtype=torch.float64)
     if data.ndim != 1 or not len(data):
-        raise ValueError(f"values must be a list of one number or more, got shape {data.shape}")
-    means = data[np.random.default_rng(0).integers(len(data), size=(draws, len(data)))].mean(1)
-    return [round(float(x), digits) for x in (data.mean(), *np.quantile(means, (0.025, 0.975)))]
+        raise ValueError(f"values must be a list of one number or more, got shape {tuple(data.shape)}")
+    drawn = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(0))
+    ends = torch.quantile(data[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return [round(float(x), digits) for x in (data.mean(), *ends)]
