@@ -272,7 +272,7 @@ def test_other_models_are_refused(config):
     from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
 
     small = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match="no Llama-type model"):
+    with pytest.raises(ValueError, match="is not a Llama-type model"):
         add_modality_tower(small, config())
     scaled = GraniteForCausalLM(
         GraniteConfig(

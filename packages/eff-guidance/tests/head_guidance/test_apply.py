@@ -172,7 +172,7 @@ def test_layers_run_in_the_order_of_their_numbers(tiny):
         ([(3, 0)], r"layers with 'attn' are 0..2"),
         ([(-1, 0)], r"layers with 'attn' are 0..2"),
         ([(1, 2)], r"layer 1 \(transformer_blocks.1.attn\) has heads 0..1"),
-        ([(1, 0), ("transformer_blocks.1.attn", 0)], "there twice"),
+        ([(1, 0), ("transformer_blocks.1.attn", 0)], "named twice, also as"),
         ([(0, 0, "attn2")], "has no 'attn2'"),
         ([("blocks.7", 0)], "'blocks.7' is no attention of this model; such is 'transformer_blocks.0.attn'"),
     ],

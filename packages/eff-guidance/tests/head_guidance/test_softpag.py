@@ -253,8 +253,8 @@ def test_paths_begin_at_the_map_and_end_at_the_identity(path):
         ({"target": "ii_zero"}, "no text beside the image"),
         ({"target": "uniform", "path": "slerp"}, "'log_linear' with 'identity'"),
         ({"path": "spiral"}, "path='spiral'"),
-        ({"image": slice(1, 3)}, "the image must be the begin or the end"),
-        ({"image": slice(0, 7)}, "the image must be the begin or the end"),
+        ({"image": slice(1, 3)}, "the image must come first or last"),
+        ({"image": slice(0, 7)}, "the image must come first or last"),
     ],
 )
 def test_bad_arguments_are_named(change, text):
