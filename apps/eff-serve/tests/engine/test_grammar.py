@@ -5,6 +5,7 @@ import json
 import llguidance
 import pytest
 import torch
+from eff_serve.api.grammar import JSON_STYLE
 from eff_serve.engine import EngineConfig, load_engine
 from eff_serve.engine.decoder import PAGE
 from eff_serve.engine.engine import BatchEngine
@@ -50,11 +51,14 @@ def write(loaded, ask):
 
 
 def test_each_request_follows_its_own_grammar(write):
-    schema = llguidance.LLMatcher.grammar_from_json_schema(SCHEMA)
+    # Without the style, blanks are allowed between any two tokens, and a text of blanks never ends.
+    schema = llguidance.LLMatcher.grammar_from_json_schema(SCHEMA, overrides=JSON_STYLE)
     free = ("The capital of France is", {"max_tokens": 8, "temperature": 0})
     alone = write(free)
     (as_json, reason), (number, _), beside = write(
-        ("A city as JSON:", {"grammar": schema}), ("Ten digits:", {"grammar": regex("[0-9]{10}")}), free
+        ("A city as JSON:", {"grammar": schema, "temperature": 0}),
+        ("Ten digits:", {"grammar": regex("[0-9]{10}")}),
+        free,
     )
     assert reason == "stop"
     found = json.loads(as_json)
