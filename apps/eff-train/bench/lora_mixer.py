@@ -117,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="for what is trained")
+    parser.add_argument("--adapters", type=Path, help="adapters of another seed; only routers and X-LoRA are trained")
     parser.add_argument("--steps", type=int, default=experts.Config.steps, help="updates of the adapters")
     parser.add_argument("--router-steps", type=int, default=router.Config.steps, help="updates of routers and X-LoRA")
     parser.add_argument("--judged", type=int, default=384)
@@ -127,7 +128,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     about = {
         **environment("cpu", SOURCES), "seed": args.seed, "steps": args.steps, "router_steps": args.router_steps,
-        "questions": args.judged, "dtype": "bfloat16", "checked": True,
+        "adapters": args.adapters.name if args.adapters else f"adapters-{args.seed}", "questions": args.judged,
+        "dtype": "bfloat16", "checked": True,
     }  # fmt: skip
 
     def judge(name: str, logits_of: Callable[[Batch], Any], **more: Any) -> None:
@@ -139,9 +141,10 @@ def main() -> None:
 
     first = experts.Experts(experts.Config(steps=args.steps, seed=args.seed, judged=args.judged, warmup=args.warmup))
     questions = first.held_out
-    adapters, mixture = args.folder / f"adapters-{args.seed}", args.folder / f"mixture-{args.seed}"
+    adapters = args.adapters or args.folder / f"adapters-{args.seed}"
+    mixture = args.folder / f"mixture-{args.seed}"
     seconds: dict[str, float] = {}
-    if not adapters.is_dir():
+    if args.adapters is None and not adapters.is_dir():
         model, seconds["adapters"] = trained(first)
         first.export(model, adapters)
     config = router.Config(
