@@ -109,6 +109,18 @@ def test_moved_weights_equal_float64(shape, dtype, by_sinks, seed):
     check_moved(shape, dtype, by_sinks, seed)
 
 
+def test_each_key_of_a_picture_is_allowed_for():
+    """Givers with 3e-7 of 4e-7 are more than half of the picture's weight, and less with 1e-6 for each of two keys."""
+    q, k = torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)
+    q[..., 0], k[0, 0, 1:, 0] = 1.0, torch.tensor([1e-7, 3e-7]).log()
+    attended = Attended(q, k, k, torch.zeros(1, 1, 3, 16), torch.tensor([[[0.0, 1e-7, 4e-7]]]), 1.0)
+    masks = (torch.tensor([[name == kind for name in "tgb"]]) for kind in "gbo")
+    last = torch.tensor([[False, False, True]])
+    _, counts = move_weights(attended, *masks, last, share=0.5, rho=0.5, least=0.0, by_sinks=True)
+    assert counts[0, 0, 0] == 1
+    torch.testing.assert_close(counts[0, 0, 1], torch.tensor(1.5e-7, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
 def test_a_query_that_has_next_to_nothing_but_scaled_keys():
     # With sharp weights the rest of a row is far below the rounding of 1 - mass.
     for dtype in DTYPES:
