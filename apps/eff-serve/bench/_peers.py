@@ -185,9 +185,15 @@ class OnnxRuntime:
         return self.logits(self.read(ids))
 
     def prepare(self, ids):
-        generator = self.read(ids)
+        generator, room = None, 0
 
         def step(tokens):
+            nonlocal generator, room
+            if (
+                not room
+            ):  # a batch cannot be cut back, so it is read again every hundred tokens; a median does not see it
+                generator, room = self.read(ids), min(100, MOST_TOKENS - ids.size(1))
+            room -= 1
             generator.append_tokens(tokens[:, None].to(torch.int32).numpy())
             return self.logits(generator)
 
@@ -199,10 +205,10 @@ class OnnxRuntime:
 
 
 def installed_peers(onnx_folder=None):
-    """Those of the peers that are installed; says of the others that they are left out."""
+    """What makes those of the peers that are installed; says of the others that they are left out."""
     peers = {}
     if onnx_folder:
-        peers["ONNX Runtime GenAI int4"] = OnnxRuntime(onnx_folder)
+        peers["ONNX Runtime GenAI int4"] = lambda: OnnxRuntime(onnx_folder)
     else:
         print("ONNX Runtime GenAI: left out, --onnx names no folder that its model builder made")
     for module, name, make in (
@@ -210,7 +216,7 @@ def installed_peers(onnx_folder=None):
         ("openvino_genai", "OpenVINO GenAI Q4_1", OpenVino),
     ):
         if importlib.util.find_spec(module):
-            peers[name] = make()
+            peers[name] = make
         else:
             print(f"{name}: left out, the module {module} is not installed")
     return peers

@@ -9,6 +9,8 @@ from typing import Any
 
 import uvicorn
 
+from eff_http.half_closed import HalfClosedProtocol
+
 AFTER_GRACE = 5  # seconds that cut answers get to say so before the server closes their connections
 
 
@@ -38,7 +40,12 @@ class DrainingServer(uvicorn.Server):
         on_cut: Callable[[], None],
     ) -> None:
         config = uvicorn.Config(
-            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=int(grace) + AFTER_GRACE
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            timeout_graceful_shutdown=int(grace) + AFTER_GRACE,
+            http=HalfClosedProtocol,
         )
         super().__init__(config)
         self._grace, self._on_open, self._on_drain, self._on_cut = grace, on_open, on_drain, on_cut

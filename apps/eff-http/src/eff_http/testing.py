@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from eff_http.half_closed import HalfClosedProtocol
+
 
 @contextmanager
 def served_in_a_thread(app: ASGIApp) -> Iterator[str]:
@@ -19,7 +21,7 @@ def served_in_a_thread(app: ASGIApp) -> Iterator[str]:
     Raises:
         RuntimeError: it did not start.
     """
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", http=HalfClosedProtocol))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
