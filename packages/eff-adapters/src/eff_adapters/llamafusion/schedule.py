@@ -58,8 +58,7 @@ def noise_of_velocity(z: Tensor, v: Tensor, t: Tensor, steps: int = 1000) -> Ten
         t: int64 [n].
         steps: Of the schedule.
     """
-    left = _at(alphas_cumprod(steps), t, z)
-    return (1 - left).sqrt() * z.float() + left.sqrt() * v.float()
+    return add_noise(v, z, t, steps)  # a turn by the same angle as that from picture and noise to z_t
 
 
 def noise_of_sample(z: Tensor, x: Tensor, t: Tensor, steps: int = 1000) -> Tensor:
