@@ -76,7 +76,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "scanpath": {
         "default": {},
-        "features, 300 updates": {"appearance": "features", "steps": 300},
+        "crops not centred": {"centre_appearance": False},
+        "nothing keeps from objects visited": {"inhibition": False},
+        "features": {"appearance": "features", "steps": 600},
         "target revealed": {"reveal_target_position": True},
         "no positions": {"position": "none"},
         "sines": {"position": "sine"},

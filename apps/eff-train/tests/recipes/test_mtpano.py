@@ -65,3 +65,15 @@ def test_a_page_with_hostile_names(tmp_path):
     for maps in ({}, {"picture": Image.new("RGB", (8, 5))}):
         with pytest.raises(ValueError, match=r"empty|twice as wide"):
             write_panorama_page(tmp_path / "q.html", "q", maps)
+
+
+@pytest.mark.slow
+def test_onnx_is_what_the_model_is(tmp_path):
+    pytest.importorskip("onnxscript")
+    recipe = Panorama(dataclasses.replace(TINY, rooms=1))
+    torch.manual_seed(0)
+    model = recipe.build()
+    for p in model.parameters():  # all that comes between begins at zero, and would hide what is written wrongly
+        p.data += 0.02 * torch.randn_like(p)
+    recipe.export(model.eval(), tmp_path)  # compares with PyTorch itself
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "mtpano.onnx"}

@@ -164,6 +164,16 @@ def test_pictures_that_come_again_are_read_once():
         model(**s, images=stock[looks], looks=looks)
 
 
+def test_what_all_objects_share_does_not_matter():
+    s = scene()
+    shifted = {**s, "features": s["features"] + 7 * torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(3))}
+    for centred in (True, False):
+        model = make(centre_appearance=centred)
+        with torch.no_grad():
+            apart = (model(**s).logits - model(**shifted).logits).abs().max()
+        assert (float(apart) < 1e-4) == centred
+
+
 def test_what_is_exported_gives_the_same_numbers(monkeypatch):
     model, s = make().eval(), scene()
     with torch.no_grad():

@@ -229,5 +229,26 @@ class Panorama(Recipe[Config]):
         write_ply(out / f"{file.stem}.ply", points, picture.flatten(1).T)
         return f"{file.stem}-tasks.png, {file.stem}.html and {file.stem}.ply"
 
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Weights, and the main tasks of a panorama as ONNX."""
+        from eff_train.frame.onnx import write_onnx
+
+        super().export(model, folder)
+        picture = {"panoramas": self.held_out[0][0][None]}
+        write_onnx(Tasks(model), picture, ("semseg", "depth", "normals"), folder / "mtpano.onnx")
+
+
+class Tasks(nn.Module):
+    """The main tasks as a tuple: logits, distance, normals of any length."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, panoramas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of panoramas [B, 3, H, 2H]."""
+        main = self.model(panoramas).main
+        return main["semseg"], main["depth"], main["normals"]
+
 
 RECIPE = Panorama

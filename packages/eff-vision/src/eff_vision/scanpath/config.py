@@ -25,6 +25,9 @@ class OatConfig(Settings):
         sigma: Width of the Gaussian, in places of the grid.
         max_grid: Most rows and columns.
         feature_dim: Features of an object; None reads crops with a small convolutional network instead.
+        centre_appearance: Take from what the objects look like what all objects of the scene share (their background,
+            say), and bring the rest to one length. Without this, as in the official code, crops on one background are
+            so much alike that the target is not told from the others for a long time.
         reveal_target_position: Tell the encoder where the target is, as the official code does. The model then need not
             search for it: results with and without are not comparable.
         use_pad_class: Keep the constant class of the official code in the loss.
@@ -43,6 +46,7 @@ class OatConfig(Settings):
     sigma: float = 2.0
     max_grid: int = 14
     feature_dim: int | None = None
+    centre_appearance: bool = True
     reveal_target_position: bool = False
     use_pad_class: bool = False
     inhibition: bool = False

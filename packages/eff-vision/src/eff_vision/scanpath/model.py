@@ -172,6 +172,8 @@ class ObjectScanpathTransformer(nn.Module):
             seen = self.appearance(features)
         batch, n = seen.shape[:2]
         mask = torch.ones(batch, n, dtype=torch.bool, device=seen.device) if object_mask is None else object_mask
+        if self.config.centre_appearance:
+            seen = _centred(seen, mask)
         tokens = torch.cat((seen, self._places(positions, seen)), -1)
         chosen = seen[torch.arange(batch), target]
         where = (
@@ -280,6 +282,13 @@ class ObjectScanpathTransformer(nn.Module):
                 break
         paths = paths.unflatten(0, (-1, samples))
         return paths, (paths != PAD).sum(-1)
+
+
+def _centred(seen: Tensor, mask: Tensor) -> Tensor:
+    """Appearances [B, N, C] without the mean of each scene's objects, brought to one length."""
+    there = mask[..., None].to(seen)
+    mean = (seen * there).sum(1, keepdim=True) / there.sum(1, keepdim=True)
+    return F.layer_norm(seen - mean, seen.shape[-1:])
 
 
 def _visited(fixations: Tensor, tokens: int) -> Tensor:

@@ -38,7 +38,7 @@ def alike(known: Searches, drawn: list[Paths]) -> dict[str, float]:
     )
     return {
         "sequence": float(np.mean(pairs)), "delta": behavioral_delta(mine, other)[0], "found": mine.found,
-        "length": mine.length, "searcher_length": other.length,
+        "length": mine.length, "search": mine.search, "refix": mine.refix, "revisit": mine.revisit,
     }  # fmt: skip
 
 
