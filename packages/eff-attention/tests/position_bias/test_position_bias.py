@@ -159,6 +159,8 @@ def test_profile_and_report(tmp_path):
     assert "tiny &lt;1&gt;" in text
     assert text.count("<polyline") >= 9
     assert text.count("<figure>") == 4
+    assert "reaches token 5 in 1 layer<" in text
+    assert "3 layers of full attention" in text
     assert "http" not in text
     assert report.kinds == ("full_attention",) * 3
     assert all(bound <= first + 1e-6 for bound, first in zip(report.bound, report.first, strict=True))

@@ -208,8 +208,12 @@ def _cell(value: object) -> str:
 
 
 def _counted(kinds: Sequence[str]) -> str:
-    found = [f"{kinds.count(kind)} layers of {kind.replace('_', ' ')}" for kind in dict.fromkeys(kinds)]
+    found = [f"{_layers(kinds.count(kind))} of {kind.replace('_', ' ')}" for kind in dict.fromkeys(kinds)]
     return html.escape(" and ".join(found))
+
+
+def _layers(count: int | None) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _graphs() -> str:
@@ -223,7 +227,7 @@ def _graphs() -> str:
         mask = spec.mask(6)
         centres = [j for part in centre_nodes(mask) for j in part]
         layers = reach_depth(mask, 0, 5)
-        text = f"{words}: centre {', '.join(map(str, centres))}; token 0 reaches token 5 in {layers} layers"
+        text = f"{words}: centre {', '.join(map(str, centres))}; token 0 reaches token 5 in {_layers(layers)}"
         shown.append(graph(mask, text))
     return "".join(shown)
 
@@ -236,7 +240,7 @@ def _decay(r: PositionBiasReport) -> str:
     curves = {}
     for d in depths:
         profile = decay_profile(d, r.slope, r.length // 2)
-        curves[f"{d} layers"] = tuple((profile / profile.sum()).tolist())
+        curves[_layers(d)] = tuple((profile / profile.sum()).tolist())
     peaks = ", ".join(f"{peak_distance(d, r.slope)} through {d}" for d in depths)
     return (
         "<p>What weights with that decay alone would do through several layers: paths multiply, and the distance of "
