@@ -1,13 +1,43 @@
+import dataclasses
+
 import pytest
 import torch
 from eff_kernels import Attended, can_shift, move_weights, native, scale_weights
-from eff_kernels.ops.attention_shift import api
+from eff_kernels.ops.attention_shift import api, cpu, reference
+from eff_kernels.ops.attention_shift.specs import MOVE_SPECS, SCALE_SPECS
+from eff_kernels.testing.op_tests import OpTests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 9, 3, 130, 130, 64, 64), (2, 4, 2, 37, 37, 32, 48), (1, 4, 4, 5, 61, 16, 16), (2, 6, 2, 33, 100, 40, 24)]
+
+
+def by_scale(q, k, v, out, lse, scale, columns, beta, heads, *, backend="auto"):
+    return scale_weights(Attended(q, k, v, out, lse, scale), columns, beta, heads, backend=backend)
+
+
+def by_moves(
+    q, k, v, out, lse, scale, receivers, givers, others, asked, share, rho, least, by_sinks, *, backend="auto"
+):
+    options = {"share": share, "rho": rho, "least": least, "by_sinks": by_sinks, "backend": backend}
+    return move_weights(Attended(q, k, v, out, lse, scale), receivers, givers, others, asked, **options)
+
+
+class TestScaleWeights(OpTests):
+    function = staticmethod(by_scale)
+    reference = staticmethod(reference.scale_weights)
+    op = api.SCALE_OP
+    specs = SCALE_SPECS
+    factor = 8.0  # what the output was rounded to is scaled as well, by up to 1 / 0.25
+
+
+class TestMoveWeights(OpTests):
+    function = staticmethod(by_moves)
+    reference = staticmethod(reference.move_weights)
+    op = api.MOVE_OP
+    specs = MOVE_SPECS
 
 
 def drawn(shape, dtype, seed=0, size=2.0):
@@ -137,14 +167,14 @@ def test_a_row_of_scaled_keys_alone_stays():
 def test_other_processors(define, monkeypatch):
     library = native.library(define)
     monkeypatch.setattr("eff_kernels.native.call.library", lambda: library)
-    api._kernel.cache_clear()
+    cpu._kernel.cache_clear()
     try:
         for dtype in DTYPES:
             for shape in SHAPES:
                 check_scaled(shape, dtype, 0.3, 0.4, False, 1)
                 check_moved(shape, dtype, False, 1)
     finally:
-        api._kernel.cache_clear()
+        cpu._kernel.cache_clear()
 
 
 def test_threads_change_nothing():
@@ -165,15 +195,29 @@ def test_refused():
     with pytest.raises(ValueError, match=r"columns must be bool \[2, 4, 37\]"):
         scale_weights(attended, torch.zeros(2, 4, 36, dtype=torch.bool), 0.4)
     none = torch.zeros(2, 37, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"asked must be \[2, 37\]"):
+    with pytest.raises(ValueError, match=r"asked must be bool \[2, 37\]"):
         move_weights(attended, none, none, none, none[:, 1:], share=0.6, rho=0.5, least=0.2, by_sinks=False)
-    double = Attended(*(x.double() for x in (attended.q, attended.k, attended.v, attended.out)), attended.lse, 0.125)
-    assert not can_shift(double.q, double.k, double.v)
-    with pytest.raises(ValueError, match="cannot take"):
-        scale_weights(double, torch.zeros(2, 4, 37, dtype=torch.bool), 0.4)
+    with pytest.raises(ValueError, match=r"heads must be in 0..3, got \[4\]"):
+        scale_weights(attended, torch.zeros(2, 1, 37, dtype=torch.bool), 0.4, [4])
+    columns = torch.zeros(2, 4, 37, dtype=torch.bool)
+    for name in ("out", "v", "lse"):
+        wrong = dataclasses.replace(attended, **{name: getattr(attended, name).bfloat16()})
+        with pytest.raises(TypeError, match=r"one float dtype|must be float32"):
+            scale_weights(wrong, columns, 0.4)
     short = Attended(attended.q, attended.k, attended.v, attended.out, attended.lse[:, :1], 0.1)
     with pytest.raises(ValueError, match="do not fit"):
         scale_weights(short, torch.zeros(2, 4, 37, dtype=torch.bool), 0.4)
+
+
+def test_other_calls_than_compiled_ones_are_computed_in_the_open():
+    attended, weights = drawn(SHAPES[1], torch.float32)
+    double = Attended(*(x.double() for x in (attended.q, attended.k, attended.v, attended.out)), attended.lse, 0.125)
+    assert not can_shift(double.q, double.k, double.v)
+    assert not can_shift(attended.q, attended.k.to("meta"), attended.v)
+    columns = torch.rand(2, 4, 37, generator=torch.Generator().manual_seed(0)) < 0.3
+    found = scale_weights(double, columns, 0.4)
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found, scaled(weights, columns, 0.4) @ wide(double.v, 4), rtol=1e-5, atol=1e-5)
 
 
 def test_memory_that_is_not_there_is_said():

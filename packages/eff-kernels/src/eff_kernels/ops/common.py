@@ -39,6 +39,13 @@ def check_groups(heads: int, kv_heads: int) -> None:
         raise ValueError(f"the number of query heads, {heads}, must be a multiple of the key heads, {kv_heads}")
 
 
+def check_devices(op: str, **tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device, as `Op` does: kernels take addresses for granted."""
+    if len({x.device for x in tensors.values()}) > 1:
+        where = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {where}")
+
+
 def check_rows(x: Tensor) -> None:
     """Raise unless x has rows, of a float dtype."""
     if x.dim() == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.op import needs_torch_dispatch
-from eff_kernels.ops.common import check_groups
+from eff_kernels.ops.common import check_devices, check_groups
 
 _ARGS = struct.Struct("PqqqPqqqqqqqqqqPqdPPqPqqq")  # the fields of args in attention_columns.c
 _kernel = native.loader("eff_attention_columns", _ARGS)
@@ -52,13 +52,14 @@ def attention_columns(
         lse: Log-sum-exp of all heads [B, H, Sq], float32, if it is known: it saves one of two passes over the scores.
 
     Raises:
-        ValueError: shapes do not fit, or a head does not exist.
+        ValueError: shapes do not fit, a head does not exist, or tensors lie on several devices.
     """
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[2] > k.shape[2]:
         raise ValueError(
             f"q [B, H, Sq, D] and k [B, KV, S, D] with Sq <= S do not fit: got {list(q.shape)} and {list(k.shape)}"
         )
     check_groups(q.shape[1], k.shape[1])
+    check_devices("attention_columns", q=q, k=k, **({} if lse is None else {"lse": lse}))
     batch, total, count, d = q.shape
     which = range(total) if heads is None else heads
     if any(not 0 <= h < total for h in which):

@@ -16,6 +16,7 @@ from torch import Tensor
 from eff_kernels import native
 from eff_kernels.native import DTYPE_CODES
 from eff_kernels.op import needs_torch_dispatch
+from eff_kernels.ops.common import check_devices
 
 _SCORES = struct.Struct("PqqqPqqqqqqqqqdP")  # the fields of score_args in attention_rows.c
 _scores = native.loader("eff_attention_row_scores", _SCORES)
@@ -37,10 +38,11 @@ def row_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
         [B, H, S], computed in float32, or in float64 where one of them is.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or tensors lie on several devices.
     """
     if q.dim() != 3 or k.dim() != 4 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[3]) or _apart(q, k):
         raise ValueError(f"q [B, H, D] and k [B, KV, S, D] do not fit: got {list(q.shape)} and {list(k.shape)}")
+    check_devices("row_scores", q=q, k=k)
     batch, heads, d = q.shape
     _, kv_heads, keys, _ = k.shape
     if not _compiled(q, k) or q.dtype not in DTYPE_CODES or q.stride(2) != 1:
@@ -72,11 +74,12 @@ def row_values(weights: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
         [B, H, D].
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or tensors lie on several devices.
     """
     fits = weights.dim() == 3 and v.dim() == 4 and (weights.shape[0], weights.shape[2]) == (v.shape[0], v.shape[2])
     if not fits or _apart(weights, v):
         raise ValueError(f"weights [B, H, S] and v [B, KV, S, D] do not fit: {list(weights.shape)}, {list(v.shape)}")
+    check_devices("row_values", weights=weights, v=v)
     batch, heads, keys = weights.shape
     _, kv_heads, _, d = v.shape
     if not _compiled(weights, v) or dtype not in DTYPE_CODES or weights.dtype is torch.float64:
@@ -148,7 +151,8 @@ def row_calibrated(
         beta: 0 to 1.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or tensors lie on several devices.
+        TypeError: limits of other dtypes.
     """
     batch, heads, d = q.shape
     keys = k.shape[2]
@@ -162,6 +166,9 @@ def row_calibrated(
         raise ValueError(
             f"limits must be for {batch} sequences of {keys} keys, got {[list(x.shape) for x in limits[:3]]}"
         )
+    if [x.dtype for x in limits[:3]] != [torch.int64, torch.bool, torch.float32]:
+        raise TypeError(f"limits must be int64, bool and float32, got {[x.dtype for x in limits[:3]]}")
+    check_devices("row_calibrated", q=q, k=k, v=v, old=old, rows=limits.rows, may_be=limits.may_be, bound=limits.bound)
     plain = not _compiled(q, k) or not _compiled(q, v) or k.dtype is not v.dtype
     if plain or q.dtype not in DTYPE_CODES or q.stride(2) != 1 or old.dtype is not torch.float32:
         return _calibrated_plainly(q, k, v, scale, old, limits, beta)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eff_kernels import native
+from eff_kernels.ops.common import check_devices
 
 _ARGS = struct.Struct("PqqPPqqqq")  # the fields of args in row_write.c
 _kernel = native.loader("eff_row_write", _ARGS)
@@ -24,7 +25,7 @@ def row_write(table: Tensor, at: Tensor, values: Tensor) -> None:
         values: [outer, inner, D] of the table's dtype.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or tensors lie on several devices.
         TypeError: ``at`` is not int64, or the dtypes differ.
         IndexError: a row lies outside of the table; nothing is written then.
     """
@@ -33,6 +34,7 @@ def row_write(table: Tensor, at: Tensor, values: Tensor) -> None:
             f"table [rows, D], contiguous, and values [outer, inner, D] do not fit: {list(table.shape)} and "
             f"{list(values.shape)}"
         )
+    check_devices("row_write", table=table, at=at, values=values)
     outer, inner, d = values.shape
     if at.shape != (outer * inner,):
         raise ValueError(f"at must have shape {[outer * inner]}, got {list(at.shape)}")
