@@ -21,6 +21,17 @@ with warnings.catch_warnings():
                 sys.modules[name].utils.logging.disable_progress_bar()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Skip what this transformers is too old for, as eff_quant says."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if "changes the names of stored experts" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.fixture
 def llama():
     """A function that makes a Llama of two layers, 64 wide, with the same random weights each time."""

@@ -27,6 +27,7 @@ from eff_quant.registry import method_names, method_of
 from eff_quant.skips import on_skip_list
 
 try:
+    import transformers
     from transformers.core_model_loading import ConversionOps
     from transformers.modeling_utils import PreTrainedModel
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -241,7 +242,16 @@ class EffHfQuantizer(HfQuantizer):
         return not self.has_experts and all(method_of(c).compilable(c) for _, c in self.rules.rules)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Before saving: note which linear layers have which settings, so that loading exchanges the same ones."""
+        """Before saving: note which linear layers have which settings, so that loading exchanges the same ones.
+
+        Raises:
+            NotImplementedError: this transformers takes tensors of stored experts for weights of experts.
+        """
+        if self.has_experts and not _names_are_whole() and _converts(model):
+            raise NotImplementedError(
+                f"transformers {transformers.__version__} changes the names of stored experts when it saves them; "
+                "use 5.23 or newer, or dequantize_ first"
+            )
         record_settings(model)
         return None, {}
 
@@ -249,6 +259,23 @@ class EffHfQuantizer(HfQuantizer):
         dequantize_layers(model, dtype=dtype)
         detach(model)
         return model
+
+
+def _names_are_whole() -> bool:
+    """Whether a rule of transformers for ``weight`` leaves ``weight_scale`` alone, as it does since 5.23."""
+    from transformers.core_model_loading import WeightRenaming
+
+    name, _ = WeightRenaming("a.weight", "b.weight").rename_source_key("a.weight_scale")
+    return bool(name == "a.weight_scale")
+
+
+def _converts(model: Any) -> bool:
+    """Whether transformers saves weights of the model's class in another form than it holds them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    found = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
+    return any(isinstance(conversion, WeightConverter) for conversion in found)
 
 
 for _name in (*method_names(), MixedConfig.quant_method):

@@ -155,3 +155,13 @@ def test_a_checkpoint_of_experts_for_another_model(tools, tmp_path):
     with pytest.raises(ValueError, match=r"experts\.gate_up_proj: weight_packed has shape \[4, .*wanted \[8, "):
         load(tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path).num_experts == 8
+
+
+def test_old_transformers_do_not_save_experts_under_changed_names(tmp_path, tools, monkeypatch):
+    import eff_quant.hf as hf
+
+    saved = [quantize_(model := tools.make(name), FP8Config()) and model for name in ("mixtral", "gpt_oss")]
+    monkeypatch.setattr(hf, "_names_are_whole", lambda: False)
+    with pytest.raises(NotImplementedError, match="changes the names of stored experts when it saves them"):
+        saved[0].save_pretrained(tmp_path / "no")
+    saved[1].save_pretrained(tmp_path / "yes")  # of a class whose names stay
