@@ -1,8 +1,9 @@
 """What a client gets over HTTP: start, memory, first tokens, throughput, and the next turn of a long conversation.
 
 Run it as ``nox -s bench -- serve over_http``, or by itself with ``--threads 2``. Each engine is a server process of its
-own on the embedded model; the client speaks the streaming API. Every line of the table is one engine. Other servers
-take part with ``--peer "NAME=COMMAND"``, where ``{folder}`` and ``{port}`` stand for the model's folder and the port.
+own on the embedded model; the client speaks the streaming API. A record is one engine: the median of each figure, and
+under ``values`` all that went into it. Other servers take part with ``--peer "NAME=COMMAND"``, where the words
+``{folder}``, ``{gguf}`` and ``{port}`` stand for the model's folder, the 4-bit file that it comes from, and the port.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pydoc_data.topics import topics
 
 import eff_kernels
 import httpx
-from eff_embedded.language import smollm2_folder
+from eff_embedded.language import smollm2_folder, smollm2_gguf
 from eff_kernels.testing.records import environment
 
 RESULTS = Path(__file__).parent / "results" / "over_http.jsonl"
@@ -60,10 +61,15 @@ class Server:
         self.model = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
 
     def resident(self):
-        """Resident memory in MB, and the most that it ever was."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        found = dict(line.split(":", 1) for line in lines)
-        return [int(found[key].split()[0]) / 1000 for key in ("VmRSS", "VmHWM")]
+        """Resident memory in MB, and the most that it ever was, of the process and of those that it started."""
+        processes, total = [self.process.pid], [0.0, 0.0]
+        for pid in processes:
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                processes += map(int, children.read_text().split())
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            found = dict(line.split(":", 1) for line in lines)
+            total = [t + int(found[key].split()[0]) / 1000 for t, key in zip(total, ("VmRSS", "VmHWM"), strict=True)]
+        return total
 
     def close(self):
         self.process.terminate()
@@ -71,7 +77,11 @@ class Server:
 
 
 async def answer(client, model, messages, max_tokens, **fields):
-    """Seconds to the first token, seconds to the last, how many, and what was cached."""
+    """Seconds to the first token, the text, how many tokens, and how many of the prompt were cached.
+
+    Raises:
+        ValueError: the answer has another length than was asked for.
+    """
     body = {
         "model": model, "messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True}, **fields,
@@ -88,14 +98,10 @@ async def answer(client, model, messages, max_tokens, **fields):
             if piece:
                 first = time.perf_counter() - started if first is None else first
                 text += piece
-    took = time.perf_counter() - started
-    return (
-        first,
-        took,
-        usage["completion_tokens"],
-        text,
-        (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-    )
+    if usage["completion_tokens"] != max_tokens:
+        raise ValueError(f"{usage['completion_tokens']} tokens came; asked for {max_tokens}")
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return first, text, max_tokens, cached or 0
 
 
 def asking(i, characters=200):
@@ -107,9 +113,9 @@ async def measure(server, rounds, batches):
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=64)) as client:
         await answer(client, model, asking(999), 8, **GREEDY)
         firsts = [(await answer(client, model, asking(i), 2, **GREEDY))[0] for i in range(3 * rounds)]
-        found["first token of 60"] = [1000 * s for s in firsts]
+        found["first_60_ms"] = [1000 * s for s in firsts]
         longs = [(await answer(client, model, asking(100 + i, 2200), 2, **GREEDY))[0] for i in range(rounds)]
-        found["first token of 512"] = [1000 * s for s in longs]
+        found["first_512_ms"] = [1000 * s for s in longs]
         for batch in batches:
             for name, how in (("greedy", GREEDY), ("sampled", SAMPLED)):
                 rates = []
@@ -118,18 +124,18 @@ async def measure(server, rounds, batches):
                     started = time.perf_counter()
                     got = await asyncio.gather(*(answer(client, model, p, 64, **how) for p in prompts))
                     rates.append(sum(g[2] for g in got) / (time.perf_counter() - started))
-                found[f"tokens/s of {batch}, {name}"] = rates
+                found[f"{name}_{batch}"] = rates
         turns, cached = [], 0
         for r in range(rounds):
             talk = [{"role": "system", "content": SYSTEM + TEXT[r * 20000 : r * 20000 + 12500]}]
             for question in ("What is this?", "Tell me more.", "And what else?"):
                 talk.append({"role": "user", "content": question})
-                first, _, _, text, cached = await answer(client, model, talk, 24, **GREEDY)
+                first, text, _, cached = await answer(client, model, talk, 24, **GREEDY)
                 talk.append({"role": "assistant", "content": text})
                 turns.append((question, first))
-        found["first turn of 3000"] = [1000 * s for q, s in turns if q == "What is this?"]
-        found["next turn of 3000"] = [1000 * s for q, s in turns if q != "What is this?"]
-        found["cached tokens of the last turn"] = [cached or 0]
+        found["first_turn_3000_ms"] = [1000 * s for q, s in turns if q == "What is this?"]
+        found["next_turn_3000_ms"] = [1000 * s for q, s in turns if q != "What is this?"]
+        found["cached_tokens"] = [cached]
     return found
 
 
@@ -148,7 +154,10 @@ def main():
     start = [sys.executable, "-c", "from eff_serve.cli import main; main()", "--no-log-requests", "--port", "{port}"]
     commands = {name: [*start, *ENGINES[name]] for name in options.engines if name != "none"}
     peers = {name: shlex.split(command) for name, _, command in (peer.partition("=") for peer in options.peer)}
-    places = {"{port}": str(options.port), "{folder}": str(smollm2_folder(progress=False))}
+    places = {
+        "{port}": str(options.port), "{folder}": str(smollm2_folder(progress=False)),
+        "{gguf}": str(smollm2_gguf()),
+    }  # fmt: skip
     for name, words in (commands | peers).items():
         command = [places.get(word, word) for word in words]
         server = Server(command, options.threads, options.port, ours=name in commands)
@@ -158,23 +167,18 @@ def main():
             resident, most = server.resident()
         finally:
             server.close()
-        found |= {"ready": [server.ready], "MB when ready": [before], "MB after": [resident], "MB at most": [most]}
+        found |= {"ready_s": [server.ready], "mb_ready": [before], "mb_after": [resident], "mb_most": [most]}
+        middles = {figure: statistics.median(values) for figure, values in found.items()}
         print(name)
-        for metric, values in found.items():
-            middle = statistics.median(values)
-            print(
-                f"  {metric:32} {middle:10.1f}   ({min(values):.1f} to {max(values):.1f}, n={len(values)})", flush=True
-            )
-            record = {
-                **about,
-                "engine": name,
-                "metric": metric,
-                "median": middle,
-                "values": [round(v, 3) for v in values],
-            }
-            if not options.no_record:
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+        for figure, values in found.items():
+            spread = f"({min(values):.1f} to {max(values):.1f}, n={len(values)})"
+            print(f"  {figure:20} {middles[figure]:10.1f}   {spread}", flush=True)
+        values = {figure: [round(v, 3) for v in values] for figure, values in found.items()}
+        # every answer had the length that was asked for, or `answer` had raised
+        record = {**about, "engine": name, "checked": True, "ok": True, **middles, "values": values}
+        if not options.no_record:
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
