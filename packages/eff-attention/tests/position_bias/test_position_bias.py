@@ -191,7 +191,7 @@ def test_report_of_even_attention():
         (lambda: Rollout(1.0), "residual must be"),
         (lambda: Rollout().value, "no layer"),
         (lambda: attention_rollout([torch.rand(3, 3)]), "add up to 1"),
-        (lambda: simulate_rollout(torch.zeros(3, 3, dtype=torch.bool), 3, 1), "sees somebody"),
+        (lambda: simulate_rollout(torch.zeros(3, 3, dtype=torch.bool), 3, 1), "at least one True in each row"),
         (lambda: position_profile(torch.rand(3, 3)), "add up to 1"),
         (lambda: position_bias_report(tiny(), []), "texts of one length"),
         (lambda: position_bias_report(tiny(), [torch.arange(5)]), "8 tokens or more"),

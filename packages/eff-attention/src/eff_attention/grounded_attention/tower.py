@@ -163,7 +163,9 @@ class Encoder:
         count = sum(lengths) // tiles
         scores = [None if x is None else _pooled(x, count) for x in (first, late, received)]
         if count * tiles != sum(lengths) or scores[0] is None or scores[1] is None:
-            raise NotImplementedError(f"pictures have {lengths} tokens of {tiles} x {patches} patches, no equal blocks")
+            raise NotImplementedError(
+                f"pictures have {lengths} tokens of {tiles} x {patches} patches; wanted equal blocks"
+            )
         local, summary = chosen(scores[0], scores[1], scores[2], self.config)
         return torch.stack([local.flatten(), summary.flatten()])
 

@@ -146,7 +146,9 @@ class ReuseRule:
                 "use phase='decode'"
             )
         if more := _beyond(call):
-            raise NotImplementedError(f"layer reuse of prompts has neither dropout nor {more}; layer {layer} has it")
+            raise NotImplementedError(
+                f"layer reuse of prompts supports neither dropout nor {more}; layer {layer} uses it"
+            )
         return prompt.attend(source, q, k, v, call.scale)
 
     def _full(self, step: Step, call: AttentionCall, attend: Attend) -> Tensor | AttentionOutput:

@@ -85,7 +85,7 @@ def simulate_rollout(
     """
     visible = mask.mask(n) if isinstance(mask, MaskSpec) else mask
     if visible.shape != (n, n) or not bool(visible.any(1).all()):
-        raise ValueError(f"the mask must be bool [{n}, {n}] in which each token sees somebody")
+        raise ValueError(f"the mask must be bool [{n}, {n}] with at least one True in each row")
     place = torch.arange(n, dtype=torch.float64)
     bias = -decay * (place[:, None] - place).abs()
     logits = torch.zeros(depth, n, n, dtype=torch.float64) if content is None else content.double().expand(depth, n, n)

@@ -98,7 +98,7 @@ def attend_sparse(call: AttentionCall, attend: Attend) -> Tensor | AttentionOutp
         raise ValueError(f"{call.name} is causal; sparse-linear attention is not")
     more = {"dropout": call.dropout or None, "a softcap": call.softcap, "sinks": call.sinks, "a bias": call.bias}
     if has := [name for name, value in more.items() if value is not None]:
-        raise NotImplementedError(f"{call.name} has {has[0]}, which sparse-linear attention has not")
+        raise NotImplementedError(f"{call.name} has {has[0]}, which sparse-linear attention does not support")
     if call.mask is None:
         return attention(call.q, call.k, call.v, call.scale)
     if attention.config.fallback != "sdpa":

@@ -138,7 +138,9 @@ def amount(adapter: StyleAdapter, name: str, use: StyleUse, factor: float, out: 
         found = found * _rows(use.keep, out.shape[0]).to(out.device)[:, None, None, None]
     if use.mask is not None:
         if current_layout() == "branch":
-            raise ValueError("a style's mask is for the whole picture, which a layout's branches are not; use eta1=0")
+            raise ValueError(
+                "a style's mask covers the whole picture, while a layout draws parts of it on their own; use eta1=0"
+            )
         found = found * mask_on_tokens(use.mask.to(out.device), out.shape[2]).to(out.dtype)[:, None]
     return found
 
