@@ -39,6 +39,21 @@ def test_the_largest_entry_is_exact_where_the_scale_is():
     assert fake_quant_fp8(x, E4M3)[0, 0] == x[0, 0]
 
 
+@pytest.mark.parametrize("spec", [E4M3, E5M2], ids=label)
+def test_no_entry_leaves_the_range_by_a_rounding(spec):
+    """Of every float32, up to a power of two: x / (x / M) exceeds M for some, and is rounded to M for all."""
+    x = (torch.arange(2**23, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+    most = torch.finfo(spec.torch_dtype).max
+    quotient = x / (x / most)
+    assert quotient.max() > most
+    assert bool((quotient.to(spec.torch_dtype).float() == most).all())
+    beyond = x[quotient > most][:1000, None].clone().requires_grad_()
+    y = fake_quant_fp8(beyond, spec, scale_grad=True)
+    torch.testing.assert_close(y, beyond, rtol=2**-22, atol=0)
+    y.sum().backward()
+    torch.testing.assert_close(beyond.grad, torch.ones_like(beyond), rtol=1e-6, atol=0)
+
+
 def test_zero_rows_stay_zero_with_a_finite_gradient(spec):
     x = torch.zeros(4, 160, requires_grad=True)
     y = fake_quant_fp8(x, spec)

@@ -18,7 +18,7 @@ EPS = 1e-12
 def fake_quant_fp8(x: Tensor, spec: FP8Spec, *, weight: bool = False, scale_grad: bool = False) -> Tensor:
     """Round x to the numbers that FP8 and its scales express.
 
-    s = max(max |x|, 1e-12) / M over what shares a scale, and the result is round(clamp(x / s, -M, M)) * s, in float32
+    s = max(max |x|, 1e-12) / M over what shares a scale, and the result is round(x / s) * s, in float32
     and rounded once to the dtype of x. In the backward all of it is the identity, also for the largest entry.
 
     Args:
@@ -74,7 +74,8 @@ def _in_tiles(x: Tensor, rounded: Any) -> Tensor:
 def _with_scale_gradient(x: Tensor, dtype: torch.dtype) -> Tensor:
     wide, most = x.float(), torch.finfo(dtype).max
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=EPS) / most
-    return (_Round.apply((wide / scale).clamp(-most, most), dtype) * scale).to(x.dtype)
+    # No clamp: the largest entry over its scale misses M by one rounding at most, and is rounded to M.
+    return (_Round.apply(wide / scale, dtype) * scale).to(x.dtype)
 
 
 class _Round(torch.autograd.Function):

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eff_quant.fp4 import FP4Config
+from eff_quant.fp8_qat import FP8Config
+from eff_quant.llm_int8 import Int8Config
 from eff_quant.sensitivity.fake import FORMATS, check_format
 from eff_quant.sensitivity.measure import FUSED, Layer
 
@@ -159,13 +162,7 @@ def _size(layer: Layer, format: str | None, kept_bits: int) -> float:
 
 def _config(format: str, activations: bool) -> Any:
     if FORMATS[format].bits < 8:
-        from eff_quant.fp4 import FP4Config
-
         return FP4Config.from_dict({"format": format, "activations": "dynamic" if activations else None})
     if format == "fp8":
-        from eff_quant.fp8_qat import FP8Config
-
         return FP8Config(activations="dynamic" if activations else "none")
-    from eff_quant.llm_int8 import Int8Config
-
     return Int8Config(threshold=0.0, activation="dynamic" if activations else "none")

@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from eff_kernels.edit import Record
 
 from eff_quant.sensitivity.measure import FUSED, Layer
+from eff_quant.sensitivity.recipe import Recipe, make_recipe
 from eff_quant.sensitivity.score import interval, mean
-
-if TYPE_CHECKING:
-    from eff_quant.sensitivity.recipe import Recipe
 
 Mode = Literal["base", "full", "component", "block", "grid", "mixed"]
 Direction = Literal["only", "restore"]
@@ -212,7 +210,5 @@ class SensitivityReport(Record):
         fuse: tuple[tuple[str, ...], ...] = FUSED,
     ) -> Recipe:
         """Choose a precision for every layer, see `eff_quant.sensitivity.recipe.make_recipe`."""
-        from eff_quant.sensitivity.recipe import make_recipe
-
         budget = {"budget_bytes": budget_bytes, "budget_kl": budget_kl}
         return make_recipe(self, format, **budget, fallback=fallback, kept_bits=kept_bits, fuse=fuse)
