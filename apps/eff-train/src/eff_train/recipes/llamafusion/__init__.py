@@ -59,8 +59,8 @@ class Config(TrainConfig):
         start: Folder of a run with a tower of the same shape, whose newest weights this one starts with.
     """
 
-    steps: int = 300
-    batch_size: int = 24
+    steps: int = 450
+    batch_size: int = 32
     lr: float = 6e-4
     warmup: int = 20
     betas: tuple[float, float] = (0.9, 0.95)
