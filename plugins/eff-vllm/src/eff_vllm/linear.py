@@ -24,7 +24,11 @@ class _ScaleParameter(_ColumnvLLMParameter):
 
 
 def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None, config: Int8Config) -> Tensor:
-    """LLM.int8() with a layer's codes ``weight`` [N, K] and ``SCB`` [N]."""
+    """LLM.int8() with a layer's codes ``weight`` [N, K] and ``SCB`` [N].
+
+    Outliers are looked for in each row by itself, also where the settings ask for columns of the whole call, so that an
+    answer does not depend on what else vLLM has in its batch.
+    """
     if config.activation == "none":
         return int8_linear(x, layer.weight, layer.SCB, bias, activation="none")
     return int8_linear(
@@ -77,9 +81,15 @@ class StoredInt8Method(LinearMethodBase):
         for name, parameter in (("weight", weight), ("SCB", scale)):
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, extra_weight_attrs)
+        mark = nn.Parameter(torch.empty((), dtype=torch.uint8), requires_grad=False)
+        layer.register_parameter("weight_format", mark)
+        set_weight_attrs(
+            mark, {"weight_loader": lambda *_: None}
+        )  # bitsandbytes' mark of a layout; codes are row-major
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Plain parameters are enough from here on."""
+        del layer.weight_format
         layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
         layer.SCB = nn.Parameter(layer.SCB.data, requires_grad=False)
 

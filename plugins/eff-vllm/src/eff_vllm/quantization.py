@@ -26,7 +26,6 @@ class EffInt8(QuantizationConfig):
     """
 
     name: ClassVar[str] = "eff_int8"
-    _ignore_unexpected_suffixes = (*QuantizationConfig._ignore_unexpected_suffixes, ".weight_format")
 
     def __init__(self, settings: Int8Config | None = None, *, stored: bool = False) -> None:
         super().__init__()
