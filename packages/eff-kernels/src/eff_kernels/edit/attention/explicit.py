@@ -215,7 +215,7 @@ def _pick(mask: Tensor, heads: tuple[int, ...] | None) -> Tensor:
 
 def _edited(block: Tensor, part: Part, edit: Edit, change: EditBlock) -> Tensor:
     """A block with the heads and rows of an edit changed; the rest is the same numbers."""
-    span = None if edit.rows is None else range(*edit.rows.indices(part.count))
+    span = None if edit.rows is None else range(part.count)[edit.rows]
     h = [i for i, head in enumerate(part.head_numbers) if edit.heads is None or head in edit.heads]
     r = [i for i, row in enumerate(part.row_numbers) if span is None or row in span]
     if len(h) == len(part.head_numbers) and len(r) == len(part.row_numbers):

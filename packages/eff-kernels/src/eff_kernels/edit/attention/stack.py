@@ -179,8 +179,8 @@ def _edited(call: AttentionCall, host: Host) -> AttentionOutput:
 
 def _hull(call: AttentionCall) -> slice:
     """Smallest range of queries that holds those of all edits."""
-    ends = [(slice(None) if e.rows is None else e.rows).indices(call.num_queries) for e in call.edits]
-    return slice(min(e[0] for e in ends), max(e[1] for e in ends))
+    ranges = [range(call.num_queries)[slice(None) if e.rows is None else e.rows] for e in call.edits]
+    return slice(min(r.start for r in ranges), max(r.stop for r in ranges))
 
 
 def _put(whole: Tensor, heads: Any, rows: slice, part: Tensor) -> Tensor:

@@ -90,10 +90,10 @@ def _product_kernel(
             # The sign of a half comes from shifting it down from the upper end of the byte.
             low_KN = (bytes_KN << 4).to(tl.int8, bitcast=True) >> 4
             high_KN = bytes_KN.to(tl.int8, bitcast=True) >> 4
-            sums_MN = tl.dot(even_MK, low_KN, sums_MN)
-            sums_MN = tl.dot(odd_MK, high_KN, sums_MN)
+            sums_MN = tl.dot(even_MK, low_KN, sums_MN, out_dtype=tl.int32)
+            sums_MN = tl.dot(odd_MK, high_KN, sums_MN, out_dtype=tl.int32)
         else:
-            sums_MN = tl.dot(even_MK, bytes_KN, sums_MN)
+            sums_MN = tl.dot(even_MK, bytes_KN, sums_MN, out_dtype=tl.int32)
     out_MN = sums_MN.to(tl.float32) * tl.load(factor_ptr + row_M)[:, None] * tl.load(scale_ptr + column_N)[None, :]
     if BIAS:
         out_MN += tl.load(bias_ptr + column_N).to(tl.float32)[None, :]

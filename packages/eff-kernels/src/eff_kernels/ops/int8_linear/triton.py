@@ -39,7 +39,7 @@ def _exact_sums(
             inside_K = first + inner_K < k
             codes_MK = tl.load(codes_M[:, None] + (first + inner_K)[None, :], inside_K[None, :], other=0)
             weight_KN = tl.load(weight_N[None, :] + (first + inner_K)[:, None], inside_K[:, None], other=0)
-        sums_MN = tl.dot(codes_MK, weight_KN, sums_MN)
+        sums_MN = tl.dot(codes_MK, weight_KN, sums_MN, out_dtype=tl.int32)
     return sums_MN
 
 
