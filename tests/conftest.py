@@ -49,6 +49,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes in one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

@@ -47,6 +47,15 @@ Every cell is a test in `tests/compositions`; this page is made from its tables 
 """
 
 
+REAL = """## On real weights
+
+The tables above are of tiny models. These stacks and pairs are tried on the real weights of [eff-embedded](embedded.md)
+as well, by `tests/compositions/test_real.py`: each method acts, and taken back it leaves the model as it was, bit for
+bit; on the ViT stored weights also give what the same weights in float give. eff-studio's engine draws
+with the whole stack of collage diffusion and leaves nothing of it on the pipeline.
+"""
+
+
 class Notes:
     """Numbered texts below a table."""
 
@@ -135,7 +144,16 @@ def compositions() -> str:
         wider = [names for other, names in STACKS if other is family]
         text += ["Of three and more, the same is looked at for:", "", *("- " + ", ".join(names) for names in wider), ""]
         pages.append("\n".join(text) + "\n")
-    return "".join(pages).rstrip() + "\n"
+    return "".join(pages) + on_real_weights()
+
+
+def on_real_weights() -> str:
+    """What is looked at on real weights too."""
+    from real import PAIRS, REFUSED, STACKS
+
+    lines = [[family.name, ", ".join(names)] for family, names, _ in (*STACKS, *PAIRS)]
+    lines += [[family.name, ", ".join(names) + ": refused"] for family, names in REFUSED]
+    return "\n".join([REAL, *table(["model", "in the order of applying"], lines)]) + "\n"
 
 
 def cell(family: Any, notes: Notes, a: str, b: str) -> str:

@@ -43,7 +43,7 @@ def lora(model: nn.Module, targets: tuple[str, ...], scale: float = 1.0) -> Hand
         targets = ("q_proj.text", "q_proj.picture", "down_proj")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False))
     for name, p in adapted.named_parameters():
-        if "lora_" in name:  # by name, so that it is the same adapter whatever else lies on the model
+        if ".lora_A." in name or ".lora_B." in name:  # by name: the same adapter whatever else lies on the model
             seed = zlib.crc32(name.replace(".text", "").replace(".picture", "").encode())
             p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
             p.data.mul_(scale if "lora_B" in name else 1)

@@ -4,19 +4,11 @@ import pytest
 import torch
 from composing import PROMISES, UNDONE, Stack, acts, check, stored_is_float
 from families import FAMILIES, STACKS
+from marks import MARKS
 
 PAIRS = [pytest.param(f, pair, id=f"{f.name}: {' + '.join(pair)}") for f in FAMILIES.values() for pair in f.pairs()]
 WIDER = [pytest.param(f, names, id=f"{f.name}: {' + '.join(names)}") for f, names in STACKS]
-# transformers and PEFT rename and deprecate from release to release; what they compute is looked at here.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize(("family", "pair"), PAIRS)

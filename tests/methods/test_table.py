@@ -1,14 +1,13 @@
 """Each method and each property: it holds, or its error is the one that the row names."""
 
 import pytest
-import torch
+from marks import MARKS
 from method_table import ROOT, load_rows
 from properties import PROPERTIES, asked
 
 ROWS = load_rows()
 CELLS = [pytest.param(row, name, id=f"{row.name}-{name}") for row in ROWS for name in asked(row)]
-# transformers and PEFT rename and deprecate from release to release; what they compute is looked at here.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = MARKS
 
 NO_METHODS = {
     "eff_attention.hallucination": "scores of answers, without a model",
@@ -16,14 +15,6 @@ NO_METHODS = {
     "eff_vision.geometry": "formulas of cameras and panoramas",
     "eff_vision.metrics": "scores, without a model",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("row", "name"), CELLS)
