@@ -161,7 +161,8 @@ def _slope(values: Tensor) -> float:
 
 _STYLE = """body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
 svg{width:100%;height:auto}td,th{padding:.1rem .6rem;text-align:right}figure{display:inline-block;margin:.5rem}
-figcaption{font-size:.85rem;max-width:18rem}.wide{overflow-x:auto}"""
+figcaption{font-size:.85rem;max-width:18rem}.wide{overflow-x:auto}
+@media(max-width:40rem){svg{overflow:visible}:not(figure)>svg text{font-size:20px}}"""
 
 
 def _page(r: PositionBiasReport) -> str:
