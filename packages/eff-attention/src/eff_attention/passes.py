@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from eff_kernels import Handle
-from eff_kernels.edit.attention import AttentionCall, Role, TokenRoles, tokens_of
+from eff_kernels.edit.attention import AttentionCall, Role, TokenRoles, decoder_attention, tokens_of
 from eff_kernels.edit.caches import given_cache, returned_cache
 from torch import Tensor, nn
 
@@ -175,8 +175,6 @@ def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     Raises:
         NotImplementedError: the attention of some layers cannot be reached.
     """
-    from eff_kernels.edit.attention import decoder_attention
-
     modules = dict(model.named_modules())
     names = decoder_attention(model)
     count = text_config(model).num_hidden_layers

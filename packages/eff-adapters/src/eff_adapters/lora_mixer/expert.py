@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from eff_adapters.lora_mixer.peft_settings import checked_settings, scaling_of
+
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
@@ -74,8 +76,6 @@ class LoraExpert:
             ValueError: a kind of adapter that is no plain LoRA, parts are missing, or shapes do not fit.
             TypeError: something that is no tensor.
         """
-        from eff_adapters.lora_mixer.peft_settings import checked_settings, scaling_of
-
         plain = checked_settings(settings)
         factors: dict[str, dict[str, Tensor]] = {}
         other = []

@@ -15,6 +15,8 @@ from eff_kernels.edit import Handle, Report, replace_module
 from torch import Tensor, nn
 
 from eff_adapters.lora_mixer.config import LoraMixerConfig, Mode
+from eff_adapters.lora_mixer.edit_experts import add_expert, remove_expert
+from eff_adapters.lora_mixer.files import load_routers, save_lora_mixer
 from eff_adapters.lora_mixer.layer import RoutedLoraLinear, Router
 from eff_adapters.lora_mixer.losses import specialization_balance_loss
 from eff_adapters.lora_mixer.passes import RoutePass, opened
@@ -245,8 +247,6 @@ class LoraMixer(Handle):
         Raises:
             ValueError, TypeError, FileNotFoundError: as `apply_lora_mixer`; nothing has changed then.
         """
-        from eff_adapters.lora_mixer.edit_experts import add_expert
-
         add_expert(self, name, source)
 
     def remove_expert(self, name: str) -> None:
@@ -255,15 +255,11 @@ class LoraMixer(Handle):
         Raises:
             ValueError: no expert of that name, or too few would be left for ``top_k``; nothing has changed then.
         """
-        from eff_adapters.lora_mixer.edit_experts import remove_expert
-
         remove_expert(self, name)
         self._names = None  # projections may be routed no more
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write each expert as a folder of PEFT, ``routers.safetensors``, and last ``mixer_config.json``."""
-        from eff_adapters.lora_mixer.files import save_lora_mixer
-
         save_lora_mixer(self, folder)
 
     def load_routers(self, file: str | Path) -> None:
@@ -272,8 +268,6 @@ class LoraMixer(Handle):
         Raises:
             ValueError: routers are missing, there are others, or shapes differ; nothing has changed then.
         """
-        from eff_adapters.lora_mixer.files import load_routers
-
         load_routers(self, file)
 
     def _records(self) -> dict[str, Any]:

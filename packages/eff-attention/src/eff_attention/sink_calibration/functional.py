@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from eff_kernels.edit.attention import head_indices
 from torch import Tensor
 
 from eff_attention.sink_calibration.config import Spare, Threshold, check_beta, check_threshold
@@ -135,8 +136,6 @@ def calibrate_attention(
         raise ValueError(f"sinks must be bool, got {sinks.dtype}")
     at = sinks[..., None, :].expand(torch.broadcast_shapes(sinks[..., None, :].shape, attn.shape))
     if heads is not None:
-        from eff_kernels.edit.attention import head_indices
-
         if attn.dim() < 3:
             raise ValueError(f"heads are for maps [..., H, q, n], got {list(attn.shape)}")
         chosen = torch.zeros(attn.shape[-3], dtype=torch.bool, device=attn.device)
