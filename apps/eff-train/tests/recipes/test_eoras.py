@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from eff_train.recipes.eoras import Amodal, Config
+from eff_train.recipes.eoras import Amodal, Config, Masks
 from eff_train.recipes.eoras.clips import collage_track, mirrored, room_track
 from PIL import Image
 
@@ -83,3 +83,18 @@ def test_prediction(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="must hold frames"):
         recipe.predict(recipe.build(), tmp_path / "empty", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_onnx_is_what_the_model_is(tmp_path):
+    pytest.importorskip("onnxscript")
+    recipe = Amodal(dataclasses.replace(TINY, frames=2))
+    torch.manual_seed(0)
+    model = recipe.build().eval()
+    recipe.export(model, tmp_path)  # compares with PyTorch itself
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "eoras.onnx"}
+    clip = recipe.prepared([recipe.track(3, held_out=True)])
+    with torch.no_grad():
+        whole, parts = model(clip["crops"], clip["intrinsics"]), Masks(model)(clip["crops"], clip["intrinsics"])
+    assert torch.equal(parts[0], whole.full)
+    assert torch.equal(parts[1], whole.visible)

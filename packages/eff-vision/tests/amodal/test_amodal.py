@@ -24,6 +24,7 @@ from eff_vision.amodal import (
     tilt_towards_origin,
     visible_box_track,
 )
+from eff_vision.amodal.lift import sample_within
 from eff_vision.geometry import intrinsics_from_fov, project
 from torch import nn
 from torch.nn import functional as F
@@ -67,6 +68,13 @@ class TestLift:
         features = torch.randn(1, 1, 4, 4)
         middle = features[0, 0, 1:3, 1:3].mean()
         torch.testing.assert_close(lift.volume(features, K[None], 32)[0, 0], middle.expand(4, 1, 4))
+
+    def test_what_exporters_see_gives_the_same_values(self, monkeypatch):
+        g = torch.Generator().manual_seed(0)
+        maps, places = torch.randn(2, 3, 4, 6, generator=g), 2.6 * torch.rand(2, 50, 2, generator=g) - 1.3
+        plain = sample_within(maps, places)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        torch.testing.assert_close(sample_within(maps, places), plain, rtol=1e-5, atol=1e-5)
 
     def test_cells_behind_the_camera_see_nothing(self):
         tilt = torch.tensor([torch.pi])  # upside down and backwards: every cell lies behind

@@ -54,13 +54,14 @@ class BEVLift(nn.Module):
         Raises:
             ValueError: the intrinsics are not in pixels, or have no positive focal length.
         """
-        check_intrinsics(intrinsics)
         focal = torch.stack((intrinsics[..., 0, 0], intrinsics[..., 1, 1]), -1)
-        if bool((focal < _LEAST_FOCAL).any()):
-            raise ValueError(
-                f"intrinsics have a focal length of {float(focal.min()):.3g}; they must be in pixels of the crop "
-                "(multiply those in units of the picture by its width and height)"
-            )
+        if not torch.compiler.is_exporting():  # an exporter cannot follow a look at values
+            check_intrinsics(intrinsics)
+            if bool((focal < _LEAST_FOCAL).any()):
+                raise ValueError(
+                    f"intrinsics have a focal length of {float(focal.min()):.3g}; they must be in pixels of the crop "
+                    "(multiply those in units of the picture by its width and height)"
+                )
         points = self.centres.to(intrinsics.dtype).flatten(0, 2).expand(len(features), -1, 3)
         if tilt is not None:
             points = look_down(points, tilt.to(points.dtype))
@@ -69,15 +70,31 @@ class BEVLift(nn.Module):
         pixels = points[..., :2] / safe[..., None] * focal[:, None] + intrinsics[:, None, :2, 2]
         places = 2 * pixels / size - 1
         seen = (z > 0) & (places.abs() <= 1).all(-1)
-        found = F.grid_sample(
-            features, places[:, None].to(features.dtype), mode="bilinear", padding_mode="border", align_corners=False
-        )
-        return (found[:, :, 0] * seen[:, None]).unflatten(-1, self.config.cells)
+        found = sample_within(features, places.to(features.dtype))
+        return (found * seen[:, None]).unflatten(-1, self.config.cells)
 
     def forward(self, features: Tensor, intrinsics: Tensor, size: int, tilt: Tensor | None = None) -> Tensor:
         """Bird's-eye view [N, C, cells z / 4, cells x / 4]; arguments as `volume`."""
         volume = self.volume(features, intrinsics, size, tilt)
         return self.fold(volume.permute(0, 1, 3, 4, 2).flatten(1, 2))
+
+
+def sample_within(features: Tensor, places: Tensor) -> Tensor:
+    """Bilinear values [N, C, P] of maps [N, C, h, w] at places [N, P, 2] (x, y) from -1 to 1, edge to edge.
+
+    For exporters, whose formats name this differently from version to version, it is written out as four gathers.
+    """
+    if not torch.compiler.is_exporting():
+        return F.grid_sample(features, places[:, None], padding_mode="border", align_corners=False)[:, :, 0]
+    height, width = features.shape[-2:]
+    x, y = ((((places[..., i] + 1) * n - 1) / 2).clamp(0, n - 1) for i, n in enumerate((width, height)))
+    left, top = x.floor(), y.floor()
+    found = torch.zeros_like(features[..., :1, 0])
+    for column, across in ((left, 1 - x + left), ((left + 1).clamp(max=width - 1), x - left)):
+        for row, down in ((top, 1 - y + top), ((top + 1).clamp(max=height - 1), y - top)):
+            index = (row * width + column).long()[:, None].expand(-1, features.size(1), -1)
+            found = found + features.flatten(2).gather(2, index) * (across * down)[:, None]
+    return found
 
 
 def look_down(points: Tensor, tilt: Tensor) -> Tensor:

@@ -179,6 +179,31 @@ class Amodal(Recipe[Config]):
             Image.fromarray(_tinted(frame[None], mask[None])).save(out / f"{path.stem}-full.png")
         return f"{len(names)} frames"
 
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Weights, and the logits of both masks of a clip of the recipe's length as ONNX."""
+        from eff_train.frame.onnx import write_onnx
+
+        super().export(model, folder)
+        prepared = self.prepared([self.track(HELD_OUT, held_out=True)])
+        inputs = {name: prepared[name] for name in ("crops", "intrinsics")}
+        write_onnx(Masks(as_built(model, EoRaS)), inputs, ("full", "visible"), folder / "eoras.onnx")
+
+
+class Masks(nn.Module):
+    """Logits of full and visible masks of clips without padding, without checks of the input."""
+
+    def __init__(self, model: EoRaS) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, crops: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+        """Of crops [B, T, 3, crop, crop] with their intrinsics [B, T, 3, 3]."""
+        valid = torch.ones(crops.shape[:2], dtype=torch.bool, device=crops.device)
+        fused, _ = self.model.fuse(crops, intrinsics, valid, None, None)
+        flat = fused.flatten(0, 1)
+        full, visible = (part(flat).unflatten(0, crops.shape[:2]) for part in (self.model.full, self.model.visible))
+        return full, visible
+
 
 def _tinted(frames: Tensor, masks: Tensor) -> np.ndarray:
     tint = torch.tensor([0.95, 0.2, 0.3])[:, None, None]
