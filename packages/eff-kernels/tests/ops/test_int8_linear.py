@@ -268,7 +268,7 @@ def test_an_adapter_learns_on_a_frozen_base():
     assert torch.equal(codes, before)
 
 
-@pytest.mark.parametrize("define", ["EFF_EMULATE_VNNI", "EFF_NO_VNNI", "EFF_GENERIC"])
+@pytest.mark.parametrize("define", ["EFF_EMULATE_VNNI", "EFF_NO_VNNI", "EFF_NO_TILES", "EFF_GENERIC"])
 def test_code_paths_of_other_processors(define, monkeypatch):
     """Paths that this processor would not take, compiled for it; loading runs the self test on top."""
     if native.unavailable():
@@ -279,9 +279,9 @@ def test_code_paths_of_other_processors(define, monkeypatch):
     kernel = library.eff_int8_linear
     kernel.argtypes, kernel.restype = cpu._kernel().argtypes, cpu._kernel().restype
     for k in (77, 400):
-        codes, absmax = layer(31, k)
+        codes, absmax = layer(45, k)  # a whole tile of outputs and a part of one
         outliers = ((0.0, False), (6.0, False), (6.0, True))
-        for m, (threshold, per_token), group in itertools.product((1, 2, 3, 4, 66), outliers, (None, 32, 64, 160)):
+        for m, (threshold, per_token), group in itertools.product((1, 2, 4, 35, 66), outliers, (None, 32, 64, 160)):
             x = torch.randn(m, k) * 2.5
             options = {
                 "threshold": threshold, "per_token_outliers": per_token, "activation_group": group, "backend": "cpu"
@@ -292,6 +292,8 @@ def test_code_paths_of_other_processors(define, monkeypatch):
                 actual = int8_linear(x, codes, absmax, **options)
                 if not threshold or per_token:  # else a row's columns depend on the other rows
                     assert torch.equal(actual[:1], int8_linear(x[:1], codes, absmax, **options))
+            if define == "EFF_NO_TILES":  # a prompt on tiles and a token on vectors are the same sums
+                assert torch.equal(actual, wanted)
             torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=2e-5)
 
 

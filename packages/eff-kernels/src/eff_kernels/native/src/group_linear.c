@@ -9,6 +9,7 @@
  * instruction multiplies them by four codes of x, and no sum ever runs across lanes. Scales lie beside their codes, so that
  * weights are one stream. Each output is the same sum in the same order for every number of rows of x. */
 #include "group_linear.h"
+#include "tiles.h"
 
 #include <float.h>
 
@@ -160,20 +161,8 @@ INLINE void group_of(const int MR, const int bits, const int minima, const int w
 
 /* Tiles multiply sixteen rows of x by sixteen outputs at once: the same integers, and so the same bits. Linux lends them to a
  * process that asks. */
-#if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__) && !defined(EFF_NO_VNNI) && !defined(EFF_GENERIC)
-#include <sys/syscall.h>
-#include <unistd.h>
+#if EFF_TILES
 #define TILED 16
-
-static int tiles_are_lent(void) {
-  static int lent = -1; /* threads that ask at the same time get the same answer */
-  int found = __atomic_load_n(&lent, __ATOMIC_RELAXED);
-  if (found < 0) {
-    found = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    __atomic_store_n(&lent, found, __ATOMIC_RELAXED);
-  }
-  return found;
-}
 
 /* Of each of two groups in turn: 0 and 1 are products, 2 and 3 codes of x, 4 and 5 weights. */
 static void begin_tiles(void) {
@@ -244,7 +233,6 @@ INLINE void tile_of(const int bits, const int minima, const int wide, const job 
 }
 #else
 #define TILED 0
-INLINE int tiles_are_lent(void) { return 0; }
 INLINE void begin_tiles(void) {}
 INLINE void _tile_release(void) {}
 #endif
@@ -271,17 +259,17 @@ INLINE void block_of(const int MR, const int bits, const int minima, const int w
     block_of(MR, BITS, MINIMA, WIDE, j, r, w, out);                                                                              \
   }
 #if TILED
-#define TILE(BITS, MINIMA, WIDE)                                                                                             \
+#define TILE_OF(BITS, MINIMA, WIDE)                                                                                             \
   static __attribute__((noinline)) void tile_##BITS##_##MINIMA##_##WIDE(const job *j, int64_t r, const uint8_t *w, float *out) { \
     tile_of(BITS, MINIMA, WIDE, j, r, w, out);                                                                               \
   }
 #else
-#define TILE(BITS, MINIMA, WIDE) \
+#define TILE_OF(BITS, MINIMA, WIDE) \
   static void tile_##BITS##_##MINIMA##_##WIDE(const job *j, int64_t r, const uint8_t *w, float *out) { (void)j, (void)r, (void)w, (void)out; }
 #endif
 #define TILES(BITS, MINIMA, WIDE)                                                                                        \
   BLOCK(1, BITS, MINIMA, WIDE) BLOCK(2, BITS, MINIMA, WIDE) BLOCK(4, BITS, MINIMA, WIDE) BLOCK(8, BITS, MINIMA, WIDE) \
-  TILE(BITS, MINIMA, WIDE)
+  TILE_OF(BITS, MINIMA, WIDE)
 TILES(4, 0, 0) TILES(4, 0, 1) TILES(4, 1, 0) TILES(4, 1, 1) TILES(8, 0, 0) TILES(8, 0, 1) TILES(8, 1, 0) TILES(8, 1, 1)
 typedef void (*block_fn)(const job *, int64_t, const uint8_t *, float *);
 #define ROW(BITS, MINIMA, WIDE)                                                                               \
@@ -298,7 +286,7 @@ static void product_item(void *ctx, int64_t item) {
   const block_fn *of = blocks[(a->bits == 8) * 4 + (a->minima != 0) * 2 + (a->wide != 0)];
   const eff_dtype dtype = (eff_dtype)a->y_dtype;
   float out[16 * OUTPUTS];
-  const int tiled = end - r0 >= 16 && tiles_are_lent();
+  const int tiled = end - r0 >= 16 && eff_tiles_are_lent();
   if (tiled) begin_tiles();
   for (int64_t b = b0; b < MIN(all, b0 + ITEM_BLOCKS); b++) {
     const uint8_t *w = a->weight + b * j->groups * j->block;

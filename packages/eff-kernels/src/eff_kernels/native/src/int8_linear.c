@@ -1,7 +1,7 @@
 /* y = x W^T with x quantised on the fly and W stored as int8 rows (LLM.int8()), in one call: scan and quantise the rows of x,
  * integer products, dequantisation, the outlier columns in float32, bias, one rounding to the output dtype. */
 #include "int8_linear.h"
-#include "int8_tile.h"
+#include "int8_tiles.h"
 
 #define RUNS 4      /* for each thread: few, since a run starts with weights that nothing has fetched */
 #define OUTLIERS 64 /* outlier columns at a time */
@@ -17,6 +17,7 @@ typedef struct {
   int32_t *outlier_index; /* [outliers] */
   float *outlier_x;       /* [m, outliers] */
   int64_t items, run;
+  int32_t *quads; /* the codes for matrix tiles; NULL: not over these */
   int failed;
 } job;
 
@@ -59,6 +60,11 @@ static void finish_rows(void *ctx, int64_t r) {
   const job *j = ctx;
   if (j->outliers) split_row(j, r);
   tile_codes(j->t.codes + r * j->t.padded, &j->t, r);
+}
+
+static void quads_of_rows(void *ctx, int64_t tile) {
+  const job *j = ctx;
+  put_quads(&j->t, tile * 16, j->quads + tile * eff_round_up(j->t.k, 64) * 4);
 }
 
 /* Column i of `columns` weight rows as floats. */
@@ -106,7 +112,10 @@ static void product_item(void *ctx, int64_t item) {
   for (int n = 0; n < columns; n += step) {
     const int8_t *w = a->w + (n0 + n) * a->k;
     const int some = MIN(step, columns - n);
-    tile_product(&j->t, m0, rows, w, some, sums + n);
+    if (j->quads)
+      product_on_tiles(&j->t, j->quads, m0, rows, w, some, sums + n);
+    else
+      tile_product(&j->t, m0, rows, w, some, sums + n);
     if (j->outliers) add_outliers(j, m0, rows, w, some, sums + n);
   }
   float scale[COLUMNS] = {0}, bias[COLUMNS] = {0}, out[COLUMNS];
@@ -121,7 +130,13 @@ static void product_item(void *ctx, int64_t item) {
 /* A run of items that lie one after the other in memory: what is fetched ahead of one is what the same thread reads next. */
 static void product_run(void *ctx, int64_t run) {
   const job *j = ctx;
+#if EFF_TILES
+  if (j->quads) begin_whole_tiles();
+#endif
   for (int64_t i = run * j->run; i < MIN((run + 1) * j->run, j->items); i++) product_item(ctx, i);
+#if EFF_TILES
+  if (j->quads) _tile_release();
+#endif
 }
 
 KERNEL(int, eff_int8_linear, eff_int8_linear_args) {
@@ -135,10 +150,12 @@ KERNEL(int, eff_int8_linear, eff_int8_linear_args) {
   const size_t codes = (size_t)(m * t->padded) * sizeof(eff_act), scales = (size_t)(m * t->groups) * 4;
   const size_t flags = j.threshold > 0.0f ? (size_t)k : 0;
   const size_t row = m == 1 ? (size_t)(t->padded + EFF_ROW_STEP) * sizeof(eff_row) : 0;
-  char *scratch = eff_scratch(codes + 2 * scales + flags + row + 5 * 64), *free_part = scratch, *outliers = NULL;
+  const size_t quads = tiles_fit(t) ? quads_bytes(t) : 0;
+  char *scratch = eff_scratch(codes + 2 * scales + flags + row + quads + 6 * 64), *free_part = scratch, *outliers = NULL;
   if (!scratch) return 1;
   t->codes = eff_take(&free_part, codes), t->scale = eff_take(&free_part, scales), t->surplus = eff_take(&free_part, scales);
   t->row = eff_take(&free_part, row), j.columns = eff_take(&free_part, flags);
+  if (quads) j.quads = eff_take(&free_part, quads);
   memset(j.columns, 0, flags);
   eff_parallel_for(m, row_threads, scan_rows, &j);
   if (j.failed) return free(scratch), 1;
@@ -152,6 +169,7 @@ KERNEL(int, eff_int8_linear, eff_int8_linear_args) {
       if (j.columns[i]) j.outlier_index[o++] = (int32_t)i;
   }
   eff_parallel_for(m, row_threads, finish_rows, &j);
+  if (j.quads) eff_parallel_for((m + 15) / 16, row_threads, quads_of_rows, &j);
   j.items = (m + ROWS - 1) / ROWS * ((n + COLUMNS - 1) / COLUMNS), j.run = MAX(1, j.items / (threads * RUNS));
   eff_parallel_for((j.items + j.run - 1) / j.run, threads, product_run, &j);
   free(outliers), free(scratch);

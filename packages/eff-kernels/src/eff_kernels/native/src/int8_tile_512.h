@@ -8,6 +8,7 @@
  * a group costs at its end is shared by 16 outputs. A lone row of x: weights are read as they lie, in one stream. */
 #pragma once
 #include "int8_rows.h"
+#include "transpose.h"
 
 #define ROWS 64
 #define COLUMNS 32 /* two vectors of outputs */
@@ -116,29 +117,15 @@ INLINE float lone_row(const tile_rows *t, const int8_t *w) {
  * without meaning. Of packed weights these are the low halves of 64 bytes, or with `up` = 4 the high ones. */
 INLINE void transpose(const int8_t *w, int64_t ldw, const int packed, const int rows, const int64_t left, __m128i up,
                       int32_t *out) {
-  __m512i r[16], s[16];
+  __m512i r[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
     const int8_t *row = w + MIN(i, rows - 1) * ldw;
     r[i] = packed ? unsigned_halves(row, left, up) : unsigned_weights(row, left);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2)
-    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) { /* now r[i + j] holds, in each quarter, column j of that quarter of rows i to i + 3 */
-    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    const __m512i a = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), b = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88), d = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
-    _mm512_storeu_si512(out + j * COLUMNS, _mm512_shuffle_i32x4(a, c, 0x88));
-    _mm512_storeu_si512(out + (j + 8) * COLUMNS, _mm512_shuffle_i32x4(a, c, 0xdd));
-    _mm512_storeu_si512(out + (j + 4) * COLUMNS, _mm512_shuffle_i32x4(b, d, 0x88));
-    _mm512_storeu_si512(out + (j + 12) * COLUMNS, _mm512_shuffle_i32x4(b, d, 0xdd));
-  }
+  transpose_dwords(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * COLUMNS, r[i]);
 }
 
 /* MR rows of x, 4 * quads columns of one group, all outputs of the tile: sums of int32 from the `first` part of a group on, a
