@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 
 import pytest
@@ -346,3 +347,27 @@ def test_triton_equals_the_reference_in_each_configuration(dtype, m, n, k, optio
     actual = int8_linear(x, codes, absmax, bias, backend="triton", out_dtype=torch.float32, **options)
     wanted = int8_linear(x, codes, absmax, bias, backend="reference", out_dtype=torch.float32, **options)
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_memory_that_runs_out_amid_outliers_is_an_error():
+    if native.unavailable():
+        pytest.skip(native.unavailable())
+    codes, absmax = layer(20, 96)
+    x = torch.randn(3, 96)
+    x[:, 5], x[1, 70] = 40.0, -30.0
+    wanted = int8_linear(x, codes, absmax, threshold=6.0, backend="cpu")
+    limit = native.library().eff_limit_scratch
+    limit.argtypes, limit.restype = [ctypes.c_int64], None
+    refused = 0
+    try:
+        for requests in range(16):
+            limit(requests)
+            try:
+                found = int8_linear(x, codes, absmax, threshold=6.0, backend="cpu")
+            except MemoryError:
+                refused += 1
+                continue
+            assert torch.equal(found, wanted)
+    finally:
+        limit(-1)
+    assert refused >= 2  # the codes of x, and the columns of outliers
