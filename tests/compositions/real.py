@@ -13,6 +13,7 @@ from eff_attention.sink_calibration import ACTConfig, apply_act
 from eff_attention.sparse_linear import SLAConfig, apply_sla
 from eff_guidance.head_guidance import SoftPAGConfig, apply_head_guidance
 from eff_guidance.layerbind import Layer, LayerBindConfig, Layout, apply_layerbind
+from eff_kernels.edit.caches import cache_kwargs
 from eff_quant import FP8Config, Int8Config
 from families import QAT, lora, named, stored
 from refusals import TRAINED_FLOAT
@@ -65,8 +66,7 @@ def cut_run(model: Any, ids: Tensor, arguments: Any) -> Tensor:
 
     cache, found = DynamicCache(config=model.config), []
     for first, last in [(0, 58), (58, 59), (59, 60)]:
-        more = {"past_key_values": cache}
-        found.append(model(input_ids=ids[:, first:last], use_cache=True, **more).logits)
+        found.append(model(input_ids=ids[:, first:last], use_cache=True, **cache_kwargs(model, cache)).logits)
     return torch.cat(found, 1)
 
 

@@ -8,7 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+from eff_http.half_closed import INTERIM
+
 BODY = json.dumps({"prompt": "Once", "max_tokens": 4, "temperature": 0}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

@@ -189,9 +189,7 @@ class OnnxRuntime:
 
         def step(tokens):
             nonlocal generator, room
-            if (
-                not room
-            ):  # a batch cannot be cut back, so it is read again every hundred tokens; a median does not see it
+            if not room:  # there is room for so many tokens; to read again every hundred is nothing to a median
                 generator, room = self.read(ids), min(100, MOST_TOKENS - ids.size(1))
             room -= 1
             generator.append_tokens(tokens[:, None].to(torch.int32).numpy())

@@ -25,7 +25,7 @@ from eff_embedded import load_smollm2
 from eff_embedded.language import SMOLLM2_NAME
 from eff_kernels import Handle
 from eff_kernels.edit.caches import cache_kwargs
-from eff_kernels.testing.records import environment
+from eff_kernels.testing import environment, weight_bytes
 from eff_quant import Int8Config, quantize_
 
 RESULTS = Path(__file__).parent / "results" / "stack.jsonl"
@@ -45,13 +45,6 @@ def adapter(model):
     handle = Handle()
     handle.on_remove(adapted.unload)
     return handle
-
-
-def weight_bytes(model):
-    """Bytes of parameters and buffers, each storage once."""
-    tensors = (*model.parameters(), *model.buffers())
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(held.values())
 
 
 @torch.no_grad()

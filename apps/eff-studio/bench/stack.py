@@ -18,7 +18,7 @@ import numpy as np
 import peft
 import torch
 from eff_kernels import Handle
-from eff_kernels.testing import environment
+from eff_kernels.testing import environment, weight_bytes
 from eff_quant import Int8Config, quantize_
 from eff_studio.engine.draw import run_work
 from eff_studio.engine.model import load_model
@@ -51,13 +51,6 @@ def adapter(transformer):
     return handle
 
 
-def weight_bytes(pipe):
-    """Bytes of the parameters and buffers of all parts, each storage once."""
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def draw(model, steps, methods):
     """A picture, and its seconds."""
     work, begun = Generate(prompt=PROMPT, steps=steps, **methods), time.perf_counter()
@@ -75,6 +68,7 @@ def main():
     torch.set_num_threads(options.threads)
     model, about = load_model(), environment("cpu", SOURCES)
     transformer, before = model.pipe.transformer, None
+    parts = [part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module)]
     stack = [
         ("float32", lambda: None, {}),
         ("int8", lambda: quantize_(transformer, Int8Config()), {}),
@@ -97,8 +91,8 @@ def main():
                 apply()
         times = sorted(draw(model, options.steps, methods)[1] for _ in range(options.rounds))
         record = {
-            "op": "studio_stack", "step": name, "weights_mb": weight_bytes(model.pipe) / 1e6,
-            "transformer_mb": sum(t.nbytes for t in (*transformer.parameters(), *transformer.buffers())) / 1e6,
+            "op": "studio_stack", "step": name, "weights_mb": weight_bytes(*parts) / 1e6,
+            "transformer_mb": weight_bytes(transformer) / 1e6,
             "picture_s": times[len(times) // 2], "picture_s_min": times[0], "picture_s_max": times[-1],
             "steps": options.steps, "rounds": options.rounds, "model": model.name, "dtype": "float32", "seed": 0,
             "checked": True, "ok": bool(ok), **about,

@@ -81,11 +81,10 @@ class StoredInt8Method(LinearMethodBase):
         for name, parameter in (("weight", weight), ("SCB", scale)):
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, extra_weight_attrs)
+        # bitsandbytes' mark of a layout, which nothing needs: codes are row-major.
         mark = nn.Parameter(torch.empty((), dtype=torch.uint8), requires_grad=False)
         layer.register_parameter("weight_format", mark)
-        set_weight_attrs(
-            mark, {"weight_loader": lambda *_: None}
-        )  # bitsandbytes' mark of a layout; codes are row-major
+        set_weight_attrs(mark, {"weight_loader": lambda *_: None})
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Plain parameters are enough from here on."""

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,18 @@ from torch import Tensor, nn
 
 TOLERANCE = 1e-3
 """Largest difference from PyTorch, as a share of the largest value of an output: a float32 sum in another order."""
+
+
+class Chosen(nn.Module):
+    """A model of one input, of whose output only a tuple of tensors is asked for."""
+
+    def __init__(self, model: nn.Module, choose: Callable[[Any], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.model, self.choose = model, choose
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of the model's input."""
+        return self.choose(self.model(x))
 
 
 def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], file: Path) -> float:

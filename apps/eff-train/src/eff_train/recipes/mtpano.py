@@ -231,24 +231,13 @@ class Panorama(Recipe[Config]):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Weights, and the main tasks of a panorama as ONNX."""
-        from eff_train.frame.onnx import write_onnx
+        from eff_train.frame.onnx import Chosen, write_onnx
 
         super().export(model, folder)
+        names = "semseg", "depth", "normals"
         picture = {"panoramas": self.held_out[0][0][None]}
-        write_onnx(Tasks(model), picture, ("semseg", "depth", "normals"), folder / "mtpano.onnx")
-
-
-class Tasks(nn.Module):
-    """The main tasks as a tuple: logits, distance, normals of any length."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, panoramas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of panoramas [B, 3, H, 2H]."""
-        main = self.model(panoramas).main
-        return main["semseg"], main["depth"], main["normals"]
+        tasks = Chosen(model, lambda output: tuple(output.main[name] for name in names))
+        write_onnx(tasks, picture, names, folder / "mtpano.onnx")
 
 
 RECIPE = Panorama

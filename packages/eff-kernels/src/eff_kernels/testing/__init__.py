@@ -6,6 +6,7 @@
 from eff_kernels.testing.budget import assert_within_budget, compare, to_float64, within_budget
 from eff_kernels.testing.intervals import mean_interval
 from eff_kernels.testing.records import Provider, Record, Recorder, environment, load_records, measure, rotating, same
+from eff_kernels.testing.sizes import weight_bytes
 from eff_kernels.testing.specs import (
     NON_CONTIGUOUS,
     Draw,
@@ -36,5 +37,6 @@ __all__ = [
     "strided_columns",
     "swapped_dims",
     "to_float64",
+    "weight_bytes",
     "within_budget",
 ]

@@ -72,26 +72,14 @@ class Teacher(ViewsRecipe[Config]):
         """Weights and settings, and the cameras and depth of a scene's views as ONNX."""
         from safetensors.torch import save_file
 
-        from eff_train.frame.onnx import write_onnx
+        from eff_train.frame.onnx import Chosen, write_onnx
 
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.model_config.to_dict(), indent=2))
         c = self.config
         images = {"images": torch.rand(1, c.views, 3, c.side, c.side)}
-        write_onnx(Views(model), images, ("cameras", "depth", "confidence"), folder / "views.onnx")
-
-
-class Views(nn.Module):
-    """Cameras as nine numbers, depth and its confidence as a tuple."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of pictures [B, S, 3, H, W]."""
-        output: MultiViewOutput = self.model(images)
-        return output.pose_enc, output.depth, output.depth_conf
+        views = Chosen(model, lambda output: (output.pose_enc, output.depth, output.depth_conf))
+        write_onnx(views, images, ("cameras", "depth", "confidence"), folder / "views.onnx")
 
 
 RECIPE = Teacher

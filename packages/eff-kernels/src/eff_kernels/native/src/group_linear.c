@@ -166,11 +166,7 @@ INLINE void group_of(const int MR, const int bits, const int minima, const int w
 
 /* Of each of two groups in turn: 0 and 1 are products, 2 and 3 codes of x, 4 and 5 weights. */
 static void begin_tiles(void) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } shape = {.palette = 1, .bytes = {64, 64, GROUP, GROUP, 64, 64}, .rows = {16, 16, 16, 16, 8, 8}};
+  const tile_shape shape = {.palette = 1, .bytes = {64, 64, GROUP, GROUP, 64, 64}, .rows = {16, 16, 16, 16, 8, 8}};
   _tile_loadconfig(&shape);
 }
 

@@ -14,13 +14,16 @@
 /* Whether the system lends this process the registers. */
 int eff_tiles_are_lent(void);
 
+/* What _tile_loadconfig reads; the palette is 1. */
+typedef struct {
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16]; /* of a row of each register */
+  uint8_t rows[16];
+} tile_shape;
+
 /* All eight registers at their full size. */
 INLINE void begin_whole_tiles(void) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } shape = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+  const tile_shape shape = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
   _tile_loadconfig(&shape);
 }
 #else
